@@ -1,0 +1,74 @@
+// swift-tools-version: 6.3
+import PackageDescription
+
+/// Every target of ours: Swift 6 mode, unsafe code marked, and no warning tolerated.
+let house: [SwiftSetting] = [
+    .swiftLanguageMode(.v6),
+    .strictMemorySafety(),
+    .treatAllWarnings(as: .error),
+    .enableUpcomingFeature("ExistentialAny"),
+    .enableUpcomingFeature("MemberImportVisibility"),
+    .enableUpcomingFeature("InternalImportsByDefault"),
+    .enableExperimentalFeature("Lifetimes"),
+]
+
+/// A room of the house (see ARCHITECTURE.md); `standsOn` lists the rooms below it that it may import.
+func room(_ name: String, standsOn: [Target.Dependency] = [], resources: [Resource]? = nil) -> Target {
+    .target(name: name, dependencies: standsOn, resources: resources, swiftSettings: house)
+}
+
+func tests(_ name: String, of rooms: [Target.Dependency]) -> Target {
+    .testTarget(name: name, dependencies: rooms, swiftSettings: house)
+}
+
+let argumentParser: Target.Dependency = .product(name: "ArgumentParser", package: "swift-argument-parser")
+let logging: Target.Dependency = .product(name: "Logging", package: "swift-log")
+
+let package = Package(
+    name: "godwit",
+    products: [.executable(name: "godwit", targets: ["godwit"])],
+    dependencies: [
+        .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+        .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+    ],
+    targets: [
+        // What everything stands on.
+        .target(name: "CLinux"),
+        room("Host", standsOn: ["CLinux"]),
+        room("GuestMemory", standsOn: ["Host"]),
+        // How it runs, how it travels.
+        room("MigrationStream"),
+        room("Transport", standsOn: ["Host", "GuestMemory"]),
+        room("Accelerator", standsOn: ["GuestMemory"]),
+        room("KVM", standsOn: ["CLinux", "Host", "GuestMemory", "Accelerator"]),
+        // The VM.
+        room("GuestPrograms"),
+        room("Devices", standsOn: ["Host"]),
+        room("Machine", standsOn: ["Host", "GuestMemory", "Accelerator", "KVM", "Devices", "GuestPrograms"]),
+        room(
+            "Migration",
+            standsOn: ["Host", "GuestMemory", "MigrationStream", "Transport", "Accelerator", "Machine"]),
+        // Control.
+        room("QMP", standsOn: ["Host", "GuestMemory", "Machine", "Migration", "Transport"]),
+        .executableTarget(
+            name: "godwit",
+            dependencies: [
+                "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", argumentParser, logging,
+            ],
+            swiftSettings: house),
+
+        tests("HostTests", of: ["Host"]),
+        tests("GuestMemoryTests", of: ["GuestMemory", "Host"]),
+        tests("MigrationStreamTests", of: ["MigrationStream"]),
+        tests("TransportTests", of: ["Transport", "Host", "GuestMemory"]),
+        tests("KVMTests", of: ["KVM", "Accelerator", "GuestMemory", "Host"]),
+        tests("GuestProgramsTests", of: ["GuestPrograms"]),
+        tests("DevicesTests", of: ["Devices", "Host"]),
+        tests("MachineTests", of: ["Machine", "GuestMemory", "Host", "GuestPrograms"]),
+        tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
+        tests("Simulation", of: ["Migration", "MigrationStream"]),
+        tests("QMPTests", of: ["QMP", "Host"]),
+        tests("CommandLineTests", of: ["QMP", "Host"]),
+        tests("Conformance", of: ["QMP", "Host", "MigrationStream"]),
+    ]
+)

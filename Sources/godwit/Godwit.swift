@@ -1,0 +1,4 @@
+@main
+enum Godwit {
+    static func main() {}
+}
