@@ -1,1 +1,118 @@
+import Host
+import Synchronization
 import Testing
+
+@Suite struct MappingTests {
+    @Test("a single set byte anywhere is seen, at any alignment", arguments: [0, 1, 7, 8, 255, 256, 4095])
+    func isZero(position: Int) throws {
+        let mapping = try Mapping(anonymousByteCount: 8192)
+        #expect(mapping.isZero(at: 0, count: 4096))
+        mapping.store(UInt8(1), at: position)
+        #expect(!mapping.isZero(at: 0, count: 4096))
+        #expect(mapping.isZero(at: position + 1, count: 8192 - position - 1))
+        #expect(mapping.isZero(at: 0, count: position))
+    }
+
+    @Test("an access outside a mapping ends the process instead of reading elsewhere")
+    func bounds() async {
+        await #expect(processExitsWith: .failure) {
+            let mapping = try Mapping(anonymousByteCount: 4096)
+            _ = mapping.load(at: 4090, as: UInt64.self)
+        }
+    }
+}
+
+@Suite struct IOVectorTests {
+    @Test("a gathering write and a scattering read carry every byte, across partial transfers")
+    func transfer() throws {
+        let source = try Mapping(anonymousByteCount: 1 << 20)
+        for page in 0..<256 { source.store(UInt64(page) &* 0x9E37_79B9, at: page * 4096 + 8) }
+        let target = try Mapping(anonymousByteCount: 1 << 20)
+        let (a, b) = try Socket.pair()
+        let writer = try HostThread(name: "writer") {
+            var vector = IOVector()
+            for page in stride(from: 255, through: 0, by: -1) {
+                vector.append(source, offset: page * 4096, count: 4096)
+            }
+            while vector.byteCount > 0 { _ = try? a.write(&vector) }
+        }
+        var vector = IOVector()
+        for page in stride(from: 255, through: 0, by: -1) { vector.append(target, offset: page * 4096, count: 4096) }
+        while vector.byteCount > 0 { #expect(try b.read(&vector)! > 0) }
+        writer.join()
+        #expect(source.read(at: 0, count: 1 << 20) == target.read(at: 0, count: 1 << 20))
+    }
+
+    @Test("ranges that touch become one entry")
+    func joining() throws {
+        let mapping = try Mapping(anonymousByteCount: 1 << 20)
+        var vector = IOVector()
+        for page in 0..<256 { vector.append(mapping, offset: page * 4096, count: 4096) }
+        #expect(vector.entryCount == 1)
+        #expect(vector.byteCount == 1 << 20)
+    }
+}
+
+@Suite struct SocketTests {
+    @Test("a wait ends at its deadline with a sentence that names the object")
+    func deadline() throws {
+        let (a, _b) = try Socket.pair()
+        let error = #expect(throws: SystemError.self) {
+            try a.wait(for: .readable, deadline: .after(milliseconds: 20), operation: "read")
+        }
+        #expect(error?.description == "read socket pair: connection timed out")
+        _ = _b
+    }
+
+    @Test("connecting to a closed port names the address and the cause")
+    func refused() throws {
+        let listener = try Socket.listen(host: "127.0.0.1", port: "0")
+        let port = try #require(Socket.localPort(of: listener))
+        Socket.shutdown(listener)
+        let error = #expect(throws: SystemError.self) {
+            _ = try Socket.connect(host: "127.0.0.1", port: "\(port)", deadline: .after(seconds: 5))
+        }
+        #expect(error?.description == "connect to tcp:127.0.0.1:\(port): connection refused")
+    }
+
+    @Test("a descriptor sent over a unix socket arrives and works")
+    func passing() throws {
+        let (a, b) = try Socket.pair()
+        let pipe = try Descriptor.pipe()
+        #expect(try Socket.send(a, [42], passing: pipe.write) == 1)
+        let message = try #require(try Socket.receive(b, upTo: 16))
+        #expect(message.bytes == [42])
+        _ = try #require(message.passed).write([7])
+        #expect(try pipe.read.read(upTo: 4) == [7])
+    }
+}
+
+@Suite struct ThreadTests {
+    @Test("a thread runs its body under its name and can be joined")
+    func naming() throws {
+        let name = Mutex("")
+        let thread = try HostThread(name: "reaper") {
+            let bytes = (try? Descriptor.contents(of: "/proc/thread-self/comm")) ?? []
+            name.withLock { $0 = String(decoding: bytes, as: UTF8.self) }
+        }
+        thread.join()
+        #expect(name.withLock { $0 } == "reaper\n")
+        #expect(thread.identifier > 0)
+    }
+}
+
+@Suite struct ChildProcessTests {
+    @Test("exit status and signals are told apart")
+    func status() throws {
+        #expect(try ChildProcess(["/bin/sh", "-c", "exit 3"]).wait(deadline: .after(seconds: 10)) == .exited(3))
+        let sleeper = try ChildProcess(["/bin/sleep", "60"])
+        #expect(sleeper.poll() == nil)
+        #expect(sleeper.end() == .signalled(15))
+    }
+
+    @Test("a program that does not exist is an error that names it")
+    func missing() {
+        let error = #expect(throws: SystemError.self) { _ = try ChildProcess(["/nonexistent/program"]) }
+        #expect(error?.description == "start /nonexistent/program: no such file or directory")
+    }
+}

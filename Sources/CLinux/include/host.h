@@ -1,14 +1,13 @@
 #ifndef GODWIT_HOST_H
 #define GODWIT_HOST_H
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
+/* Swift imports this without _GNU_SOURCE: what glibc hides then is called by number. */
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -21,6 +20,52 @@
 #define MADV_POPULATE_WRITE 23
 #endif
 
+/* The credentials of a unix socket's peer (SO_PEERCRED), or -errno. */
+static inline int gw_peer_uid(int fd) {
+    struct { int pid; unsigned uid, gid; } peer;
+    socklen_t size = sizeof peer;
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 ? -errno : (int)peer.uid;
+}
+/* recvmsg(2) with room for one descriptor (SCM_RIGHTS): the bytes read, and *passed is the descriptor or -1. */
+static inline long gw_receive_with_descriptor(int fd, void *_Nonnull buffer, size_t size, int *_Nonnull passed) {
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec piece = {buffer, size};
+    struct msghdr message = {0};
+    message.msg_iov = &piece;
+    message.msg_iovlen = 1;
+    message.msg_control = &control;
+    message.msg_controllen = sizeof control;
+    *passed = -1;
+    long r = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+    if (r < 0) return -errno;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c))
+        if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) __builtin_memcpy(passed, CMSG_DATA(c), sizeof(int));
+    return r;
+}
+/* sendmsg(2) which passes one descriptor along. */
+static inline long gw_send_with_descriptor(int fd, const void *_Nonnull buffer, size_t size, int passed) {
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct iovec piece = {(void *)buffer, size};
+    struct msghdr message = {0};
+    message.msg_iov = &piece;
+    message.msg_iovlen = 1;
+    message.msg_control = &control;
+    message.msg_controllen = sizeof control.space;
+    struct cmsghdr *c = CMSG_FIRSTHDR(&message);
+    c->cmsg_level = SOL_SOCKET;
+    c->cmsg_type = SCM_RIGHTS;
+    c->cmsg_len = CMSG_LEN(sizeof(int));
+    __builtin_memcpy(CMSG_DATA(c), &passed, sizeof(int));
+    long r = sendmsg(fd, &message, MSG_NOSIGNAL);
+    return r < 0 ? -errno : r;
+}
+
 enum { GW_SEEK_DATA = 3, GW_SEEK_HOLE = 4 };
 
 /* prctl(2), pthread_setname_np(3) and fcntl(2) are variadic or hidden from Swift. They return -errno. */
@@ -32,6 +77,15 @@ static inline int gw_die_with_parent(int signal_number) {
 }
 static inline int gw_fcntl_int(int fd, int command, int argument) {
     int r = fcntl(fd, command, argument);
+    return r < 0 ? -errno : r;
+}
+static inline int gw_pipe2(int *_Nonnull ends, int flags) { return syscall(SYS_pipe2, ends, flags) < 0 ? -errno : 0; }
+static inline int gw_eventfd(void) {
+    int r = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return r < 0 ? -errno : r;
+}
+static inline int gw_memfd_create(const char *_Nonnull name) {
+    int r = (int)syscall(SYS_memfd_create, name, 3u /* MFD_CLOEXEC | MFD_ALLOW_SEALING */);
     return r < 0 ? -errno : r;
 }
 static inline int gw_gettid(void) { return (int)syscall(SYS_gettid); }

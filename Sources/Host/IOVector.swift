@@ -1,0 +1,97 @@
+import Glibc
+
+/// A list of memory ranges for one gathering write or scattering read, at most 1,024 as the kernel allows (IOV_MAX).
+///
+/// It keeps its mappings alive, and checks every range when it is appended.
+@safe public struct IOVector {
+    /// SAFETY: every entry points into a mapping held by `owners`, inside its bounds.
+    private var entries: [iovec] = unsafe []
+    private var owners: [Mapping] = []
+    private var first = 0
+    /// What is still to be transferred, in bytes.
+    public private(set) var byteCount = 0
+
+    public static let maximumEntries = 1024
+
+    public init() {
+        unsafe entries.reserveCapacity(Self.maximumEntries)
+    }
+
+    public var entryCount: Int { unsafe entries.count - first }
+    public var isFull: Bool { entryCount >= Self.maximumEntries }
+
+    /// Adds a range, joined with the last one where they touch.
+    public mutating func append(_ mapping: Mapping, offset: Int, count: Int) {
+        guard count > 0 else { return }
+        mapping.check(offset, count)
+        let start = unsafe mapping.base + offset
+        byteCount += count
+        if let last = unsafe entries.last, unsafe entries.count > first, unsafe last.iov_base + last.iov_len == start,
+            owners.last === mapping
+        {
+            unsafe entries[entries.count - 1].iov_len += count
+            return
+        }
+        precondition(!isFull, "at most \(Self.maximumEntries) entries")
+        unsafe entries.append(iovec(iov_base: start, iov_len: count))
+        if owners.last !== mapping { owners.append(mapping) }
+    }
+
+    public mutating func removeAll() {
+        unsafe entries.removeAll(keepingCapacity: true)
+        owners.removeAll(keepingCapacity: true)
+        first = 0
+        byteCount = 0
+    }
+
+    /// Drops what a system call has transferred.
+    mutating func advance(by count: Int) {
+        byteCount -= count
+        var left = count
+        while left > 0 {
+            let length = unsafe entries[first].iov_len
+            if left < length {
+                unsafe entries[first].iov_base += left
+                unsafe entries[first].iov_len -= left
+                return
+            }
+            left -= length
+            first += 1
+        }
+    }
+
+    /// SAFETY for the callers: the pointer is used for one system call.
+    @unsafe mutating func withEntries<R>(_ body: (UnsafeMutablePointer<iovec>, CInt) -> R) -> R {
+        unsafe entries.withUnsafeMutableBufferPointer { buffer in
+            unsafe body(buffer.baseAddress! + first, CInt(min(buffer.count - first, Self.maximumEntries)))
+        }
+    }
+}
+
+extension Descriptor {
+    /// One writev(2). - Returns: the bytes written; `nil` if it would block or a socket's send timeout passed.
+    public func write(_ vector: inout IOVector) throws(SystemError) -> Int? {
+        unsafe try transfer(&vector, operation: "write") { unsafe writev($0, $1, $2) }
+    }
+
+    /// One readv(2). - Returns: the bytes read; 0 at the end; `nil` if it would block or a receive timeout passed.
+    public func read(_ vector: inout IOVector) throws(SystemError) -> Int? {
+        unsafe try transfer(&vector, operation: "read") { unsafe readv($0, $1, $2) }
+    }
+
+    private func transfer(
+        _ vector: inout IOVector, operation: String, _ call: (CInt, UnsafePointer<iovec>, CInt) -> Int
+    ) throws(SystemError) -> Int? {
+        guard vector.byteCount > 0 else { return 0 }
+        while true {
+            let count = unsafe vector.withEntries { unsafe call(number, $0, $1) }
+            if count >= 0 {
+                vector.advance(by: count)
+                return count
+            }
+            if errno == EINTR { continue }
+            if errno == EAGAIN { return nil }
+            throw .last(operation, name)
+        }
+    }
+}

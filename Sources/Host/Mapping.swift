@@ -1,0 +1,167 @@
+import CLinux
+import Glibc
+
+/// A range of this process's address space, mapped once and unmapped when the last reference goes.
+///
+/// All access is by offset and bounds-checked; offsets and counts are in bytes.
+@safe public final class Mapping: Sendable {
+    public let byteCount: Int
+    /// SAFETY: immutable, valid for `byteCount` bytes as long as this object lives.
+    nonisolated(unsafe) let base: UnsafeMutableRawPointer
+
+    /// Maps `byteCount` bytes of a file, shared, from `offset` on. Nothing is reserved or touched.
+    public init(_ file: Descriptor, offset: UInt64 = 0, byteCount: Int, readOnly: Bool = false) throws(SystemError) {
+        let protection = readOnly ? PROT_READ : PROT_READ | PROT_WRITE
+        // SAFETY: a fresh range chosen by the kernel; checked for MAP_FAILED before use.
+        let address = unsafe mmap(
+            nil, byteCount, protection, MAP_SHARED | MAP_NORESERVE, file.number, Int(truncatingIfNeeded: offset))
+        guard let address = unsafe address, unsafe address != MAP_FAILED else { throw .last("mmap", file.name) }
+        unsafe base = address
+        self.byteCount = byteCount
+    }
+
+    /// Maps anonymous, zero-filled memory which costs nothing until it is touched.
+    public init(anonymousByteCount byteCount: Int) throws(SystemError) {
+        // SAFETY: as above.
+        let address = unsafe mmap(
+            nil, byteCount, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        guard let address = unsafe address, unsafe address != MAP_FAILED else {
+            throw .last("mmap", "\(byteCount) bytes of anonymous memory")
+        }
+        unsafe base = address
+        self.byteCount = byteCount
+    }
+
+    deinit { _ = unsafe munmap(base, byteCount) }
+
+    @inline(__always)
+    func check(_ offset: Int, _ count: Int) {
+        precondition(
+            offset >= 0 && count >= 0 && offset <= byteCount && count <= byteCount - offset, "inside the mapping")
+    }
+
+    /// The address in this process of a byte, for the kernel (memory slots, userfaultfd). Not to be dereferenced.
+    public func hostAddress(at offset: Int) -> UInt {
+        check(offset, 0)
+        return unsafe UInt(bitPattern: base) + UInt(offset)
+    }
+
+    // MARK: Single values
+
+    /// A little-endian integer, as x86 stores it.
+    @inline(__always)
+    public func load<T: FixedWidthInteger & BitwiseCopyable>(at offset: Int, as type: T.Type) -> T {
+        check(offset, MemoryLayout<T>.size)
+        // SAFETY: checked against the bounds; loadUnaligned has no alignment rule.
+        return unsafe T(littleEndian: base.loadUnaligned(fromByteOffset: offset, as: type))
+    }
+
+    @inline(__always)
+    public func store<T: FixedWidthInteger & BitwiseCopyable>(_ value: T, at offset: Int) {
+        check(offset, MemoryLayout<T>.size)
+        unsafe base.storeBytes(of: value.littleEndian, toByteOffset: offset, as: T.self)
+    }
+
+    // MARK: Ranges
+
+    public func read(at offset: Int, count: Int) -> [UInt8] {
+        check(offset, count)
+        return unsafe Array(UnsafeRawBufferPointer(start: base + offset, count: count))
+    }
+
+    public func write(_ bytes: ArraySlice<UInt8>, at offset: Int) {
+        check(offset, bytes.count)
+        // SAFETY: both ranges are checked and cannot overlap: the slice is Swift's own memory.
+        unsafe bytes.withUnsafeBytes { source in
+            if let start = source.baseAddress {
+                unsafe (base + offset).copyMemory(from: start, byteCount: source.count)
+            }
+        }
+    }
+
+    public func write(_ bytes: [UInt8], at offset: Int) { write(bytes[...], at: offset) }
+
+    public func zero(at offset: Int, count: Int) {
+        check(offset, count)
+        unsafe memset(base + offset, 0, count)
+    }
+
+    /// The bytes of a range, for a loop that must be fast. The pointer must not leave the closure.
+    @unsafe @inline(__always)
+    public func withBytes<R, E: Error>(
+        at offset: Int, count: Int, _ body: (UnsafeRawBufferPointer) throws(E) -> R
+    )
+        throws(E) -> R
+    {
+        check(offset, count)
+        return unsafe try body(UnsafeRawBufferPointer(start: base + offset, count: count))
+    }
+
+    @unsafe @inline(__always)
+    public func withMutableBytes<R, E: Error>(
+        at offset: Int, count: Int, _ body: (UnsafeMutableRawBufferPointer) throws(E) -> R
+    ) throws(E) -> R {
+        check(offset, count)
+        return unsafe try body(UnsafeMutableRawBufferPointer(start: base + offset, count: count))
+    }
+
+    /// Whether every byte is zero. Reads the memory: on a memory file, look for holes before.
+    public func isZero(at offset: Int, count: Int) -> Bool {
+        check(offset, count)
+        var position = offset
+        let end = offset + count
+        while position < end, position % 8 != 0 {
+            if load(at: position, as: UInt8.self) != 0 { return false }
+            position += 1
+        }
+        // SAFETY: bounds checked above; 8-byte steps from an aligned start (the base is page-aligned).
+        unsafe withBytes(at: position, count: (end - position) & ~7) { bytes in
+            guard let start = bytes.baseAddress else { return }
+            let words = unsafe start.assumingMemoryBound(to: UInt64.self)
+            let count = bytes.count / 8
+            var index = 0
+            while index + 32 <= count {
+                var any: UInt64 = 0
+                for step in 0..<32 { unsafe any |= words[index &+ step] }
+                if any != 0 { return }
+                index &+= 32
+                position &+= 256
+            }
+            while index < count {
+                if unsafe words[index] != 0 { return }
+                index &+= 1
+                position &+= 8
+            }
+        }
+        if end - position >= 8 { return false }
+        while position < end {
+            if load(at: position, as: UInt8.self) != 0 { return false }
+            position += 1
+        }
+        return true
+    }
+
+    // MARK: Advice to the kernel
+
+    public enum Advice: Sendable {
+        /// Back with huge pages on first touch where the host allows it.
+        case hugePages
+        /// Keep out of core dumps.
+        case dontDump
+        /// Allocate now, for writing.
+        case populate
+    }
+
+    /// madvise(2) over whole pages. - Throws: `SystemError`.
+    public func advise(_ advice: Advice, at offset: Int = 0, count: Int? = nil) throws(SystemError) {
+        let length = count ?? byteCount - offset
+        check(offset, length)
+        let value: CInt
+        switch advice {
+        case .hugePages: value = CInt(MADV_HUGEPAGE)
+        case .dontDump: value = CInt(MADV_DONTDUMP)
+        case .populate: value = CInt(MADV_POPULATE_WRITE)
+        }
+        guard unsafe madvise(base + offset, length, value) == 0 else { throw .last("madvise \(advice)") }
+    }
+}
