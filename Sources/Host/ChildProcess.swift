@@ -27,7 +27,7 @@ public final class ChildProcess: Sendable {
             if let descriptor { unsafe posix_spawn_file_actions_adddup2(&actions, descriptor.number, CInt(target)) }
         }
         // The child starts with the default handling of all signals: what we ignore or block is not inherited.
-        var attributes = unsafe posix_spawnattr_t()
+        var attributes = posix_spawnattr_t()
         unsafe posix_spawnattr_init(&attributes)
         defer { unsafe posix_spawnattr_destroy(&attributes) }
         var signals = sigset_t()
