@@ -9,6 +9,8 @@ import Host
 public final class GuestMemory: Sendable {
     public let blocks: [RAMBlock]
     public let view: FlatView
+    /// Pages which this process wrote, not the guest: the accelerator does not see them.
+    public let hostWrites = HostWriteLog()
 
     public init(blocks: [RAMBlock], view: FlatView) {
         self.blocks = blocks
@@ -73,6 +75,7 @@ public final class GuestMemory: Sendable {
             at: address, byteCount: UInt64(bytes.count),
             { (block, offset, count) throws(AccessError) in
                 block.mapping.write(rest.prefix(count), at: offset)
+                hostWrites.record(block, offset: offset, count: count)
                 rest = rest.dropFirst(count)
             }, orThrow: { $0 })
     }

@@ -21,8 +21,6 @@ GW_IOCTL_INT(gw_kvm_get_api_version, KVM_GET_API_VERSION)
 GW_IOCTL_INT(gw_kvm_create_vm, KVM_CREATE_VM)
 GW_IOCTL_INT(gw_kvm_check_extension, KVM_CHECK_EXTENSION)
 GW_IOCTL_INT(gw_kvm_get_vcpu_mmap_size, KVM_GET_VCPU_MMAP_SIZE)
-GW_IOCTL_PTR(gw_kvm_get_supported_cpuid, KVM_GET_SUPPORTED_CPUID, struct kvm_cpuid2)
-GW_IOCTL_PTR(gw_kvm_get_msr_index_list, KVM_GET_MSR_INDEX_LIST, struct kvm_msr_list)
 
 GW_IOCTL_PTR(gw_kvm_enable_cap, KVM_ENABLE_CAP, struct kvm_enable_cap)
 GW_IOCTL_INT(gw_kvm_create_vcpu, KVM_CREATE_VCPU)
@@ -45,9 +43,6 @@ GW_IOCTL_PTR(gw_kvm_get_regs, KVM_GET_REGS, struct kvm_regs)
 GW_IOCTL_PTR(gw_kvm_set_regs, KVM_SET_REGS, struct kvm_regs)
 GW_IOCTL_PTR(gw_kvm_get_sregs, KVM_GET_SREGS, struct kvm_sregs)
 GW_IOCTL_PTR(gw_kvm_set_sregs, KVM_SET_SREGS, struct kvm_sregs)
-GW_IOCTL_PTR(gw_kvm_get_msrs, KVM_GET_MSRS, struct kvm_msrs)
-GW_IOCTL_PTR(gw_kvm_set_msrs, KVM_SET_MSRS, struct kvm_msrs)
-GW_IOCTL_PTR(gw_kvm_set_cpuid2, KVM_SET_CPUID2, struct kvm_cpuid2)
 GW_IOCTL_PTR(gw_kvm_get_lapic, KVM_GET_LAPIC, struct kvm_lapic_state)
 GW_IOCTL_PTR(gw_kvm_set_lapic, KVM_SET_LAPIC, struct kvm_lapic_state)
 GW_IOCTL_PTR(gw_kvm_get_mp_state, KVM_GET_MP_STATE, struct kvm_mp_state)
@@ -56,7 +51,6 @@ GW_IOCTL_PTR(gw_kvm_get_vcpu_events, KVM_GET_VCPU_EVENTS, struct kvm_vcpu_events
 GW_IOCTL_PTR(gw_kvm_set_vcpu_events, KVM_SET_VCPU_EVENTS, struct kvm_vcpu_events)
 GW_IOCTL_PTR(gw_kvm_get_debugregs, KVM_GET_DEBUGREGS, struct kvm_debugregs)
 GW_IOCTL_PTR(gw_kvm_set_debugregs, KVM_SET_DEBUGREGS, struct kvm_debugregs)
-GW_IOCTL_PTR(gw_kvm_set_xsave, KVM_SET_XSAVE, struct kvm_xsave)
 GW_IOCTL_PTR(gw_kvm_get_xcrs, KVM_GET_XCRS, struct kvm_xcrs)
 GW_IOCTL_PTR(gw_kvm_set_xcrs, KVM_SET_XCRS, struct kvm_xcrs)
 GW_IOCTL_PTR(gw_kvm_translate, KVM_TRANSLATE, struct kvm_translation)
@@ -64,10 +58,19 @@ GW_IOCTL_INT(gw_kvm_get_tsc_khz, KVM_GET_TSC_KHZ)
 GW_IOCTL_INT(gw_kvm_set_tsc_khz, KVM_SET_TSC_KHZ)
 GW_IOCTL_INT(gw_kvm_kvmclock_ctrl, KVM_KVMCLOCK_CTRL)
 
-/* KVM_SET_IRQCHIP is declared _IOR with the right size; KVM_GET_XSAVE2 has a flexible tail. */
 GW_IOCTL_PTR(gw_kvm_set_irqchip, KVM_SET_IRQCHIP, struct kvm_irqchip)
-static inline int gw_kvm_get_xsave2(int fd, void *_Nonnull area) {
-    int r = ioctl(fd, KVM_GET_XSAVE2, area);
-    return r < 0 ? -errno : r;
-}
+
+/* Structures with a flexible tail, which Swift cannot express: the caller passes header and tail as one area. */
+#define GW_IOCTL_RAW(name, request)                                                           \
+    static inline int name(int fd, void *_Nonnull area) {                                     \
+        int r = ioctl(fd, request, area);                                                     \
+        return r < 0 ? -errno : r;                                                            \
+    }
+GW_IOCTL_RAW(gw_kvm_get_supported_cpuid_raw, KVM_GET_SUPPORTED_CPUID)
+GW_IOCTL_RAW(gw_kvm_get_msr_index_list_raw, KVM_GET_MSR_INDEX_LIST)
+GW_IOCTL_RAW(gw_kvm_get_msrs_raw, KVM_GET_MSRS)
+GW_IOCTL_RAW(gw_kvm_set_msrs_raw, KVM_SET_MSRS)
+GW_IOCTL_RAW(gw_kvm_set_cpuid2_raw, KVM_SET_CPUID2)
+GW_IOCTL_RAW(gw_kvm_get_xsave2_raw, KVM_GET_XSAVE2)
+GW_IOCTL_RAW(gw_kvm_set_xsave_raw, KVM_SET_XSAVE)
 #endif

@@ -1,0 +1,93 @@
+import Accelerator
+import CLinux
+import Glibc
+import GuestMemory
+import Host
+import Synchronization
+
+// The exit loop's inner half: enter the guest, answer one access, say what happened. The outer half is Machine's vCPU thread.
+
+extension KVMVirtualCPU {
+    func run(_ bus: any Bus) -> ExitReason {
+        runner.withLock { $0 = pthread_self() }
+        let result = gw_kvm_run(descriptor.number, 0)
+        hasPendingAccess = false
+        guard result >= 0 else {
+            if result == -EINTR || result == -EAGAIN { return .interrupted }
+            return .failed(SystemError("KVM_RUN", "vcpu\(index)", code: -result).description)
+        }
+        // SAFETY: the kernel filled the shared area; it does not touch it again before the next KVM_RUN of this thread.
+        return unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
+            unsafe answer(area, area.baseAddress!.assumingMemoryBound(to: kvm_run.self), bus)
+        }
+    }
+
+    private func answer(_ area: UnsafeMutableRawBufferPointer, _ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus) -> ExitReason {
+        switch CInt(bitPattern: unsafe run.pointee.exit_reason) {
+        case KVM_EXIT_IO:
+            hasPendingAccess = true
+            unsafe answerPort(area, run, bus)
+            return .handled
+        case KVM_EXIT_MMIO:
+            hasPendingAccess = true
+            unsafe answerMemory(run, bus)
+            return .handled
+        case KVM_EXIT_HLT: return .halted
+        case KVM_EXIT_SHUTDOWN: return .reset
+        case KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN: return .interrupted
+        case KVM_EXIT_SYSTEM_EVENT: return .reset
+        case KVM_EXIT_FAIL_ENTRY:
+            let reason = unsafe run.pointee.fail_entry.hardware_entry_failure_reason
+            return .failed("vcpu\(index): the processor refused to enter the guest, reason 0x\(String(reason, radix: 16))")
+        case KVM_EXIT_INTERNAL_ERROR:
+            let code = unsafe run.pointee.internal.suberror
+            let place = (try? registers()).map { " at rip 0x" + String($0.rip, radix: 16) } ?? ""
+            return .failed("vcpu\(index): KVM cannot run the guest on\(place), internal error \(code)")
+        case let other:
+            return .failed("vcpu\(index): KVM left the guest for reason \(other), which this machine does not serve")
+        }
+    }
+
+    /// String instructions arrive as `count` accesses of one port at once.
+    private func answerPort(_ area: UnsafeMutableRawBufferPointer, _ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus) {
+        let io = unsafe run.pointee.io
+        let size = Int(io.size)
+        for number in 0..<Int(io.count) {
+            let offset = Int(io.data_offset) + number * size
+            if CInt(io.direction) == KVM_EXIT_IO_OUT {
+                var value: UInt32 = 0
+                for byte in 0..<size { unsafe value |= UInt32(area[offset + byte]) << UInt32(byte * 8) }
+                bus.portWrite(io.port, size: size, value: value, from: self)
+            } else {
+                let value = bus.portRead(io.port, size: size, from: self)
+                for byte in 0..<size { unsafe area[offset + byte] = UInt8(truncatingIfNeeded: value >> UInt32(byte * 8)) }
+            }
+        }
+    }
+
+    private func answerMemory(_ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus) {
+        let access = unsafe run.pointee.mmio
+        let address = GuestPhysicalAddress(access.phys_addr)
+        let size = min(8, Int(access.len))
+        if access.is_write != 0 {
+            var data = access.data
+            var value: UInt64 = 0
+            unsafe withUnsafeBytes(of: &data) { bytes in
+                for byte in 0..<size { unsafe value |= UInt64(bytes[byte]) << UInt64(byte * 8) }
+            }
+            bus.memoryWrite(address, size: size, value: value)
+        } else {
+            var value = bus.memoryRead(address, size: size).littleEndian
+            unsafe withUnsafeBytes(of: &value) { source in
+                unsafe withUnsafeMutableBytes(of: &run.pointee.mmio.data) { unsafe $0.copyMemory(from: source) }
+            }
+        }
+    }
+
+    func completePendingAccess() {
+        guard hasPendingAccess else { return }
+        setImmediateExit(true)
+        _ = gw_kvm_run(descriptor.number, 0)
+        hasPendingAccess = false
+    }
+}

@@ -1,0 +1,104 @@
+import Accelerator
+import CLinux
+import Glibc
+import Host
+import Synchronization
+
+/// One virtual CPU of KVM: its descriptor and the area it shares with the kernel (`struct kvm_run`).
+final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
+    let index: Int
+    let descriptor: Descriptor
+    let shared: Mapping
+    /// What the guest's CPUID instruction reports. Replaced by the source's on an incoming migration, before the first run.
+    var cpuid: CPUID
+    /// The model-specific registers this kernel can both read and write.
+    let msrIndices: [UInt32]
+    let xsaveByteCount: Int
+    /// The thread inside `run`, for `kick`.
+    let runner = Mutex<pthread_t?>(nil)
+    /// The state after creation, to which a reset returns.
+    private(set) var powerOn: [UInt8] = []
+    /// The last exit was an access whose answer the kernel takes on the next entry.
+    var hasPendingAccess = false
+
+    init(index: Int, machine: Descriptor, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32])
+        throws(AcceleratorError)
+    {
+        self.index = index
+        self.cpuid = cpuid
+        let number = try kvm(gw_kvm_create_vcpu(machine.number, UInt(index)), "KVM_CREATE_VCPU \(index)")
+        descriptor = Descriptor(owning: number, name: "vcpu\(index)")
+        do throws(SystemError) {
+            shared = try Mapping(descriptor, byteCount: runByteCount)
+        } catch { throw AcceleratorError(error.description) }
+        let size = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_XSAVE2))
+        guard size >= 4096 else { throw AcceleratorError("/dev/kvm lacks KVM_GET_XSAVE2; use Linux 5.17 or newer") }
+        xsaveByteCount = Int(size)
+        try Self.set(cpuid, on: descriptor)
+        msrIndices = index == 0 ? Self.usable(candidates, on: descriptor) : candidates
+        powerOn = try save()
+    }
+
+    static func set(_ cpuid: CPUID, on descriptor: Descriptor) throws(AcceleratorError) {
+        var table = cpuid.table
+        try kvm(
+            unsafe table.withUnsafeMutableBytes { unsafe gw_kvm_set_cpuid2_raw(descriptor.number, $0.baseAddress!) },
+            "KVM_SET_CPUID2")
+    }
+
+    /// Some kernels list registers which they then refuse: those are left out, on both sides alike.
+    private static func usable(_ candidates: [UInt32], on descriptor: Descriptor) -> [UInt32] {
+        candidates.filter { index in
+            var table = MSRTable([(index, 0)])
+            return table.get(descriptor) == 1 && table.set(descriptor) == 1
+        }
+    }
+
+    func tscKilohertz() throws(AcceleratorError) -> UInt64 {
+        UInt64(try kvm(gw_kvm_get_tsc_khz(descriptor.number, 0), "KVM_GET_TSC_KHZ"))
+    }
+
+    func kick() {
+        setImmediateExit(true)
+        runner.withLock { thread in
+            if let thread { pthread_kill(thread, HostThread.interruptSignal) }
+        }
+    }
+
+    func clearKick() { setImmediateExit(false) }
+
+    /// `kvm_run.immediate_exit`: KVM_RUN returns EINTR at once. Any thread may write it: it is one byte.
+    func setImmediateExit(_ on: Bool) {
+        shared.store(UInt8(on ? 1 : 0), at: MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!)
+    }
+}
+
+/// The area KVM_GET_MSRS and KVM_SET_MSRS take: a header, then (index, reserved, value) for each register.
+struct MSRTable {
+    private var words: [UInt32]
+
+    init(_ entries: [(index: UInt32, value: UInt64)]) {
+        words = [UInt32(entries.count), 0]
+        for entry in entries {
+            words += [entry.index, 0, UInt32(truncatingIfNeeded: entry.value), UInt32(truncatingIfNeeded: entry.value >> 32)]
+        }
+    }
+
+    var entries: [(index: UInt32, value: UInt64)] {
+        (0..<Int(words[0])).map { number in
+            let at = 2 + number * 4
+            let value = UInt64(words[at + 3]) << 32 | UInt64(words[at + 2])
+            return (index: words[at], value: value)
+        }
+    }
+
+    /// - Returns: how many registers were read, or -errno.
+    mutating func get(_ descriptor: Descriptor) -> CInt {
+        unsafe words.withUnsafeMutableBytes { unsafe gw_kvm_get_msrs_raw(descriptor.number, $0.baseAddress!) }
+    }
+
+    /// - Returns: how many registers were written, or -errno.
+    mutating func set(_ descriptor: Descriptor) -> CInt {
+        unsafe words.withUnsafeMutableBytes { unsafe gw_kvm_set_msrs_raw(descriptor.number, $0.baseAddress!) }
+    }
+}
