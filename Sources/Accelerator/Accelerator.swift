@@ -41,6 +41,8 @@ public protocol VirtualCPU: AnyObject, Sendable {
     /// Forgets kicks that have been served. Call before looking for requests.
     func clearKick()
     func registers() throws(AcceleratorError) -> CPURegisters
+    /// The guest-physical address behind a virtual one; `nil` where nothing is mapped.
+    func translate(_ address: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress?
     func setRegisters(_ registers: CPURegisters) throws(AcceleratorError)
     /// Puts the processor into a start state.
     func reset(to start: StartState) throws(AcceleratorError)
@@ -57,8 +59,8 @@ public struct CPURegisters: Sendable, Equatable {
     public var r8: UInt64 = 0, r9: UInt64 = 0, r10: UInt64 = 0, r11: UInt64 = 0
     public var r12: UInt64 = 0, r13: UInt64 = 0, r14: UInt64 = 0, r15: UInt64 = 0
     public var rip: UInt64 = 0, rflags: UInt64 = 2
-    /// Segment bases, in bytes. Read only: `setRegisters` does not change them.
-    public var dataSegmentBase: UInt64 = 0, extraSegmentBase: UInt64 = 0, stackSegmentBase: UInt64 = 0
+    /// Segment selectors. Read only: `setRegisters` does not change them.
+    public var ds: UInt16 = 0, es: UInt16 = 0, ss: UInt16 = 0
     public init() {}
 }
 
@@ -66,8 +68,8 @@ public struct CPURegisters: Sendable, Equatable {
 public enum StartState: Sendable, Equatable {
     /// An application processor: waits for INIT and SIPI.
     case waitForSIPI
-    /// 16-bit real mode at `segment:offset`, with a stack below 0x7000 and the boot drive in DL.
-    case real(segment: UInt16, offset: UInt16, drive: UInt8)
+    /// 16-bit real mode at `cs:ip`, other segments 0, the stack below `sp`, the boot drive in DL.
+    case real(cs: UInt16, ip: UInt16, sp: UInt16, dl: UInt8)
     /// 32-bit protected mode, flat segments, paging and interrupts off (the PVH start state).
     case protected32(entry: UInt32, ebx: UInt32)
 }

@@ -61,7 +61,8 @@ public import Host
 
     /// The words of a range of pages that starts at a multiple of 64; bits past the range may be set.
     @unsafe public func withWords<R>(of pages: Range<PageIndex>, _ body: (UnsafeBufferPointer<UInt64>) -> R) -> R {
-        precondition(pages.lowerBound.value % 64 == 0 && pages.upperBound.value <= pageCount, "whole words of the block")
+        precondition(
+            pages.lowerBound.value % 64 == 0 && pages.upperBound.value <= pageCount, "whole words of the block")
         let first = Int(pages.lowerBound.value / 64)
         let count = Int((pages.upperBound.value + 63) / 64) - first
         return unsafe body(UnsafeBufferPointer(start: word + first, count: count))

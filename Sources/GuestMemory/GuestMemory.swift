@@ -79,4 +79,20 @@ public final class GuestMemory: Sendable {
                 rest = rest.dropFirst(count)
             }, orThrow: { $0 })
     }
+
+    /// Makes a range zero. Holes stay holes. - Throws: `AccessError` if a part of the range is not RAM.
+    public func zero(at address: GuestPhysicalAddress, byteCount: UInt64) throws(AccessError) {
+        try forEachPiece(
+            at: address, byteCount: byteCount,
+            { (block, offset, count) throws(AccessError) in
+                let end = UInt64(offset + count)
+                var position = UInt64(offset)
+                // A file whose holes cannot be told apart is zeroed whole.
+                while let data = (try? block.file.nextData(from: position, to: end)) {
+                    block.mapping.zero(at: Int(data.lowerBound), count: Int(data.upperBound - data.lowerBound))
+                    position = data.upperBound
+                }
+                hostWrites.record(block, offset: offset, count: count)
+            }, orThrow: { $0 })
+    }
 }

@@ -49,7 +49,8 @@ import Glibc
                 unsafe pthread_cond_wait(changed, mutex)
             } else {
                 var time = timespec(
-                    tv_sec: Int(deadline.nanoseconds / 1_000_000_000), tv_nsec: Int(deadline.nanoseconds % 1_000_000_000))
+                    tv_sec: Int(deadline.nanoseconds / 1_000_000_000),
+                    tv_nsec: Int(deadline.nanoseconds % 1_000_000_000))
                 if unsafe pthread_cond_timedwait(changed, mutex, &time) == ETIMEDOUT { return body(&value) }
             }
         }

@@ -28,7 +28,8 @@ extension KVMAccelerator {
         return [
             SystemState(name: "godwit/irqchip", version: 1, body: chips),
             SystemState(name: "godwit/pit", version: 1, body: unsafe withUnsafeBytes(of: &pit) { unsafe Array($0) }),
-            SystemState(name: "godwit/kvmclock", version: 1, body: unsafe withUnsafeBytes(of: &clock) { unsafe Array($0) }),
+            SystemState(
+                name: "godwit/kvmclock", version: 1, body: unsafe withUnsafeBytes(of: &clock) { unsafe Array($0) }),
         ]
     }
 
@@ -39,7 +40,9 @@ extension KVMAccelerator {
             guard state.body.count == 3 * size else { throw Self.wrongLength(state, 3 * size) }
             for number in 0..<3 {
                 var chip = kvm_irqchip()
-                unsafe withUnsafeMutableBytes(of: &chip) { unsafe $0.copyBytes(from: state.body[number * size..<(number + 1) * size]) }
+                unsafe withUnsafeMutableBytes(of: &chip) {
+                    unsafe $0.copyBytes(from: state.body[number * size..<(number + 1) * size])
+                }
                 guard chip.chip_id == UInt32(number) else {
                     throw AcceleratorError("section \(state.name): controller \(chip.chip_id) where \(number) belongs")
                 }

@@ -167,7 +167,9 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         }
     }
 
-    private func clear(_ slot: KVMSlots.Slot, first: UInt64, count: UInt64, _ words: UnsafePointer<UInt64>)
+    private func clear(
+        _ slot: KVMSlots.Slot, first: UInt64, count: UInt64, _ words: UnsafePointer<UInt64>
+    )
         throws(AcceleratorError)
     {
         var request = unsafe kvm_clear_dirty_log()

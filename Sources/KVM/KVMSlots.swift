@@ -56,6 +56,7 @@ struct KVMSlots {
         region.userspace_addr = UInt64(slot.hostAddress)
         let what = "KVM_SET_USER_MEMORY_REGION \(slot.guestAddress), \(slot.pageCount << GuestPage.shift) bytes"
         let result = unsafe gw_kvm_set_user_memory_region(machine.number, &region)
-        try kvm(result, what, remedy: result == -ENOMEM ? "the host has not enough memory for a guest of this size" : nil)
+        try kvm(
+            result, what, remedy: result == -ENOMEM ? "the host has not enough memory for a guest of this size" : nil)
     }
 }

@@ -17,12 +17,14 @@ struct KVMSystem {
         }
         let version = try kvm(gw_kvm_get_api_version(device.number, 0), "KVM_GET_API_VERSION")
         guard version == KVM_API_VERSION else {
-            throw AcceleratorError("/dev/kvm speaks version \(version), but \(KVM_API_VERSION) is needed; use another kernel")
+            throw AcceleratorError(
+                "/dev/kvm speaks version \(version), but \(KVM_API_VERSION) is needed; use another kernel")
         }
         runByteCount = Int(try kvm(gw_kvm_get_vcpu_mmap_size(device.number, 0), "KVM_GET_VCPU_MMAP_SIZE"))
         for (capability, what) in [
             (KVM_CAP_IRQCHIP, "in-kernel interrupt controllers"), (KVM_CAP_USER_MEMORY, "user memory"),
-            (KVM_CAP_IMMEDIATE_EXIT, "immediate exit"), (KVM_CAP_PIT2, "an in-kernel timer"), (KVM_CAP_XSAVE, "XSAVE state"),
+            (KVM_CAP_IMMEDIATE_EXIT, "immediate exit"), (KVM_CAP_PIT2, "an in-kernel timer"),
+            (KVM_CAP_XSAVE, "XSAVE state"),
         ] where gw_kvm_check_extension(device.number, UInt(capability)) <= 0 {
             throw AcceleratorError("/dev/kvm lacks \(what) (capability \(capability)); use a newer kernel")
         }
@@ -32,7 +34,8 @@ struct KVMSystem {
         let remedy: String
         switch error.code {
         case ENOENT, ENODEV, ENXIO:
-            remedy = "load the kernel module kvm_intel or kvm_amd, or enable virtualisation in the firmware or outer machine"
+            remedy =
+                "load the kernel module kvm_intel or kvm_amd, or enable virtualisation in the firmware or outer machine"
         case EACCES, EPERM: remedy = "add yourself to the group that owns it (usually kvm), or run as root"
         default: remedy = "see whether the kernel's log says why"
         }
@@ -71,7 +74,9 @@ struct KVMSystem {
     func msrIndices() throws(AcceleratorError) -> [UInt32] {
         var list = [UInt32](repeating: 0, count: 1 + 1024)
         list[0] = 1024
-        let status = unsafe list.withUnsafeMutableBytes { unsafe gw_kvm_get_msr_index_list_raw(device.number, $0.baseAddress!) }
+        let status = unsafe list.withUnsafeMutableBytes {
+            unsafe gw_kvm_get_msr_index_list_raw(device.number, $0.baseAddress!)
+        }
         try kvm(status, "KVM_GET_MSR_INDEX_LIST")
         return Array(list[1..<(1 + Int(list[0]))])
     }

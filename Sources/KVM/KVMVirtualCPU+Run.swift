@@ -22,7 +22,9 @@ extension KVMVirtualCPU {
         }
     }
 
-    private func answer(_ area: UnsafeMutableRawBufferPointer, _ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus) -> ExitReason {
+    private func answer(
+        _ area: UnsafeMutableRawBufferPointer, _ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus
+    ) -> ExitReason {
         switch CInt(bitPattern: unsafe run.pointee.exit_reason) {
         case KVM_EXIT_IO:
             hasPendingAccess = true
@@ -38,7 +40,8 @@ extension KVMVirtualCPU {
         case KVM_EXIT_SYSTEM_EVENT: return .reset
         case KVM_EXIT_FAIL_ENTRY:
             let reason = unsafe run.pointee.fail_entry.hardware_entry_failure_reason
-            return .failed("vcpu\(index): the processor refused to enter the guest, reason 0x\(String(reason, radix: 16))")
+            return .failed(
+                "vcpu\(index): the processor refused to enter the guest, reason 0x\(String(reason, radix: 16))")
         case KVM_EXIT_INTERNAL_ERROR:
             let code = unsafe run.pointee.internal.suberror
             let place = (try? registers()).map { " at rip 0x" + String($0.rip, radix: 16) } ?? ""
@@ -49,7 +52,8 @@ extension KVMVirtualCPU {
     }
 
     /// String instructions arrive as `count` accesses of one port at once.
-    private func answerPort(_ area: UnsafeMutableRawBufferPointer, _ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus) {
+    private func answerPort(_ area: UnsafeMutableRawBufferPointer, _ run: UnsafeMutablePointer<kvm_run>, _ bus: any Bus)
+    {
         let io = unsafe run.pointee.io
         let size = Int(io.size)
         for number in 0..<Int(io.count) {
@@ -60,7 +64,9 @@ extension KVMVirtualCPU {
                 bus.portWrite(io.port, size: size, value: value, from: self)
             } else {
                 let value = bus.portRead(io.port, size: size, from: self)
-                for byte in 0..<size { unsafe area[offset + byte] = UInt8(truncatingIfNeeded: value >> UInt32(byte * 8)) }
+                for byte in 0..<size {
+                    unsafe area[offset + byte] = UInt8(truncatingIfNeeded: value >> UInt32(byte * 8))
+                }
             }
         }
     }

@@ -1,6 +1,7 @@
 import Accelerator
 import CLinux
 import Glibc
+import GuestMemory
 import Host
 
 /// The parts of a virtual CPU's state, in the order in which they are loaded: CPUID and control registers before what depends on
@@ -18,20 +19,32 @@ extension KVMVirtualCPU {
     func save() throws(AcceleratorError) -> [UInt8] {
         var body = PartList()
         body.append(Part.cpuid.rawValue, Self.bytes(of: cpuid.table))
-        body.append(Part.segments.rawValue, unsafe try get("KVM_GET_SREGS", kvm_sregs()) { unsafe gw_kvm_get_sregs($0, $1) })
-        body.append(Part.registers.rawValue, unsafe try get("KVM_GET_REGS", kvm_regs()) { unsafe gw_kvm_get_regs($0, $1) })
-        body.append(Part.extendedControl.rawValue, unsafe try get("KVM_GET_XCRS", kvm_xcrs()) { unsafe gw_kvm_get_xcrs($0, $1) })
+        body.append(
+            Part.segments.rawValue, unsafe try get("KVM_GET_SREGS", kvm_sregs()) { unsafe gw_kvm_get_sregs($0, $1) })
+        body.append(
+            Part.registers.rawValue, unsafe try get("KVM_GET_REGS", kvm_regs()) { unsafe gw_kvm_get_regs($0, $1) })
+        body.append(
+            Part.extendedControl.rawValue, unsafe try get("KVM_GET_XCRS", kvm_xcrs()) { unsafe gw_kvm_get_xcrs($0, $1) }
+        )
         var area = [UInt8](repeating: 0, count: xsaveByteCount)
         let status = unsafe area.withUnsafeMutableBytes {
             unsafe gw_kvm_get_xsave2_raw(descriptor.number, $0.baseAddress!)
         }
         try kvm(status, "KVM_GET_XSAVE2")
         body.append(Part.extendedState.rawValue, area)
-        body.append(Part.debug.rawValue, unsafe try get("KVM_GET_DEBUGREGS", kvm_debugregs()) { unsafe gw_kvm_get_debugregs($0, $1) })
-        body.append(Part.localAPIC.rawValue, unsafe try get("KVM_GET_LAPIC", kvm_lapic_state()) { unsafe gw_kvm_get_lapic($0, $1) })
+        body.append(
+            Part.debug.rawValue,
+            unsafe try get("KVM_GET_DEBUGREGS", kvm_debugregs()) { unsafe gw_kvm_get_debugregs($0, $1) })
+        body.append(
+            Part.localAPIC.rawValue,
+            unsafe try get("KVM_GET_LAPIC", kvm_lapic_state()) { unsafe gw_kvm_get_lapic($0, $1) })
         body.append(Part.msrs.rawValue, try saveMSRs())
-        body.append(Part.events.rawValue, unsafe try get("KVM_GET_VCPU_EVENTS", kvm_vcpu_events()) { unsafe gw_kvm_get_vcpu_events($0, $1) })
-        body.append(Part.runState.rawValue, unsafe try get("KVM_GET_MP_STATE", kvm_mp_state()) { unsafe gw_kvm_get_mp_state($0, $1) })
+        body.append(
+            Part.events.rawValue,
+            unsafe try get("KVM_GET_VCPU_EVENTS", kvm_vcpu_events()) { unsafe gw_kvm_get_vcpu_events($0, $1) })
+        body.append(
+            Part.runState.rawValue,
+            unsafe try get("KVM_GET_MP_STATE", kvm_mp_state()) { unsafe gw_kvm_get_mp_state($0, $1) })
         return body.bytes
     }
 
@@ -40,7 +53,8 @@ extension KVMVirtualCPU {
     }
 
     private func load(_ state: [UInt8], clock: ClockAdvance, keepingTSC: Bool) throws(AcceleratorError) {
-        let parts = try PartList.parse(state, of: "godwit/vcpu instance \(index)", expecting: Part.allCases.map(\.rawValue))
+        let parts = try PartList.parse(
+            state, of: "godwit/vcpu instance \(index)", expecting: Part.allCases.map(\.rawValue))
         func part(_ part: Part) -> [UInt8] { parts[part.rawValue] ?? [] }
         try loadCPUID(part(.cpuid))
         unsafe try set("KVM_SET_SREGS", part(.segments), kvm_sregs()) { unsafe gw_kvm_set_sregs($0, $1) }
@@ -50,7 +64,9 @@ extension KVMVirtualCPU {
         unsafe try set("KVM_SET_DEBUGREGS", part(.debug), kvm_debugregs()) { unsafe gw_kvm_set_debugregs($0, $1) }
         unsafe try set("KVM_SET_LAPIC", part(.localAPIC), kvm_lapic_state()) { unsafe gw_kvm_set_lapic($0, $1) }
         try loadMSRs(part(.msrs), clock: clock, keepingTSC: keepingTSC)
-        unsafe try set("KVM_SET_VCPU_EVENTS", part(.events), kvm_vcpu_events()) { unsafe gw_kvm_set_vcpu_events($0, $1) }
+        unsafe try set("KVM_SET_VCPU_EVENTS", part(.events), kvm_vcpu_events()) {
+            unsafe gw_kvm_set_vcpu_events($0, $1)
+        }
         unsafe try set("KVM_SET_MP_STATE", part(.runState), kvm_mp_state()) { unsafe gw_kvm_set_mp_state($0, $1) }
     }
 
@@ -83,10 +99,13 @@ extension KVMVirtualCPU {
         // A source with fewer state components sends a shorter area; the rest is in its initial state.
         guard bytes.count >= 4096, bytes.count <= xsaveByteCount else {
             throw AcceleratorError(
-                "section godwit/vcpu instance \(index): \(bytes.count) bytes of XSAVE state, this host takes 4096 to \(xsaveByteCount)")
+                "section godwit/vcpu instance \(index): \(bytes.count) bytes of XSAVE state, this host takes 4096 to \(xsaveByteCount)"
+            )
         }
         var area = bytes + [UInt8](repeating: 0, count: xsaveByteCount - bytes.count)
-        let status = unsafe area.withUnsafeMutableBytes { unsafe gw_kvm_set_xsave_raw(descriptor.number, $0.baseAddress!) }
+        let status = unsafe area.withUnsafeMutableBytes {
+            unsafe gw_kvm_set_xsave_raw(descriptor.number, $0.baseAddress!)
+        }
         try kvm(status, "KVM_SET_XSAVE")
     }
 
@@ -94,7 +113,8 @@ extension KVMVirtualCPU {
         var table = MSRTable(msrIndices.map { ($0, 0) })
         let count = try kvm(table.get(descriptor), "KVM_GET_MSRS")
         guard Int(count) == msrIndices.count else {
-            throw AcceleratorError("vcpu\(index): MSR 0x\(String(msrIndices[Int(count)], radix: 16)) cannot be read any more")
+            throw AcceleratorError(
+                "vcpu\(index): MSR 0x\(String(msrIndices[Int(count)], radix: 16)) cannot be read any more")
         }
         var body = ByteList()
         for entry in table.entries {
@@ -124,13 +144,16 @@ extension KVMVirtualCPU {
         guard Int(count) == entries.count else {
             let refused = entries[Int(count)]
             throw AcceleratorError(
-                "vcpu\(index): this host refuses MSR 0x\(String(refused.index, radix: 16)) = 0x\(String(refused.value, radix: 16))")
+                "vcpu\(index): this host refuses MSR 0x\(String(refused.index, radix: 16)) = 0x\(String(refused.value, radix: 16))"
+            )
         }
     }
 
     // MARK: Kernel structures
 
-    private func get<T: BitwiseCopyable>(_ call: String, _ zero: T, _ body: (CInt, UnsafeMutablePointer<T>) -> CInt)
+    private func get<T: BitwiseCopyable>(
+        _ call: String, _ zero: T, _ body: (CInt, UnsafeMutablePointer<T>) -> CInt
+    )
         throws(AcceleratorError) -> [UInt8]
     {
         var value = zero
@@ -143,7 +166,8 @@ extension KVMVirtualCPU {
     ) throws(AcceleratorError) {
         guard bytes.count == MemoryLayout<T>.size else {
             throw AcceleratorError(
-                "section godwit/vcpu instance \(index): \(bytes.count) bytes for \(call), which takes \(MemoryLayout<T>.size)")
+                "section godwit/vcpu instance \(index): \(bytes.count) bytes for \(call), which takes \(MemoryLayout<T>.size)"
+            )
         }
         var value = zero
         unsafe withUnsafeMutableBytes(of: &value) { unsafe $0.copyBytes(from: bytes) }
@@ -167,9 +191,15 @@ extension KVMVirtualCPU {
         (result.r8, result.r9, result.r10, result.r11) = (general.r8, general.r9, general.r10, general.r11)
         (result.r12, result.r13, result.r14, result.r15) = (general.r12, general.r13, general.r14, general.r15)
         (result.rip, result.rflags) = (general.rip, general.rflags)
-        (result.dataSegmentBase, result.extraSegmentBase) = (segments.ds.base, segments.es.base)
-        result.stackSegmentBase = segments.ss.base
+        (result.ds, result.es, result.ss) = (segments.ds.selector, segments.es.selector, segments.ss.selector)
         return result
+    }
+
+    func translate(_ address: UInt64) throws(AcceleratorError) -> GuestPhysicalAddress? {
+        var translation = kvm_translation()
+        translation.linear_address = address
+        try kvm(unsafe gw_kvm_translate(descriptor.number, &translation), "KVM_TRANSLATE")
+        return translation.valid != 0 ? GuestPhysicalAddress(translation.physical_address) : nil
     }
 
     func setRegisters(_ r: CPURegisters) throws(AcceleratorError) {
@@ -189,15 +219,17 @@ extension KVMVirtualCPU {
         var general = CPURegisters()
         switch start {
         case .waitForSIPI: return
-        case .real(let segment, let offset, let drive):
-            for path in [\kvm_sregs.ds, \.es, \.fs, \.gs, \.ss] { (segments[keyPath: path].base, segments[keyPath: path].selector) = (0, 0) }
-            (segments.cs.base, segments.cs.selector) = (UInt64(segment) << 4, segment)
+        case .real(let cs, let ip, let sp, let dl):
+            for path in [\kvm_sregs.ds, \.es, \.fs, \.gs, \.ss] {
+                (segments[keyPath: path].base, segments[keyPath: path].selector) = (0, 0)
+            }
+            (segments.cs.base, segments.cs.selector) = (UInt64(cs) << 4, cs)
             (segments.idt.base, segments.idt.limit) = (0, 0x3ff)
-            general.rip = UInt64(offset)
-            general.rsp = 0x7000
-            general.rdx = UInt64(drive)
+            (general.rip, general.rsp, general.rdx) = (UInt64(ip), UInt64(sp), UInt64(dl))
         case .protected32(let entry, let ebx):
-            for path in [\kvm_sregs.ds, \.es, \.fs, \.gs, \.ss] { segments[keyPath: path] = Self.flat(selector: 0x10, type: 3) }
+            for path in [\kvm_sregs.ds, \.es, \.fs, \.gs, \.ss] {
+                segments[keyPath: path] = Self.flat(selector: 0x10, type: 3)
+            }
             segments.cs = Self.flat(selector: 0x08, type: 11)
             segments.cr0 = segments.cr0 & ~0x8000_0000 | 1
             general.rip = UInt64(entry)

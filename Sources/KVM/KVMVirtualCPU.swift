@@ -21,7 +21,9 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     /// The last exit was an access whose answer the kernel takes on the next entry.
     var hasPendingAccess = false
 
-    init(index: Int, machine: Descriptor, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32])
+    init(
+        index: Int, machine: Descriptor, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32]
+    )
         throws(AcceleratorError)
     {
         self.index = index
@@ -65,7 +67,11 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         }
     }
 
-    func clearKick() { setImmediateExit(false) }
+    func clearKick() {
+        setImmediateExit(false)
+        // The store must be seen before the caller's look for requests: a kick in between must not be wiped out.
+        atomicMemoryFence(ordering: .sequentiallyConsistent)
+    }
 
     /// `kvm_run.immediate_exit`: KVM_RUN returns EINTR at once. Any thread may write it: it is one byte.
     func setImmediateExit(_ on: Bool) {
@@ -80,7 +86,9 @@ struct MSRTable {
     init(_ entries: [(index: UInt32, value: UInt64)]) {
         words = [UInt32(entries.count), 0]
         for entry in entries {
-            words += [entry.index, 0, UInt32(truncatingIfNeeded: entry.value), UInt32(truncatingIfNeeded: entry.value >> 32)]
+            words += [
+                entry.index, 0, UInt32(truncatingIfNeeded: entry.value), UInt32(truncatingIfNeeded: entry.value >> 32),
+            ]
         }
     }
 

@@ -8,7 +8,9 @@ struct ByteList {
     init(_ bytes: [UInt8] = []) { self.bytes = bytes }
 
     mutating func append<T: FixedWidthInteger>(_ value: T) {
-        for shift in stride(from: T.bitWidth - 8, through: 0, by: -8) { bytes.append(UInt8(truncatingIfNeeded: value >> T(shift))) }
+        for shift in stride(from: T.bitWidth - 8, through: 0, by: -8) {
+            bytes.append(UInt8(truncatingIfNeeded: value >> T(shift)))
+        }
     }
 
     mutating func append(contentsOf more: [UInt8]) { bytes += more }
@@ -43,16 +45,21 @@ struct PartList {
     }
 
     /// The parts by number. - Throws: unless each expected part is there once, and nothing else.
-    static func parse(_ bytes: [UInt8], of section: String, expecting expected: [UInt16]) throws(AcceleratorError)
+    static func parse(
+        _ bytes: [UInt8], of section: String, expecting expected: [UInt16]
+    ) throws(AcceleratorError)
         -> [UInt16: [UInt8]]
     {
         var list = ByteList(bytes)
         var parts: [UInt16: [UInt8]] = [:]
         while !list.isAtEnd {
-            guard let number: UInt16 = list.next(), let count: UInt32 = list.next(), let body = list.next(Int(count)) else {
+            guard let number: UInt16 = list.next(), let count: UInt32 = list.next(), let body = list.next(Int(count))
+            else {
                 throw AcceleratorError("section \(section): the body of \(bytes.count) bytes ends inside a part")
             }
-            guard expected.contains(number) else { throw AcceleratorError("section \(section): part \(number) is not known") }
+            guard expected.contains(number) else {
+                throw AcceleratorError("section \(section): part \(number) is not known")
+            }
             guard parts.updateValue(body, forKey: number) == nil else {
                 throw AcceleratorError("section \(section): part \(number) comes twice")
             }

@@ -1,0 +1,48 @@
+import Host
+import Synchronization
+
+/// Lets the vCPU threads run, or holds them. Closing waits until every thread is held.
+final class RunGate: Sendable {
+    private struct State {
+        var isOpen = false
+        /// Threads between `enter` and `leave`.
+        var inside = 0
+    }
+
+    private let state = Monitor(State())
+    /// Looked at by every vCPU before it enters the guest.
+    private let closing = Atomic<Bool>(true)
+
+    /// A vCPU should come out.
+    var mustStop: Bool { closing.load(ordering: .acquiring) }
+
+    /// Waits until the gate is open, and goes in.
+    func enter() {
+        state.wait { state -> Void? in
+            guard state.isOpen else { return nil }
+            state.inside += 1
+            return ()
+        }
+    }
+
+    func waitUntilClosed() { state.wait { $0.isOpen ? nil : () } }
+
+    func leave() { state.withLock { $0.inside -= 1 } }
+
+    func open() {
+        state.withLock {
+            closing.store(false, ordering: .releasing)
+            $0.isOpen = true
+        }
+    }
+
+    /// Closes the gate; `kick` makes the threads look. Returns when none is inside.
+    func close(kick: () -> Void) {
+        state.withLock {
+            $0.isOpen = false
+            closing.store(true, ordering: .sequentiallyConsistent)
+        }
+        kick()
+        state.wait { $0.inside == 0 ? () : nil }
+    }
+}

@@ -1,0 +1,44 @@
+import Accelerator
+
+/// The exit loop of one vCPU: wait for the gate, run the guest, answer it, look for requests, again.
+final class VirtualCPUThread: Sendable {
+    private let cpu: any VirtualCPU
+    private let board: Board
+    private let gate: RunGate
+    private let ended: @Sendable (ExitReason) -> Void
+
+    init(cpu: any VirtualCPU, board: Board, gate: RunGate, ended: @escaping @Sendable (ExitReason) -> Void) {
+        self.cpu = cpu
+        self.board = board
+        self.gate = gate
+        self.ended = ended
+    }
+
+    func run() {
+        while true {
+            gate.enter()
+            let reason = runUntilStopped()
+            // The answer to the last access must be in the registers before anybody saves them.
+            cpu.completePendingAccess()
+            gate.leave()
+            if let reason {
+                ended(reason)
+                // What ends a vCPU stops the machine: wait until that has closed the gate.
+                gate.waitUntilClosed()
+            }
+        }
+    }
+
+    /// - Returns: `nil` when asked to stop, else what the machine must deal with.
+    private func runUntilStopped() -> ExitReason? {
+        while true {
+            cpu.clearKick()
+            if gate.mustStop { return nil }
+            switch cpu.run(board) {
+            case .handled, .interrupted: continue
+            case .halted: continue
+            case let reason: return reason
+            }
+        }
+    }
+}

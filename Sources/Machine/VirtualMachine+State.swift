@@ -1,0 +1,123 @@
+import Accelerator
+import Devices
+import Host
+
+/// One device's state as it travels in a migration.
+public struct DeviceState: Sendable, Equatable {
+    public let name: String
+    public let instance: UInt32
+    public let version: UInt32
+    public let body: [UInt8]
+
+    public init(name: String, instance: UInt32, version: UInt32, body: [UInt8]) {
+        self.name = name
+        self.instance = instance
+        self.version = version
+        self.body = body
+    }
+}
+
+/// A section this machine sends and expects.
+public struct DeviceSectionName: Sendable, Equatable, Hashable {
+    public let name: String
+    public let instance: UInt32
+    public let version: UInt32
+    /// Bytes of a body that carries no length of its own (QEMU's sections); `nil` for ours.
+    public let fixedByteCount: Int?
+    /// Without it the guest cannot start.
+    public let isRequired: Bool
+}
+
+// What travels besides RAM. Section `godwit/clock` comes first: from it the destination knows how long the guest stood still.
+
+extension VirtualMachine {
+    /// Section `godwit/clock` version 1: be64 nanoseconds since 1970 at the moment the state was saved.
+    private static let clockSection = "godwit/clock"
+    private static let cpuSection = "godwit/vcpu"
+    /// Clocks go on over a standstill of at most this long; a guest restored from an old file sees none of the years between.
+    static let longestClockAdvance: UInt64 = 60_000_000_000
+
+    /// Every section of this machine, in the order of saving and loading: clock, vCPUs' surroundings, vCPUs, devices.
+    public var sections: [DeviceSectionName] {
+        guard let accelerator, let board else {
+            // QEMU's machine without devices sends its timer state; it means nothing without a vCPU.
+            return [DeviceSectionName(name: "timer", instance: 0, version: 2, fixedByteCount: 24, isRequired: false)]
+        }
+        func section(_ name: String, _ instance: UInt32, _ version: UInt32) -> DeviceSectionName {
+            DeviceSectionName(name: name, instance: instance, version: version, fixedByteCount: nil, isRequired: true)
+        }
+        return [section(Self.clockSection, 0, 1)]
+            + accelerator.systemSections.map { section($0.name, 0, $0.version) }
+            + accelerator.cpus.map { section(Self.cpuSection, UInt32($0.index), 1) }
+            + board.devices.map { section($0.sectionName, $0.instance, $0.stateVersion) }
+    }
+
+    /// The state of everything but RAM. Call while the guest is stopped. - Throws: `MachineError` naming the part.
+    public func saveState() throws(MachineError) -> [DeviceState] {
+        guard let accelerator, let board else {
+            return [DeviceState(name: "timer", instance: 0, version: 2, body: [UInt8](repeating: 0, count: 24))]
+        }
+        do throws(AcceleratorError) {
+            let now = Clock.realtimeNanoseconds
+            let stamp = stride(from: UInt64(56), through: 0, by: -8).map { UInt8(truncatingIfNeeded: now >> $0) }
+            var states = [DeviceState(name: Self.clockSection, instance: 0, version: 1, body: stamp)]
+            for state in try accelerator.saveSystem() {
+                states.append(DeviceState(name: state.name, instance: 0, version: state.version, body: state.body))
+            }
+            for cpu in accelerator.cpus {
+                states.append(
+                    DeviceState(name: Self.cpuSection, instance: UInt32(cpu.index), version: 1, body: try cpu.save()))
+            }
+            for device in board.devices {
+                states.append(
+                    DeviceState(
+                        name: device.sectionName, instance: device.instance, version: device.stateVersion,
+                        body: device.saveState()))
+            }
+            return states
+        } catch { throw MachineError("saving the state: \(error.description)") }
+    }
+
+    /// Loads what `saveState` of a machine like this one returned. Call before the guest ever ran.
+    ///
+    /// - Throws: `MachineError` naming the section that is unknown or does not fit. The machine cannot be started then.
+    public func loadState(_ states: [DeviceState]) throws(MachineError) {
+        guard let accelerator, let board else { return }
+        let advance = try Self.clockAdvance(since: states.first { $0.name == Self.clockSection })
+        do {
+            for state in states where state.name != Self.clockSection {
+                if state.name == Self.cpuSection {
+                    guard Int(state.instance) < accelerator.cpus.count else {
+                        throw MachineError(
+                            "section \(state.name) instance \(state.instance): this machine has \(accelerator.cpus.count) vCPUs; "
+                                + "start both sides with the same --cpus")
+                    }
+                    try accelerator.cpus[Int(state.instance)].load(state.body, clock: advance)
+                } else if accelerator.systemSections.contains(where: { $0.name == state.name }) {
+                    try accelerator.loadSystem(
+                        SystemState(name: state.name, version: state.version, body: state.body), clock: advance)
+                } else if let device = board.devices.first(where: {
+                    $0.sectionName == state.name && $0.instance == state.instance
+                }) {
+                    try device.loadState(state.body, version: state.version)
+                } else {
+                    throw MachineError(
+                        "section \(state.name) instance \(state.instance): this machine has no such device")
+                }
+            }
+        } catch {
+            throw MachineError("\(error)")
+        }
+    }
+
+    private static func clockAdvance(since section: DeviceState?) throws(MachineError) -> ClockAdvance {
+        guard let body = section?.body, body.count == 8 else {
+            throw MachineError("section \(clockSection): 8 bytes are expected, \(section?.body.count ?? 0) came")
+        }
+        let saved = body.reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
+        let now = Clock.realtimeNanoseconds
+        // Clocks of two hosts may disagree, and a file may be old: then the guest's time just stands still.
+        guard now > saved, now - saved <= longestClockAdvance else { return .none }
+        return ClockAdvance(nanoseconds: now - saved)
+    }
+}

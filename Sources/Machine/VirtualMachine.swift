@@ -1,0 +1,303 @@
+//! The Machine room: the board. RAM, an accelerator, devices and a run state, put together as one virtual machine.
+//!
+//! `VirtualMachine` is the summary. `RunGate` holds and releases the vCPU threads, whose exit loop is `VirtualCPUThread`; `Board` answers
+//! what leaves guest memory; `Boot/` says what is in memory at power-on; `+State` carries the state that migrates.
+
+public import Accelerator
+import Devices
+public import GuestMemory
+import Host
+import KVM
+import Synchronization
+
+/// A virtual machine: RAM, vCPUs and devices, and what they are doing.
+///
+/// Commands may come from any thread. Each is carried out whole before the next: run-state changes have one owner, the `control` lock.
+public final class VirtualMachine: Sendable {
+    public let configuration: MachineConfiguration
+    public let memory: GuestMemory
+    public let serial: SerialPort
+    /// `nil` for a machine without vCPUs.
+    public let accelerator: (any Accelerator)?
+    let board: Board?
+    let gate: RunGate
+    private let threads = Mutex<[HostThread]>([])
+    private let control: Mutex<RunState>
+    private let observers = Mutex<[@Sendable (MachineEvent) -> Void]>([])
+    private let requests = Monitor<[Board.Request]>([])
+
+    /// Makes a machine, its memory filled as the boot plan says; no vCPU runs yet.
+    ///
+    /// - Throws: `MachineError`: a size or count that is not possible, an accelerator or memory the host does not grant.
+    public init(_ configuration: MachineConfiguration, serial: SerialPort) throws(MachineError) {
+        try configuration.validate()
+        self.configuration = configuration
+        self.serial = serial
+        memory = try Self.makeMemory(configuration)
+        control = Mutex(configuration.isIncoming ? .inMigrate : .prelaunch)
+        gate = RunGate()
+        guard configuration.kind == .pc else {
+            (accelerator, board) = (nil, nil)
+            return
+        }
+        let layout = try Self.layout(configuration)
+        let kvm: KVMAccelerator
+        do throws(AcceleratorError) {
+            kvm = try KVMAccelerator(memory: memory, cpuCount: configuration.cpuCount)
+        } catch { throw MachineError(error.description) }
+        accelerator = kvm
+        let requests = requests
+        board = try Board(
+            memory: memory, layout: layout,
+            bootDiskImage: configuration.isIncoming ? [] : configuration.boot?.bootDiskImage ?? [], serial: serial,
+            interrupts: { [weak kvm] line, level in kvm?.setInterruptLine(line, level: level) },
+            request: { request in requests.withLock { $0.append(request) } })
+        if !configuration.isIncoming { try powerOn() }
+        try startThreads()
+    }
+
+    static func layout(_ configuration: MachineConfiguration) throws(MachineError) -> RAMLayout {
+        do throws(RAMLayoutError) {
+            return try RAMLayout(byteCount: configuration.memoryByteCount, physicalAddressBits: 46)
+        } catch { throw MachineError(error.description) }
+    }
+
+    /// One block named `ram`, as QEMU's machine `none` has it; a PC shows it below 3 GiB and from 4 GiB on.
+    private static func makeMemory(_ configuration: MachineConfiguration) throws(MachineError) -> GuestMemory {
+        do throws(SystemError) {
+            guard configuration.kind == .pc else {
+                let block = try RAMBlock(name: "ram", byteCount: configuration.memoryByteCount)
+                return GuestMemory(
+                    blocks: [block],
+                    view: FlatView([
+                        FlatRange(
+                            guestAddress: GuestPhysicalAddress(0), byteCount: block.byteCount, block: block,
+                            offset: RAMOffset(0))
+                    ]))
+            }
+            let layout: RAMLayout
+            do throws(MachineError) { layout = try Self.layout(configuration) } catch {
+                throw SystemError(error.description, code: 22)
+            }
+            let block = try RAMBlock(name: "ram", byteCount: configuration.memoryByteCount)
+            var offset: UInt64 = 0
+            let ranges = layout.ranges.map { range in
+                defer { offset += UInt64(range.count) }
+                return FlatRange(
+                    guestAddress: GuestPhysicalAddress(range.lowerBound), byteCount: UInt64(range.count), block: block,
+                    offset: RAMOffset(offset))
+            }
+            return GuestMemory(blocks: [block], view: FlatView(ranges))
+        } catch { throw MachineError("guest memory of \(configuration.memoryByteCount) bytes: \(error.description)") }
+    }
+
+    // MARK: Observing
+
+    public var runState: RunState { control.withLock { $0 } }
+
+    /// Calls `observer` with every event from now on, on the thread where it happens.
+    public func observe(_ observer: @escaping @Sendable (MachineEvent) -> Void) {
+        observers.withLock { $0.append(observer) }
+    }
+
+    func report(_ event: MachineEvent) {
+        for observer in observers.withLock({ $0 }) { observer(event) }
+    }
+
+    /// The kernel's thread ids of the vCPUs, by index.
+    public var cpuThreadIDs: [Int32] { threads.withLock { $0.map(\.identifier) } }
+
+    // MARK: Threads
+
+    private func startThreads() throws(MachineError) {
+        guard let accelerator, let board else { return }
+        do throws(SystemError) {
+            try HostThread.installInterruptSignal()
+            for cpu in accelerator.cpus {
+                let loop = VirtualCPUThread(cpu: cpu, board: board, gate: gate) { [weak self] in self?.vcpuEnded($0) }
+                let thread = try HostThread(name: "vcpu\(cpu.index)") { loop.run() }
+                threads.withLock { $0.append(thread) }
+            }
+            _ = try HostThread(name: "machine") { [self] in serveRequests() }
+        } catch { throw MachineError(error.description) }
+    }
+
+    /// What devices ask for is done here: a vCPU thread cannot wait for itself to stop.
+    private func serveRequests() {
+        while let request = requests.wait(until: { $0.isEmpty ? nil : $0.removeFirst() }) {
+            switch request {
+            case .reset: try? reset(byGuest: true)
+            case .shutdown(let status):
+                let happened = control.withLock { state in
+                    guard state == .running else { return false }
+                    pauseCPUs()
+                    state = .shutdown
+                    return true
+                }
+                if happened { report(.shutdown(exitStatus: status)) }
+            }
+        }
+    }
+
+    /// A vCPU thread came out of its loop with something it cannot answer.
+    private func vcpuEnded(_ reason: ExitReason) {
+        switch reason {
+        case .reset: requests.withLock { $0.append(.reset) }
+        case .failed(let sentence):
+            // From a vCPU's thread: it has left the gate, so stopping the others does not wait for it.
+            control.withLock { state in
+                guard state == .running else { return }
+                pauseCPUs()
+                state = .internalError
+            }
+            report(.internalError(sentence))
+            report(.stopped)
+        default: break
+        }
+    }
+
+    func pauseCPUs() {
+        gate.close { for cpu in accelerator?.cpus ?? [] { cpu.kick() } }
+    }
+
+    // MARK: Commands
+
+    /// Lets the guest run (`cont`). - Throws: `MachineError` where that would be wrong, saying why.
+    public func resume() throws(MachineError) {
+        let changed = try control.withLock { (state) throws(MachineError) in
+            switch state {
+            case .running: return false
+            case .prelaunch, .paused: break
+            case .inMigrate:
+                throw MachineError("cont: the machine waits for an incoming migration; it starts when that has arrived")
+            case .finishMigrate:
+                throw MachineError("cont: a migration is about to finish; cancel it first (migrate_cancel)")
+            case .postMigrate:
+                throw MachineError(
+                    "cont: the guest was handed over to a migration destination and may run there; it must not run twice"
+                )
+            case .shutdown: throw MachineError("cont: the guest has shut down; reset it first (system_reset)")
+            case .internalError:
+                throw MachineError(
+                    "cont: the guest cannot run on after an internal error; reset it first (system_reset)")
+            }
+            state = .running
+            gate.open()
+            return true
+        }
+        if changed { report(.resumed) }
+    }
+
+    /// Stops the guest (`stop`). A stopped guest stays stopped.
+    public func pause() {
+        let changed = control.withLock { state in
+            guard state == .running else {
+                if state == .prelaunch { state = .paused }
+                return false
+            }
+            pauseCPUs()
+            state = .paused
+            return true
+        }
+        if changed { report(.stopped) }
+    }
+
+    /// Starts the machine afresh with what it was booted with (`system_reset`).
+    public func reset(byGuest: Bool = false) throws(MachineError) {
+        try control.withLock { (state) throws(MachineError) in
+            switch state {
+            case .inMigrate, .finishMigrate, .postMigrate:
+                throw MachineError("system_reset: not while the machine is \(state.rawValue)")
+            case .running, .paused, .prelaunch, .shutdown, .internalError: break
+            }
+            let wasRunning = state == .running
+            pauseCPUs()
+            do throws(MachineError) {
+                try powerOn()
+            } catch {
+                state = .internalError
+                report(.internalError(error.description))
+                throw error
+            }
+            if state == .shutdown || state == .internalError { state = .paused }
+            if wasRunning { gate.open() }
+        }
+        report(.reset(byGuest: byGuest))
+    }
+
+    /// Runs `body` while no vCPU runs; a running guest runs on afterwards. For looks at vCPU state.
+    public func whileStopped<R, E: Error>(_ body: () throws(E) -> R) throws(E) -> R {
+        try control.withLock { (state) throws(E) -> R in
+            guard state == .running else { return try body() }
+            pauseCPUs()
+            defer { gate.open() }
+            return try body()
+        }
+    }
+
+    /// Carries out the boot plan. Call while no vCPU runs.
+    private func powerOn() throws(MachineError) {
+        guard let accelerator, let board else { return }
+        guard let boot = configuration.boot else {
+            throw MachineError(
+                "reset: this machine was not told what to boot; start it with --boot-sector, --kernel or --guest")
+        }
+        board.reset()
+        do {
+            try accelerator.resetSystem()
+            for segment in boot.segments {
+                try memory.write(Array(segment.bytes), at: GuestPhysicalAddress(segment.address))
+                let tail = segment.byteCount - UInt64(segment.bytes.count)
+                try memory.zero(
+                    at: GuestPhysicalAddress(segment.address) + UInt64(segment.bytes.count), byteCount: tail)
+            }
+            for cpu in accelerator.cpus { try cpu.reset(to: cpu.index == 0 ? Self.start(boot.cpu) : .waitForSIPI) }
+        } catch {
+            throw MachineError("\(error)")
+        }
+    }
+
+    private static func start(_ cpu: InitialCPUState) -> StartState {
+        switch cpu {
+        case .real16(let cs, let ip, let sp, let dl): .real(cs: cs, ip: ip, sp: sp, dl: dl)
+        case .protected32(let entry, let ebx): .protected32(entry: entry, ebx: ebx)
+        }
+    }
+
+    // MARK: Run state for migration
+
+    /// Stops the guest for the end of an outgoing migration. - Returns: whether it ran.
+    public func stopForMigration() -> Bool {
+        let wasRunning = control.withLock { state in
+            let was = state == .running
+            if was { pauseCPUs() }
+            state = .finishMigrate
+            return was
+        }
+        if wasRunning { report(.stopped) }
+        return wasRunning
+    }
+
+    /// Undoes `stopForMigration` after a migration that failed or was cancelled.
+    public func resumeAfterMigration(wasRunning: Bool) {
+        control.withLock { state in
+            guard state == .finishMigrate || state == .postMigrate else { return }
+            state = wasRunning ? .running : .paused
+            if wasRunning { gate.open() }
+        }
+        if wasRunning { report(.resumed) }
+    }
+
+    /// The right to run the guest goes to the destination: `cont` is refused from here on.
+    public func handOver() { control.withLock { $0 = .postMigrate } }
+
+    /// The guest has arrived: it runs, or stays paused as it was.
+    public func startAfterMigration(running: Bool) {
+        control.withLock { state in
+            guard state == .inMigrate else { return }
+            state = running ? .running : .paused
+            if running { gate.open() }
+        }
+        if running { report(.resumed) }
+    }
+}
