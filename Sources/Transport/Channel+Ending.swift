@@ -1,0 +1,80 @@
+import Glibc
+public import Host
+import Synchronization
+
+extension Channel {
+    /// Says that everything was handed over.
+    ///
+    /// A socket's peer reads to the end, and may still answer. A pipe is closed. A file is closed and reports what a file system
+    /// met that writes at close; nothing waits for the disk. A command sees the end of its input and is waited for: what it prints
+    /// and nobody received is dropped.
+    /// - Parameter deadline: for the end of a command; `nil` is the send stall limit from now.
+    /// - Throws: `ChannelError`: `commandFailed` for a command that did not end with status 0.
+    public func finish(deadline: Deadline? = nil) throws(ChannelError) {
+        try token.check()
+        switch kind {
+        case .socket:
+            guard let input else { return }
+            do throws(SystemError) { try Socket.finishSending(input) } catch {
+                throw failure("finish sending to", error)
+            }
+        case .pipe:
+            output.withLock { $0 = nil }
+        case .file:
+            guard let descriptor = output.withLock({ $0.take() }) else { return }
+            do throws(SystemError) { try descriptor.flushAsAtClose() } catch { throw failure("close", error) }
+        case .command:
+            output.withLock { $0 = nil }
+            let limit = stallLimits.sendMilliseconds.map { Deadline.after(milliseconds: $0) } ?? .never
+            try waitForCommand(deadline: deadline ?? limit)
+        }
+    }
+
+    /// Waits for the end of the child. Output nobody asked for would fill its pipe and keep it from ending, so it is read here.
+    private func waitForCommand(deadline: Deadline) throws(ChannelError) {
+        guard let child else { return }
+        var drain = hasReceived.load(ordering: .relaxed) ? nil : input
+        var pauseNanoseconds: UInt64 = 200_000
+        while true {
+            try token.check()
+            if let status = child.poll() {
+                guard status.isSuccess else {
+                    throw .commandFailed(command: String(peer.dropFirst("exec:".count)), status: status)
+                }
+                return
+            }
+            if deadline.hasPassed {
+                throw .system(
+                    SystemError(
+                        "wait for the end of", peer, code: ETIMEDOUT, remedy: "its input has ended; it should end too"))
+            }
+            let pause = min(Deadline.after(nanoseconds: pauseNanoseconds), deadline)
+            pauseNanoseconds = min(pauseNanoseconds * 2, 10_000_000)
+            var wanted: [(Descriptor, Readiness)] = [(token.event.descriptor, .readable)]
+            if let drain { wanted.append((drain, .readable)) }
+            let ready = try channelled { () throws(SystemError) in try poll(wanted, deadline: pause) }
+            if let pipe = drain, !ready[1].isEmpty {
+                let piece = try channelled { () throws(SystemError) in try pipe.read(upTo: 1 << 16) }
+                if let piece, piece.isEmpty { drain = nil }
+            }
+        }
+    }
+
+    /// Ends everything: each blocked call, and each later one, throws `ChannelError.cancelled`; the command of `exec:` is ended.
+    /// May be called by any thread at any time; does not wait.
+    public func cancel() {
+        token.cancel()
+        if kind == .socket, let input { Socket.shutdown(input) }
+        if let child { Self.endInBackground(child) }
+    }
+
+    /// Whether `cancel` was called.
+    public var isCancelled: Bool { token.isCancelled }
+
+    /// Ends a child and waits for it, without keeping the caller.
+    static func endInBackground(_ child: ChildProcess) {
+        guard child.poll() == nil else { return }
+        child.signal(ChildProcess.terminationSignal)
+        try? HostThread.detached(name: "command end") { child.end(graceMilliseconds: 500) }
+    }
+}
