@@ -60,7 +60,7 @@ public struct GlobalState: Hashable, Sendable {
     /// Reads a body; nil when its size field is out of range or the name is not text.
     public init?(body: [UInt8]) {
         guard body.count == Self.byteCount else { return nil }
-        let size = Int(body.span.bytes.be32(0))
+        let size = Int(body.be32(0))
         guard (1...Self.fieldBytes).contains(size) else { return nil }
         let name = body[4..<(4 + size)].prefix { $0 != 0 }
         guard !name.isEmpty, let text = String(validating: name, as: UTF8.self) else { return nil }
