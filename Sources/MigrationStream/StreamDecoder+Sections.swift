@@ -15,7 +15,9 @@ extension StreamDecoder {
     }
 
     private mutating func endOfStream(_ buffer: inout ReceiveBuffer) throws(StreamError) -> Step {
-        if let open = sections.values.first(where: { !$0.ended }) { throw error(.sectionNotEnded(name: open.head.name)) }
+        if let open = sections.values.first(where: { !$0.ended }) {
+            throw error(.sectionNotEnded(name: open.head.name))
+        }
         advance(1, in: &buffer)
         state = .trailer
         return .item(.endOfStream)

@@ -131,7 +131,7 @@ public struct StreamDecoder: Sendable {
         let inside =
             switch state {
             case .header: "its header"
-            case .betweenSections, .configurationTail: buffer.isEmpty ? "the list of sections" : "a section head or body"
+            case .betweenSections, .configurationTail: buffer.isEmpty ? "the list of sections" : "a section"
             case .ramBlockList: "the list of RAM blocks"
             case .records: "the records of section '\(Wire.ramSectionName)'"
             case .ramFooter: "the footer of section '\(Wire.ramSectionName)'"

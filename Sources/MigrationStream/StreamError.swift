@@ -97,7 +97,8 @@ extension StreamError.Cause {
             .unknownVerdict, .reasonNotText:
             messageSentence
         case .sectionType, .unknownSection, .sectionVersion, .sectionInParts, .sectionNotInParts, .sectionInstance,
-            .repeatedSection, .repeatedSectionID, .unknownSectionID, .sectionAlreadyEnded, .sectionNotEnded, .sectionTooLong, .subsection,
+            .repeatedSection, .repeatedSectionID, .unknownSectionID, .sectionAlreadyEnded, .sectionNotEnded,
+            .sectionTooLong, .subsection,
             .missingFooter, .footerOfOther, .footerNotFound:
             sectionSentence
         default: ramSentence
@@ -106,8 +107,10 @@ extension StreamError.Cause {
 
     private var sectionSentence: String {
         switch self {
-        case .sectionType(let byte): "0x\(hexadecimal(UInt64(byte), digits: 2)) begins no known section"
-        case .unknownSection(let name, let instance): "section '\(name)' instance \(instance) is unknown to this machine"
+        case .sectionType(let byte):
+            "0x\(hexadecimal(UInt64(byte), digits: 2)) begins no known section"
+        case .unknownSection(let name, let instance):
+            "section '\(name)' instance \(instance) is unknown to this machine"
         case .sectionVersion(let name, let got, let known):
             "section '\(name)' has version \(got), only version \(known) is known"
         case .sectionInParts(let name): "section '\(name)' comes in parts, which only 'ram' does"
@@ -115,10 +118,12 @@ extension StreamError.Cause {
         case .sectionInstance(let name, let instance): "section '\(name)' has instance \(instance), only 0 is known"
         case .repeatedSection(let name): "section '\(name)' starts twice"
         case .repeatedSectionID(let id, let name): "section '\(name)' uses section id \(id), which is taken"
-        case .unknownSectionID(let id, let type): "a \(type) section has id \(id), but no section of that id was started"
+        case .unknownSectionID(let id, let type):
+            "a \(type) section has id \(id), but no section of that id was started"
         case .sectionAlreadyEnded(let name): "section '\(name)' goes on after its end"
         case .sectionNotEnded(let name): "the stream says it is complete, but section '\(name)' has not ended"
-        case .sectionTooLong(let name, let count, let limit): "section '\(name)' has \(count) bytes, more than \(limit)"
+        case .sectionTooLong(let name, let count, let limit):
+            "section '\(name)' has \(count) bytes, more than \(limit)"
         case .subsection(let section, let name): "section '\(section)' has the subsection '\(name)', which is unknown"
         case .missingFooter(let section, let got):
             "section '\(section)' is followed by 0x\(hexadecimal(UInt64(got), digits: 2)) where its footer should be: "
@@ -132,7 +137,8 @@ extension StreamError.Cause {
 
     private var ramSentence: String {
         switch self {
-        case .blockListMissing(let word): "the RAM section starts with 0x\(hexadecimal(word)), not with its block list"
+        case .blockListMissing(let word):
+            "the RAM section starts with 0x\(hexadecimal(word)), not with its block list"
         case .unknownBlock(let name): "RAM block '\(name)' does not exist on this machine"
         case .repeatedBlock(let name): "RAM block '\(name)' is listed twice"
         case .blockLength(let name, let got, let expected):

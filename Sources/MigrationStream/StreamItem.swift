@@ -67,6 +67,14 @@ public struct SectionHead: Hashable, Sendable {
     public let name: String
     public let instance: UInt32
     public let version: UInt32
+
+    public init(type: SectionType, id: UInt32, name: String, instance: UInt32, version: UInt32) {
+        self.type = type
+        self.id = id
+        self.name = name
+        self.instance = instance
+        self.version = version
+    }
 }
 
 /// What may follow the machine name.

@@ -1,7 +1,8 @@
 extension StreamSummary {
     /// Several lines for people.
     public var text: String {
-        var lines = ["migration stream, version \(Wire.version): \(byteCount) bytes, \(isComplete ? "complete" : "cut off")"]
+        let state = isComplete ? "complete" : "cut off"
+        var lines = ["migration stream, version \(Wire.version): \(byteCount) bytes, \(state)"]
         lines.append("machine      \(machine ?? "not named")")
         for subsection in configuration { lines.append("             \(Self.words(subsection))") }
         if !blocks.isEmpty { lines += ramLines }
@@ -12,7 +13,17 @@ extension StreamSummary {
             if commandCount > commands.count { lines.append("  and \(commandCount - commands.count) more") }
         }
         if let vmDescription { lines.append("description  \(vmDescription.utf8.count) bytes of JSON") }
-        return lines.joined(separator: "\n") + "\n"
+        return lines.map(Self.printable).joined(separator: "\n") + "\n"
+    }
+
+    /// Names come from outside: no control character of theirs reaches a terminal.
+    private static func printable(_ line: String) -> String {
+        var result = String.UnicodeScalarView()
+        for scalar in line.unicodeScalars {
+            let isControl = scalar.value < 0x20 || (0x7f...0x9f).contains(scalar.value)
+            result.append(isControl ? "?" : scalar)
+        }
+        return String(result)
     }
 
     private var ramLines: [String] {

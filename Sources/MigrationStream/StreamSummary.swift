@@ -105,7 +105,9 @@ public struct StreamSummary: Sendable {
         case .header: break
         case .configuration(let name): machine = name
         case .configurationSubsection(let subsection): configuration.append(subsection)
-        case .ramSetup(let listed): blocks = listed.map { Block(name: $0.name, length: $0.length) }
+        case .ramSetup(let listed):
+            blocks = listed.map { Block(name: $0.name, length: $0.length) }
+            return
         case .ramRound: return
         case .page(let block, _):
             blocks[block].dataPages += 1
