@@ -1,0 +1,21 @@
+/// The states of a migration, by QEMU's names, and one of our own.
+public enum MigrationStatus: String, CaseIterable, Sendable {
+    case none
+    case setup
+    case cancelling
+    case cancelled
+    case active
+    case postcopyActive = "postcopy-active"
+    case postcopyPaused = "postcopy-paused"
+    case postcopyRecoverSetup = "postcopy-recover-setup"
+    case postcopyRecover = "postcopy-recover"
+    case completed
+    case failed
+    case colo
+    case preSwitchover = "pre-switchover"
+    case device
+    case waitUnplug = "wait-unplug"
+    /// The destination was told to start the guest, and whether it did is not known: the guest is stopped here until
+    /// that is settled.
+    case unsettled = "x-unsettled"
+}

@@ -1,0 +1,309 @@
+public import MigrationStream
+
+// The protocol's face to the shell: what goes into `SourceCore` and `DestinationCore`, and what comes out.
+//
+// Rules for a shell:
+// * Actions are performed in the order given. An action with an arrow answers with exactly one of the events named, at
+//   once or later; other events may come in between. Answers nobody waits for any more are ignored by the core, so a
+//   shell need not withdraw them.
+// * Whoever owns the core feeds it one event at a time and never blocks on the network while doing so: `send` queues or
+//   writes, and a write that fails is told as `disconnected`. `close` interrupts a write or read that is stuck.
+// * Timers are one-shot; setting a timer of the same `kind` replaces it. A timer that fires although it was replaced or
+//   cancelled is recognised by its generation and ignored.
+// * A core serves one migration (source) or one waiting process (destination). It holds no clock: durations come in
+//   events, measured by the shell.
+
+/// Which timer, and which setting of it.
+public struct ProtocolTimer: Hashable, Sendable {
+    public enum Kind: Hashable, Sendable {
+        /// The wait of the present phase.
+        case deadline
+        /// The next sign of life to send.
+        case keepAlive
+        /// The wait for a further connection to say what it wants.
+        case visitor(ConnectionID)
+    }
+
+    public let kind: Kind
+    public let generation: UInt64
+
+    public init(kind: Kind, generation: UInt64) {
+        self.kind = kind
+        self.generation = generation
+    }
+}
+
+/// How long each wait may last, in nanoseconds.
+public struct ProtocolDeadlines: Hashable, Sendable {
+    /// The connection is made.
+    public var connect: UInt64 = 30_000_000_000
+    /// The peer's first words: PONG at the source, the header at the destination.
+    public var greeting: UInt64 = 10_000_000_000
+    /// The peer takes or sends no data for that long.
+    public var stall: UInt64 = 30_000_000_000
+    /// Work of the own process: tracking starts, the guest stops, state is saved or loaded, the guest starts.
+    public var localWork: UInt64 = 30_000_000_000
+    /// At the source, from PREPARE to READY. At the destination, from READY to COMMIT.
+    public var ready: UInt64 = 30_000_000_000
+    /// From COMMIT (or QEMU's EOF) to the last acknowledgement.
+    public var acknowledgement: UInt64 = 30_000_000_000
+    /// A CANCEL is delivered to the peer, the guest meanwhile runs again.
+    public var farewell: UInt64 = 1_000_000_000
+    /// Between two signs of life while the source waits for its operator.
+    public var keepAlive: UInt64 = 5_000_000_000
+
+    public init() {}
+}
+
+// MARK: - Source
+
+/// What a source knows when a migration begins.
+public struct SourceConfiguration: Sendable {
+    public var migration: MigrationIdentifier
+    /// Both sides must have the same machine.
+    public var machineName: String
+    /// All RAM, in the order in which it is listed. Indices are those of the shell's page records.
+    public var blocks: [RAMBlockDescription]
+    /// The layouts of the sections that `stateSaved` will bring.
+    public var catalogue: SectionCatalogue
+    /// Stop before the switch until `proceed` comes (QEMU's capability `pause-before-switchover`).
+    public var pausesBeforeSwitchover: Bool
+    public var switchover: SwitchoverPolicy
+    /// What is offered to a Godwit destination.
+    public var features: FeatureSet
+    public var deadlines: ProtocolDeadlines
+
+    public init(
+        migration: MigrationIdentifier, machineName: String, blocks: [RAMBlockDescription],
+        catalogue: SectionCatalogue = SectionCatalogue(), pausesBeforeSwitchover: Bool = false,
+        switchover: SwitchoverPolicy = SwitchoverPolicy(), features: FeatureSet = .all,
+        deadlines: ProtocolDeadlines = ProtocolDeadlines()
+    ) {
+        self.migration = migration
+        self.machineName = machineName
+        self.blocks = blocks
+        self.catalogue = catalogue
+        self.pausesBeforeSwitchover = pausesBeforeSwitchover
+        self.switchover = switchover
+        self.features = features
+        self.deadlines = deadlines
+    }
+}
+
+/// Whether the connection carries answers.
+public enum ConnectionDirection: Hashable, Sendable {
+    case bothWays
+    /// `exec:`, `file:`, a one-way descriptor.
+    case oneWay
+}
+
+/// What one round of sending did.
+public struct RoundReport: Hashable, Sendable {
+    /// Pages sent, zero pages included.
+    public var pages: UInt64
+    public var bytes: UInt64
+    public var nanoseconds: UInt64
+    /// The round ended early because an event waited; the pages not sent are still dirty.
+    public var interrupted: Bool
+
+    public init(pages: UInt64, bytes: UInt64, nanoseconds: UInt64, interrupted: Bool = false) {
+        self.pages = pages
+        self.bytes = bytes
+        self.nanoseconds = nanoseconds
+        self.interrupted = interrupted
+    }
+}
+
+/// How an operator ends the doubt about a migration whose connection was lost after COMMIT.
+public enum Settlement: Hashable, Sendable {
+    /// Connect again and ask the destination.
+    case askDestination
+    /// The operator knows that the guest runs there.
+    case startedThere
+    /// The operator knows that the guest does not and never will run there.
+    case resumeHere
+}
+
+public enum SourceEvent: Hashable, Sendable {
+    /// The operator's `migrate`. Once, first.
+    case start
+    case connected(ConnectionDirection)
+    case connectFailed(String)
+    case received(ReturnPathMessage)
+    /// The connection failed or the peer closed it. Also what the return path's decoder rejects.
+    case disconnected(String)
+    case trackingStarted
+    case trackingFailed(String)
+    /// The dirty pages known but not sent, in pages, after asking the tracker. The first collect counts all RAM.
+    case collected(remainingPages: UInt64)
+    /// The peer takes data: at most once per second while a round or a flush is under way.
+    case progressed
+    case roundSent(RoundReport)
+    /// No vCPU runs and no device writes guest memory any more. `wasRunning`: false when the guest was paused already.
+    case guestStopped(wasRunning: Bool)
+    case stopFailed(String)
+    /// All device state in loading order, without `globalstate`, which the core adds.
+    case stateSaved([DeviceSection])
+    case stateFailed(String)
+    /// All that was sent is in the kernel's hands.
+    case flushed
+    /// The connection is closed; an error when the other end of a one-way transport reports one (`exec:` exit status).
+    case closed(error: String?)
+    case timer(ProtocolTimer)
+    /// The operator's `migrate_cancel`.
+    case cancel
+    /// The operator's `migrate-continue` in pre-switchover.
+    case proceed
+    case settle(Settlement)
+}
+
+public enum SourceAction: Hashable, Sendable {
+    /// -> `connected`, `connectFailed`.
+    case connect
+    /// Stream bytes, after all sent before.
+    case send([UInt8])
+    /// -> `trackingStarted`, `trackingFailed`.
+    case startTracking
+    case stopTracking
+    /// Learn what is dirty; `final`: the guest is stopped, nothing may be missed. -> `collected`, `trackingFailed`.
+    case collect(final: Bool)
+    /// Write records for all dirty pages known, after the section head that the core sent just before; no EOS. `final`:
+    /// without bandwidth limit. `batches`: the peer understands page batches. Between batches, look whether events wait;
+    /// if so and it is not final, end the round as interrupted. -> `roundSent`.
+    case sendRound(final: Bool, batches: Bool)
+    /// End the round under way at the next batch, final or not; its `roundSent` still comes.
+    case interruptRound
+    /// -> `guestStopped`, `stopFailed`.
+    case stopGuest
+    /// Undo `stopGuest`, also one still under way: a guest that ran before runs again.
+    case resumeGuest
+    /// From here on nothing but this core may start the guest: record it, refuse `cont`. Comes before the bytes that
+    /// let the destination start are sent.
+    case giveUpRightToRun
+    /// The guest is ours again; `resumeGuest` follows.
+    case regainRightToRun
+    /// -> `stateSaved`, `stateFailed`.
+    case saveState
+    /// -> `flushed`, or `disconnected`.
+    case flush
+    /// Close once what is queued has left, without waiting for a peer that takes nothing. -> `closed`.
+    case close
+    /// One-shot, after that many nanoseconds; replaces the timer of the same kind. -> `timer`.
+    case setTimer(ProtocolTimer, nanoseconds: UInt64)
+    case cancelTimer(ProtocolTimer.Kind)
+    case report(MigrationStatus)
+    /// The rule was agreed, for `info migrate`.
+    case agreed(HandoverRule, features: FeatureSet)
+    /// The operator's command (`cancel`, `proceed`, `settle`) does not fit the phase: one sentence.
+    case refused(String)
+    /// The migration is over. After `unsettled`, `settle` events still work, and another `finished` follows.
+    case finished(SourceOutcome)
+}
+
+public enum SourceOutcome: Hashable, Sendable {
+    case completed
+    /// The guest was given back (`resumeGuest` came before if it had been stopped).
+    case cancelled
+    case failed(String)
+    /// The guest stays stopped: whether it runs at the destination is not known.
+    case unsettled(String)
+}
+
+// MARK: - Destination
+
+/// A connection at the destination, numbered by its shell.
+public struct ConnectionID: Hashable, Sendable {
+    public let rawValue: UInt64
+    public init(_ rawValue: UInt64) { self.rawValue = rawValue }
+}
+
+/// A device section the destination's machine wants.
+public struct ExpectedSection: Hashable, Sendable {
+    public let name: String
+    public let instance: UInt32
+    /// Without it the guest cannot start.
+    public let required: Bool
+
+    public init(name: String, instance: UInt32 = 0, required: Bool = true) {
+        self.name = name
+        self.instance = instance
+        self.required = required
+    }
+}
+
+/// What a destination knows when it begins to wait.
+public struct DestinationConfiguration: Sendable {
+    /// This process.
+    public var instance: InstanceIdentifier
+    public var machineName: String
+    /// The sections of this machine besides `globalstate`; anything else in the stream is an error.
+    public var sections: [ExpectedSection]
+    /// Run the guest if it ran on the source; false: leave it paused (`--paused`, QEMU's -S).
+    public var startsGuest: Bool
+    /// What is offered to a Godwit source.
+    public var features: FeatureSet
+    public var deadlines: ProtocolDeadlines
+
+    public init(
+        instance: InstanceIdentifier, machineName: String, sections: [ExpectedSection], startsGuest: Bool = true,
+        features: FeatureSet = .all, deadlines: ProtocolDeadlines = ProtocolDeadlines()
+    ) {
+        self.instance = instance
+        self.machineName = machineName
+        self.sections = sections
+        self.startsGuest = startsGuest
+        self.features = features
+        self.deadlines = deadlines
+    }
+}
+
+public enum DestinationEvent: Hashable, Sendable {
+    /// A peer connected. `answers`: false for a one-way transport (`exec:`, `file:`).
+    case accepted(ConnectionID, answers: Bool)
+    /// What the decoder of that connection found. Page records need not come here as long as
+    /// ``DestinationCore/acceptsPages(on:)``: the shell applies them by itself.
+    case item(ConnectionID, StreamItem)
+    /// The decoder of that connection rejected its input: the stream error's sentence.
+    case rejected(ConnectionID, String)
+    /// The peer closed, or the connection failed.
+    case disconnected(ConnectionID, String)
+    /// Data arrives: at most once per second while a long section is read.
+    case progressed(ConnectionID)
+    /// A page could not be placed into guest memory.
+    case pagesFailed(String)
+    case stateLoaded(nanoseconds: UInt64)
+    case loadFailed(String)
+    /// The guest runs, or is paused if it was to be: nanoseconds from the action to the first entry into the guest.
+    case guestStarted(nanoseconds: UInt64)
+    /// No vCPU ever entered the guest, and none will.
+    case startFailed(String)
+    case timer(ProtocolTimer)
+    /// The operator gives up this destination (`quit`): the guest will never start here.
+    case giveUp
+}
+
+public enum DestinationAction: Hashable, Sendable {
+    case send(ConnectionID, [UInt8])
+    /// Hand over what was sent if the peer takes it, then close and forget this connection.
+    case close(ConnectionID)
+    /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
+    /// `loadFailed`.
+    case loadState([DeviceSection])
+    /// Take the guest: let it run, or leave it paused. -> `guestStarted`, `startFailed`.
+    case startGuest(running: Bool)
+    case setTimer(ProtocolTimer, nanoseconds: UInt64)
+    case cancelTimer(ProtocolTimer.Kind)
+    case report(MigrationStatus)
+    /// The rule was agreed, for `info migrate`.
+    case agreed(HandoverRule, features: FeatureSet)
+    case finished(DestinationOutcome)
+}
+
+public enum DestinationOutcome: Hashable, Sendable {
+    /// The guest is here. Later connections are still answered when they ask (SETTLE).
+    case completed
+    /// Nothing of this machine was touched: the core waits for another connection.
+    case waitsForAnother(String)
+    /// The guest never starts here. Memory or devices may be half loaded; later connections are still answered.
+    case failed(String)
+}

@@ -1,0 +1,86 @@
+/// Decodes what the destination says, by being asked like ``StreamDecoder``.
+public struct ReturnPathDecoder: Sendable {
+    /// Bytes decoded so far.
+    public private(set) var position: UInt64 = 0
+    private var failure: StreamError?
+
+    public init() {}
+
+    /// The next message, or nil when `buffer` does not hold a whole one. The first error is final.
+    public mutating func next(from buffer: inout ReceiveBuffer) throws(StreamError) -> ReturnPathMessage? {
+        if let failure { throw failure }
+        guard buffer.count >= 4 else { return nil }
+        do throws(StreamError) {
+            let number = buffer.be16(0)
+            let length = Int(buffer.be16(2))
+            guard let type = ReturnPathType(rawValue: number), type != .invalid else {
+                throw StreamError(.unknownMessage(number), position: position)
+            }
+            guard length <= StreamLimit.reasonBytes else {
+                throw StreamError(.messageLength(type.name, got: length), position: position)
+            }
+            guard buffer.count >= 4 + length else { return nil }
+            guard let message = try parse(type, length, buffer) else {
+                throw StreamError(.messageLength(type.name, got: length), position: position)
+            }
+            buffer.consume(4 + length)
+            position += UInt64(4 + length)
+            return message
+        } catch {
+            failure = error
+            throw error
+        }
+    }
+
+    /// - Returns: nil when the length does not fit.
+    private func parse(
+        _ type: ReturnPathType, _ length: Int, _ buffer: ReceiveBuffer
+    ) throws(StreamError) -> ReturnPathMessage? {
+        switch type {
+        case .shut: return length == 4 ? .shut(buffer.be32(4)) : nil
+        case .pong: return length == 4 ? .pong(buffer.be32(4)) : nil
+        case .hello:
+            guard length == 28 else { return nil }
+            return .hello(
+                version: buffer.be32(4), features: FeatureSet(rawValue: buffer.be64(8)),
+                instance: buffer.identifier(16))
+        case .ready: return length == 8 ? .ready(nanoseconds: buffer.be64(4)) : nil
+        case .started: return length == 8 ? .started(nanoseconds: buffer.be64(4)) : nil
+        case .failure:
+            guard let reason = buffer.text(4..<(4 + length)) else {
+                throw StreamError(.reasonNotText(type.name), position: position)
+            }
+            return .failure(reason: reason)
+        case .verdict:
+            guard length == 1 else { return nil }
+            guard let verdict = Verdict(rawValue: buffer[4]), verdict != .invalid else {
+                throw StreamError(.unknownVerdict(buffer[4]), position: position)
+            }
+            return .verdict(verdict)
+        case .switchoverAcknowledged: return length == 0 ? .switchoverAcknowledged : nil
+        case .invalid, .requestPagesWithName, .requestPages, .receivedBitmap, .resumeAcknowledged:
+            throw StreamError(.unsupportedMessage(type.name), position: position)
+        }
+    }
+}
+
+extension ReturnPathType {
+    /// The name in documentation and error sentences.
+    public var name: String {
+        switch self {
+        case .invalid: "INVALID"
+        case .shut: "SHUT"
+        case .pong: "PONG"
+        case .requestPagesWithName: "REQ_PAGES_ID"
+        case .requestPages: "REQ_PAGES"
+        case .receivedBitmap: "RECV_BITMAP"
+        case .resumeAcknowledged: "RESUME_ACK"
+        case .switchoverAcknowledged: "SWITCHOVER_ACK"
+        case .hello: "HELLO"
+        case .ready: "READY"
+        case .started: "STARTED"
+        case .failure: "FAILURE"
+        case .verdict: "VERDICT"
+        }
+    }
+}

@@ -1,0 +1,71 @@
+extension StreamDecoder {
+    mutating func command(_ buffer: inout ReceiveBuffer) throws(StreamError) -> Step {
+        guard buffer.count >= 5 else { return .needMore }
+        let number = buffer.be16(1)
+        let length = Int(buffer.be16(3))
+        let type = CommandType(rawValue: number)
+        if !describes {
+            guard let type, type != .invalid else { throw error(.unknownCommand(number)) }
+            if type == .cancel, length > StreamLimit.reasonBytes {
+                throw error(.commandLength(type.name, got: length))
+            }
+        }
+        guard buffer.count >= 5 + length else { return .needMore }
+        guard let parsed = try parse(type ?? .invalid, number, length, buffer) else {
+            throw error(.commandLength((type ?? .invalid).name, got: length))
+        }
+        if case .begin(_, let features) = parsed, !describes {
+            allowsPageBatches = features.contains(.pageBatches)
+        }
+        advance(5 + length, in: &buffer)
+        return .item(.command(parsed))
+    }
+
+    /// - Returns: nil when the length does not fit.
+    private func parse(
+        _ type: CommandType, _ number: UInt16, _ length: Int, _ buffer: ReceiveBuffer
+    ) throws(StreamError) -> ForwardCommand? {
+        switch type {
+        case .openReturnPath: return length == 0 ? .openReturnPath : nil
+        case .ping: return length == 4 ? .ping(buffer.be32(5)) : nil
+        case .switchoverStart: return length == 0 ? .switchoverStart : nil
+        case .begin:
+            return length == 24 ? .begin(buffer.identifier(5), FeatureSet(rawValue: buffer.be64(21))) : nil
+        case .prepare: return length == 0 ? .prepare : nil
+        case .commit: return length == 0 ? .commit : nil
+        case .settle: return length == 16 ? .settle(buffer.identifier(5)) : nil
+        case .cancel:
+            guard let reason = buffer.text(5..<(5 + length)) else { throw error(.reasonNotText(type.name)) }
+            return .cancel(reason: reason)
+        case .invalid, .postcopyAdvise, .postcopyListen, .postcopyRun, .postcopyRAMDiscard, .packaged, .enableCOLO,
+            .postcopyResume, .receiveBitmap:
+            guard describes else { throw error(.unsupportedCommand(type.name)) }
+            return .other(type: number, length: length)
+        }
+    }
+}
+
+extension CommandType {
+    /// The name in documentation and error sentences.
+    public var name: String {
+        switch self {
+        case .invalid: "INVALID"
+        case .openReturnPath: "OPEN_RETURN_PATH"
+        case .ping: "PING"
+        case .postcopyAdvise: "POSTCOPY_ADVISE"
+        case .postcopyListen: "POSTCOPY_LISTEN"
+        case .postcopyRun: "POSTCOPY_RUN"
+        case .postcopyRAMDiscard: "POSTCOPY_RAM_DISCARD"
+        case .packaged: "PACKAGED"
+        case .enableCOLO: "ENABLE_COLO"
+        case .postcopyResume: "POSTCOPY_RESUME"
+        case .receiveBitmap: "RECV_BITMAP"
+        case .switchoverStart: "SWITCHOVER_START"
+        case .begin: "BEGIN"
+        case .prepare: "PREPARE"
+        case .commit: "COMMIT"
+        case .settle: "SETTLE"
+        case .cancel: "CANCEL"
+        }
+    }
+}
