@@ -18,6 +18,19 @@ public final class RAMBlock: Sendable {
         try mapping.advise(.dontDump)
     }
 
+    /// Copies bytes out without touching holes, which read as zeroes.
+    @unsafe public func copy(offset: Int, to buffer: UnsafeMutableRawBufferPointer) {
+        let end = UInt64(offset + buffer.count)
+        var position = UInt64(offset)
+        unsafe buffer.initializeMemory(as: UInt8.self, repeating: 0)
+        while let data = try? file.nextData(from: position, to: end) {
+            unsafe mapping.withBytes(at: Int(data.lowerBound), count: Int(data.upperBound - data.lowerBound)) { source in
+                unsafe UnsafeMutableRawBufferPointer(rebasing: buffer[(Int(data.lowerBound) - offset)...]).copyMemory(from: source)
+            }
+            position = data.upperBound
+        }
+    }
+
     public var pageCount: UInt64 { byteCount >> GuestPage.shift }
 
     /// The next run of allocated pages at or after `page`, before `end`; never-touched pages are not in it.

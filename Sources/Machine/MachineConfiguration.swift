@@ -14,14 +14,14 @@ public struct MachineConfiguration: Sendable {
     /// 1 to 64 for a PC, 0 for `none`.
     public var cpuCount: Int
     /// What runs after power-on; `nil`: nothing can be started, the guest arrives by migration.
-    public var boot: BootPlan?
+    public var boot: BootSource?
     /// The machine waits for a migration instead of booting.
     public var isIncoming: Bool
 
     public static let maximumCPUs = 64
 
     public init(
-        kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootPlan? = nil, isIncoming: Bool = false
+        kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil, isIncoming: Bool = false
     ) {
         self.kind = kind
         self.memoryByteCount = memoryByteCount

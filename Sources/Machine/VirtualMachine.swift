@@ -6,6 +6,7 @@
 public import Accelerator
 import Devices
 public import GuestMemory
+import GuestPrograms
 import Host
 import KVM
 import Synchronization
@@ -20,6 +21,8 @@ public final class VirtualMachine: Sendable {
     /// `nil` for a machine without vCPUs.
     public let accelerator: (any Accelerator)?
     let board: Board?
+    /// What a reset puts into memory.
+    private let bootPlan: BootPlan?
     let gate: RunGate
     private let threads = Mutex<[HostThread]>([])
     private let control: Mutex<RunState>
@@ -37,7 +40,7 @@ public final class VirtualMachine: Sendable {
         control = Mutex(configuration.isIncoming ? .inMigrate : .prelaunch)
         gate = RunGate()
         guard configuration.kind == .pc else {
-            (accelerator, board) = (nil, nil)
+            (accelerator, board, bootPlan) = (nil, nil, nil)
             return
         }
         let layout = try Self.layout(configuration)
@@ -46,10 +49,14 @@ public final class VirtualMachine: Sendable {
             kvm = try KVMAccelerator(memory: memory, cpuCount: configuration.cpuCount)
         } catch { throw MachineError(error.description) }
         accelerator = kvm
+        do throws(GuestProgramError) {
+            bootPlan = try configuration.boot?.plan(
+                layout: layout, cpuCount: configuration.cpuCount, tscKilohertz: kvm.tscKilohertz)
+        } catch { throw MachineError(error.description) }
         let requests = requests
         board = try Board(
             memory: memory, layout: layout,
-            bootDiskImage: configuration.isIncoming ? [] : configuration.boot?.bootDiskImage ?? [], serial: serial,
+            bootDiskImage: configuration.isIncoming ? [] : bootPlan?.bootDiskImage ?? [], serial: serial,
             interrupts: { [weak kvm] line, level in kvm?.setInterruptLine(line, level: level) },
             request: { request in requests.withLock { $0.append(request) } })
         if !configuration.isIncoming { try powerOn() }
@@ -238,7 +245,7 @@ public final class VirtualMachine: Sendable {
     /// Carries out the boot plan. Call while no vCPU runs.
     private func powerOn() throws(MachineError) {
         guard let accelerator, let board else { return }
-        guard let boot = configuration.boot else {
+        guard let boot = bootPlan else {
             throw MachineError(
                 "reset: this machine was not told what to boot; start it with --boot-sector, --kernel or --guest")
         }

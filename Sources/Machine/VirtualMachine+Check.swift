@@ -1,0 +1,37 @@
+public import GuestMemory
+public import GuestPrograms
+import Host
+
+// The built-in guests know what their memory must hold: a machine can check it from inside, without a copy.
+
+extension GuestMemory {
+    /// Reads guest memory for the checker and status of a built-in guest. Holes read as zeroes and stay holes.
+    public var guestReader: GuestMemoryReader {
+        { (address, buffer) throws(GuestProgramError) in
+            var filled = 0
+            do throws(AccessError) {
+                try self.forEachPiece(
+                    at: GuestPhysicalAddress(address), byteCount: UInt64(buffer.count),
+                    { (block, offset, count) throws(AccessError) in
+                        // SAFETY: pieces add up to the buffer's count, so each lies inside it.
+                        unsafe block.copy(offset: offset, to: UnsafeMutableRawBufferPointer(rebasing: buffer[filled..<filled + count]))
+                        filled += count
+                    }, orThrow: { $0 })
+            } catch {
+                throw .unreadable(physicalAddress: address, reason: error.description)
+            }
+        }
+    }
+}
+
+extension VirtualMachine {
+    /// Checks the memory of a built-in guest, page by page; a running guest stands still meanwhile.
+    ///
+    /// - Throws: `GuestProgramError` when no built-in guest runs here.
+    public func checkGuest() throws(GuestProgramError) -> GuestCheck {
+        try whileStopped { () throws(GuestProgramError) in try unsafe GuestChecker(read: memory.guestReader).check() }
+    }
+
+    /// How far a built-in guest has come.
+    public func guestStatus() throws(GuestProgramError) -> GuestStatus { try unsafe GuestStatus(read: memory.guestReader) }
+}
