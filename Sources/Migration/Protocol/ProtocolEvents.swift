@@ -8,6 +8,7 @@ public import MigrationStream
 //   shell need not withdraw them.
 // * Whoever owns the core feeds it one event at a time and never blocks on the network while doing so: `send` queues or
 //   writes, and a write that fails is told as `disconnected`. `close` interrupts a write or read that is stuck.
+// * Bytes that arrived before a connection ended are told before `disconnected`.
 // * Timers are one-shot; setting a timer of the same `kind` replaces it. A timer that fires although it was replaced or
 //   cancelled is recognised by its generation and ignored.
 // * A core serves one migration (source) or one waiting process (destination). It holds no clock: durations come in
@@ -51,6 +52,9 @@ public struct ProtocolDeadlines: Hashable, Sendable {
     public var farewell: UInt64 = 1_000_000_000
     /// Between two signs of life while the source waits for its operator.
     public var keepAlive: UInt64 = 5_000_000_000
+    /// A destination hears nothing from its source for that long. Not with a QEMU source, which is silent for as long as
+    /// its operator lets it wait before the switch.
+    public var idle: UInt64 = 120_000_000_000
 
     public init() {}
 }
@@ -155,6 +159,8 @@ public enum SourceEvent: Hashable, Sendable {
     /// The operator's `migrate-continue` in pre-switchover.
     case proceed
     case settle(Settlement)
+    /// The operator changed the limit while the migration runs.
+    case setDowntimeLimit(nanoseconds: UInt64)
 }
 
 public enum SourceAction: Hashable, Sendable {
@@ -258,7 +264,8 @@ public struct DestinationConfiguration: Sendable {
 }
 
 public enum DestinationEvent: Hashable, Sendable {
-    /// A peer connected. `answers`: false for a one-way transport (`exec:`, `file:`).
+    /// A peer connected. `answers`: false for a one-way transport (`exec:`, `file:`). Go on accepting: a stranger must
+    /// not keep the real source out, and a source may come back to ask (SETTLE).
     case accepted(ConnectionID, answers: Bool)
     /// What the decoder of that connection found. Page records need not come here as long as
     /// ``DestinationCore/acceptsPages(on:)``: the shell applies them by itself.
@@ -289,13 +296,16 @@ public enum DestinationAction: Hashable, Sendable {
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
     /// `loadFailed`.
     case loadState([DeviceSection])
-    /// Take the guest: let it run, or leave it paused. -> `guestStarted`, `startFailed`.
+    /// Take the guest: let it run, or leave it paused. The answer must come, there is no way back. -> `guestStarted`,
+    /// `startFailed`.
     case startGuest(running: Bool)
     case setTimer(ProtocolTimer, nanoseconds: UInt64)
     case cancelTimer(ProtocolTimer.Kind)
     case report(MigrationStatus)
     /// The rule was agreed, for `info migrate`.
     case agreed(HandoverRule, features: FeatureSet)
+    /// A connection that never became the source's was closed: one sentence, for the log.
+    case turnedAway(ConnectionID, String)
     case finished(DestinationOutcome)
 }
 

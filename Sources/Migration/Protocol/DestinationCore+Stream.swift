@@ -1,0 +1,140 @@
+import MigrationStream
+
+// What the source's stream says, item by item, until its state is complete.
+
+extension DestinationCore {
+    mutating func take(_ item: StreamItem, from connection: ConnectionID, _ actions: inout [DestinationAction]) {
+        guard connection == source else { return visit(connection, item, &actions) }
+        guard phase < .starting else { return }
+        expectMore(&actions)
+        switch item {
+        case .configurationSubsection(let subsection): check(subsection, &actions)
+        case .command(let command): take(command, &actions)
+        case .ramSetup: ramSetup(&actions)
+        case .ramRound, .page, .zeroPage, .pageBatch:
+            guard phase == .receiving, !ramIsComplete else { return outOfTurn("RAM", &actions) }
+            memoryWasTouched = true
+        case .ramSectionEnded(let type): if type == .end { ramIsComplete = true }
+        case .device(let head, let body): take(head, body, &actions)
+        case .inferredSection(let head, _, _): outOfTurn("section '\(head.name)'", &actions)
+        case .endOfStream:
+            guard rule != .twoPhase else {
+                return fail("the source ended its stream without COMMIT", &actions)
+            }
+            load(&actions)
+        case .header, .configuration: outOfTurn("a second opening", &actions)
+        case .vmDescription: break
+        }
+    }
+
+    private mutating func outOfTurn(_ what: String, _ actions: inout [DestinationAction]) {
+        fail("the source sent \(what) out of turn", &actions)
+    }
+
+    private mutating func check(_ subsection: ConfigurationSubsection, _ actions: inout [DestinationAction]) {
+        switch subsection {
+        case .targetPageBits(let bits):
+            if bits != 12 { fail("the source has pages of 2^\(bits) bytes, this machine of 4096", &actions) }
+        case .capabilities(let names):
+            guard !names.isEmpty else { return }
+            fail("the source uses migration capability \(names.joined(separator: ", ")), not supported yet", &actions)
+        case .uuid: break
+        }
+    }
+
+    private mutating func take(_ command: ForwardCommand, _ actions: inout [DestinationAction]) {
+        switch command {
+        case .openReturnPath: returnPathIsOpen = sourceHears
+        case .ping(let value): answer(ping: value, &actions)
+        case .switchoverStart: break
+        case .begin(let migration, let chosen): begin(migration, chosen, &actions)
+        case .prepare:
+            guard rule == .twoPhase else { return outOfTurn("PREPARE", &actions) }
+            load(&actions)
+        case .commit:
+            guard phase == .ready else { return outOfTurn("COMMIT", &actions) }
+            startGuest(&actions)
+        case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
+        case .settle, .other: outOfTurn("a command", &actions)
+        }
+    }
+
+    private mutating func answer(ping value: UInt32, _ actions: inout [DestinationAction]) {
+        guard let source, returnPathIsOpen else { return }
+        if value == Wire.godwitPing, phase == .opened, !helloWasSaid, !configuration.features.isEmpty {
+            helloWasSaid = true
+            let hello = ReturnPathMessage.hello(
+                version: 1, features: configuration.features, instance: configuration.instance)
+            send(hello, to: source, &actions)
+        }
+        send(.pong(value), to: source, &actions)
+    }
+
+    private mutating func begin(
+        _ migration: MigrationIdentifier, _ chosen: FeatureSet, _ actions: inout [DestinationAction]
+    ) {
+        guard helloWasSaid, phase == .opened, self.migration == nil else { return outOfTurn("BEGIN", &actions) }
+        guard chosen.isSubset(of: configuration.features) else {
+            return fail("the source chose features that were not offered", &actions)
+        }
+        guard !history.contains(migration) else {
+            return fail("migration \(migration) was given up here and cannot begin again", &actions)
+        }
+        self.migration = migration
+        features = chosen
+        rule = chosen.contains(.twoPhaseHandover) ? .twoPhase : .qemu
+    }
+
+    private mutating func ramSetup(_ actions: inout [DestinationAction]) {
+        guard phase == .opened else { return outOfTurn("a second list of RAM blocks", &actions) }
+        let agreed = rule ?? (sourceHears ? .qemu : .oneWay)
+        rule = agreed
+        actions.append(.agreed(agreed, features: features))
+        phase = .receiving
+        expectMore(&actions)
+        report(.active, &actions)
+    }
+
+    // MARK: Device state
+
+    private mutating func take(_ head: SectionHead, _ body: [UInt8], _ actions: inout [DestinationAction]) {
+        guard phase == .receiving else { return outOfTurn("device section '\(head.name)'", &actions) }
+        if head.name == GlobalState.sectionName {
+            guard guestState == nil else { return fail("section '\(head.name)' came twice", &actions) }
+            guard let state = GlobalState(body: body) else {
+                return fail("section '\(head.name)' holds no run state", &actions)
+            }
+            guestState = state
+            return
+        }
+        let object = "device section '\(head.name)' instance \(head.instance)"
+        guard configuration.sections.contains(where: { $0.name == head.name && $0.instance == head.instance }) else {
+            return fail("\(object) does not exist on this machine", &actions)
+        }
+        guard !sections.contains(where: { $0.name == head.name && $0.instance == head.instance }) else {
+            return fail("\(object) came twice", &actions)
+        }
+        stateBytes += body.count
+        guard stateBytes <= Self.stateLimitBytes else {
+            return fail("the device state is larger than \(Self.stateLimitBytes) bytes", &actions)
+        }
+        sections.append(
+            DeviceSection(name: head.name, instance: head.instance, version: head.version, body: body))
+    }
+
+    /// The source says that it sent everything: only complete state is loaded, and all of it at once.
+    private mutating func load(_ actions: inout [DestinationAction]) {
+        guard phase == .receiving else { return outOfTurn("the end of its state", &actions) }
+        guard ramIsComplete else { return fail("the source ended its state before its RAM", &actions) }
+        let missing = configuration.sections.filter { wanted in
+            wanted.required && !sections.contains { $0.name == wanted.name && $0.instance == wanted.instance }
+        }
+        guard missing.isEmpty else {
+            let names = missing.map { "'\($0.name)' instance \($0.instance)" }.joined(separator: ", ")
+            return fail("the stream does not bring device section \(names)", &actions)
+        }
+        memoryWasTouched = true
+        actions.append(.loadState(sections))
+        enter(.loading, deadline: configuration.deadlines.localWork, &actions)
+    }
+}

@@ -1,0 +1,134 @@
+public import MigrationStream
+
+/// How far a destination is. The order is that of a migration that goes well; `failed` is the way out.
+public enum DestinationPhase: Int, Comparable, Sendable {
+    /// No source is accepted yet.
+    case waiting
+    /// A source named its machine.
+    case opened
+    /// RAM arrives, then device state.
+    case receiving
+    /// All state is complete and being loaded.
+    case loading
+    /// READY was said, COMMIT is awaited.
+    case ready
+    // From here on the guest is ours.
+    /// The guest is being started: there is no way back.
+    case starting
+    case started
+    /// The guest never starts here.
+    case failed
+
+    public static func < (left: DestinationPhase, right: DestinationPhase) -> Bool { left.rawValue < right.rawValue }
+}
+
+/// The destination's side, as a value: events go in, actions come out. See `ProtocolEvents.swift`.
+///
+/// Every connection begins as a visitor; the first that names the right machine is the source, others are turned away or
+/// come to ask (SETTLE). Its promise: the guest starts only on COMMIT (with QEMU: when the stream is complete), only after
+/// all state is loaded, and never once "never started" was answered or FAILURE was said.
+public struct DestinationCore: Sendable {
+    public internal(set) var phase = DestinationPhase.waiting
+    public internal(set) var status = MigrationStatus.none
+    public internal(set) var rule: HandoverRule?
+    public internal(set) var features: FeatureSet = []
+    public let configuration: DestinationConfiguration
+
+    /// A connection that is not the source's.
+    struct Visitor: Sendable {
+        enum Wish: Sendable {
+            case unknown
+            /// Waits for the end of the start that is under way.
+            case verdict
+            case answered
+        }
+
+        let answers: Bool
+        var wish = Wish.unknown
+    }
+
+    static let visitorLimit = 8
+    static let historyLimit = 64
+    static let stateLimitBytes = 64 << 20
+
+    var timers = TimerLedger()
+    var visitors: [ConnectionID: Visitor] = [:]
+    /// Migrations that were begun here and will never start, oldest first.
+    var history: [MigrationIdentifier] = []
+
+    // The migration under way; `forget` resets them.
+    var source: ConnectionID?
+    var sourceHears = false
+    var returnPathIsOpen = false
+    var helloWasSaid = false
+    var migration: MigrationIdentifier?
+    var ramIsComplete = false
+    var memoryWasTouched = false
+    var sections: [DeviceSection] = []
+    var stateBytes = 0
+    var guestState: GlobalState?
+
+    public init(_ configuration: DestinationConfiguration) {
+        self.configuration = configuration
+    }
+
+    /// Whether pages of that connection may be placed into guest memory now, without asking for each.
+    public func acceptsPages(on connection: ConnectionID) -> Bool {
+        phase == .receiving && connection == source && !ramIsComplete
+    }
+
+    /// Takes one event and returns what to do, in order.
+    public mutating func handle(_ event: DestinationEvent) -> [DestinationAction] {
+        var actions: [DestinationAction] = []
+        switch event {
+        case .accepted(let connection, let answers): accepted(connection, answers, &actions)
+        case .item(let connection, let item): take(item, from: connection, &actions)
+        case .rejected(let connection, let reason): rejected(connection, reason, &actions)
+        case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
+        case .progressed(let connection): if connection == source { expectMore(&actions) }
+        case .pagesFailed(let reason): fail(reason, &actions)
+        case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
+        case .loadFailed(let reason): fail(reason, &actions)
+        case .guestStarted(let nanoseconds): guestStarted(nanoseconds, &actions)
+        case .startFailed(let reason): startFailed(reason, &actions)
+        case .timer(let timer): fired(timer, &actions)
+        case .giveUp: giveUp(&actions)
+        }
+        return actions
+    }
+
+    // MARK: What all phases use
+
+    mutating func enter(_ phase: DestinationPhase, deadline nanoseconds: UInt64?, _ actions: inout [DestinationAction])
+    {
+        self.phase = phase
+        if let nanoseconds {
+            actions.append(.setTimer(timers.set(.deadline), nanoseconds: nanoseconds))
+        } else {
+            cancelTimer(.deadline, &actions)
+        }
+    }
+
+    mutating func cancelTimer(_ kind: ProtocolTimer.Kind, _ actions: inout [DestinationAction]) {
+        if timers.cancel(kind) { actions.append(.cancelTimer(kind)) }
+    }
+
+    mutating func report(_ status: MigrationStatus, _ actions: inout [DestinationAction]) {
+        guard self.status != status else { return }
+        self.status = status
+        actions.append(.report(status))
+    }
+
+    func send(_ message: ReturnPathMessage, to connection: ConnectionID, _ actions: inout [DestinationAction]) {
+        var writer = StreamWriter()
+        writer.message(message)
+        actions.append(.send(connection, writer.bytes))
+    }
+
+    /// The source's next words have a deadline again. A QEMU source may be silent for as long as its operator likes.
+    mutating func expectMore(_ actions: inout [DestinationAction]) {
+        guard phase == .opened || phase == .receiving else { return }
+        let isPatient = phase == .receiving && rule != .twoPhase
+        enter(phase, deadline: isPatient ? nil : configuration.deadlines.idle, &actions)
+    }
+}

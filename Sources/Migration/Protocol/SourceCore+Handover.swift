@@ -1,0 +1,195 @@
+import MigrationStream
+
+// From the stopped guest to the destination's acknowledgement: the only place where the right to run is given up.
+
+extension SourceCore {
+    mutating func guestStopped(_ event: SourceEvent, _ actions: inout [SourceAction]) {
+        guard phase == .stoppingGuest, case .guestStopped(let wasRunning) = event else { return }
+        guestWasRunning = wasRunning
+        guard configuration.pausesBeforeSwitchover else { return beginSwitch(&actions) }
+        report(.preSwitchover, &actions)
+        enter(.preSwitchover, deadline: nil, &actions)
+        if direction == .bothWays { scheduleKeepAlive(&actions) }
+    }
+
+    mutating func proceed(_ actions: inout [SourceAction]) {
+        guard phase == .preSwitchover else {
+            actions.append(.refused("the migration is not waiting before its switch, its status is \(status.rawValue)"))
+            return
+        }
+        cancelTimer(.keepAlive, &actions)
+        beginSwitch(&actions)
+    }
+
+    private mutating func beginSwitch(_ actions: inout [SourceAction]) {
+        report(.device, &actions)
+        actions.append(.collect(final: true))
+        enter(.finalCollecting, deadline: configuration.deadlines.localWork, &actions)
+    }
+
+    private mutating func scheduleKeepAlive(_ actions: inout [SourceAction]) {
+        actions.append(.setTimer(timers.set(.keepAlive), nanoseconds: configuration.deadlines.keepAlive))
+    }
+
+    /// While the operator is awaited: the destination hears that we live, and we hear that it does.
+    mutating func keepAlive(_ actions: inout [SourceAction]) {
+        guard phase == .preSwitchover else { return }
+        guard unansweredPings * configuration.deadlines.keepAlive < configuration.deadlines.stall else {
+            let reason = "the destination does not answer while the migration waits before its switch"
+            return retreat(.failed(reason), farewell: nil, &actions)
+        }
+        unansweredPings += 1
+        send(&actions) { $0.command(.ping(1)) }
+        scheduleKeepAlive(&actions)
+    }
+
+    // MARK: State
+
+    mutating func stateSaved(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
+        guard phase == .savingState else { return }
+        sections = saved + [GlobalState(runState: guestWasRunning ? "running" : "paused").section]
+        if let reason = unsendable { return retreat(.failed(reason), farewell: reason, &actions) }
+        let described = describedSections
+        send(&actions) { writer in
+            for (index, entry) in described.enumerated() {
+                writer.deviceSection(entry.section, id: Self.ramSectionID + 1 + UInt32(index), layout: entry.layout)
+            }
+        }
+        switch rule {
+        case .twoPhase:
+            send(&actions) { $0.command(.prepare) }
+            enter(.preparing, deadline: configuration.deadlines.ready, &actions)
+        case .oneWay:
+            actions.append(.flush)
+            enter(.flushingState, deadline: configuration.deadlines.stall, &actions)
+        case .qemu, .none:
+            giveUpRightToRun(&actions)
+            sendEnd(&actions)
+            enter(.committed, deadline: configuration.deadlines.acknowledgement, &actions)
+        }
+    }
+
+    private var describedSections: [(section: DeviceSection, layout: SectionLayout)] {
+        sections.map { ($0, configuration.catalogue.layout(of: $0.name) ?? .lengthPrefixed()) }
+    }
+
+    /// Why the state cannot be written as the catalogue says.
+    private var unsendable: String? {
+        for section in sections {
+            guard let layout = configuration.catalogue.layout(of: section.name),
+                configuration.catalogue.version(of: section.name) == section.version
+            else { return "device section '\(section.name)' version \(section.version) is not in the catalogue" }
+            switch layout {
+            case .fixed(let byteCount) where section.body.count == byteCount: continue
+            case .lengthPrefixed(let maximum) where section.body.count <= maximum: continue
+            default: return "device section '\(section.name)' has \(section.body.count) bytes, which does not fit it"
+            }
+        }
+        return nil
+    }
+
+    // MARK: Handover
+
+    private mutating func giveUpRightToRun(_ actions: inout [SourceAction]) {
+        mayRun = false
+        actions.append(.giveUpRightToRun)
+    }
+
+    private mutating func sendEnd(_ actions: inout [SourceAction]) {
+        let json = VMDescription.json(for: describedSections)
+        send(&actions) { writer in
+            writer.endOfStream()
+            writer.vmDescription(json)
+        }
+    }
+
+    /// READY: the destination can start at once. The one place where it is told to.
+    private mutating func commit(_ actions: inout [SourceAction]) {
+        giveUpRightToRun(&actions)
+        send(&actions) { $0.command(.commit) }
+        sendEnd(&actions)
+        enter(.committed, deadline: configuration.deadlines.acknowledgement, &actions)
+    }
+
+    mutating func received(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        if case .switchoverAcknowledged = message { return }
+        switch phase {
+        case .greeting: greeted(message, &actions)
+        case .preparing:
+            if case .ready = message { commit(&actions) } else { outOfTurn(message, &actions) }
+        case .committed: answered(message, &actions)
+        case .acknowledged: complete(&actions)
+        case .asking: judged(message, &actions)
+        case .startingTracking..<SourcePhase.preparing: outOfTurn(message, &actions)
+        default: break
+        }
+    }
+
+    private mutating func answered(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        switch message {
+        case .started where rule == .twoPhase:
+            enter(.acknowledged, deadline: configuration.deadlines.acknowledgement, &actions)
+        case .shut(0): complete(&actions)
+        case .shut(let value) where rule == .qemu:
+            takeBack("the destination could not run the guest (SHUT \(value))", &actions)
+        case .failure(let reason): takeBack("the destination could not run the guest: \(reason)", &actions)
+        case .pong: break
+        default: doubt("the destination answered COMMIT with something else", &actions)
+        }
+    }
+
+    /// A message in a phase that has no use for it, before the right to run is given up.
+    mutating func outOfTurn(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        switch message {
+        case .pong: unansweredPings = 0
+        case .failure(let reason):
+            retreat(.failed("the destination gave up: \(reason)"), farewell: nil, &actions)
+        case .shut(let value):
+            retreat(.failed("the destination ended the migration early (SHUT \(value))"), farewell: nil, &actions)
+        default:
+            let reason = "the destination sent a message out of turn"
+            retreat(.failed(reason), farewell: reason, &actions)
+        }
+    }
+
+    // MARK: One-way transports
+
+    mutating func flushed(_ actions: inout [SourceAction]) {
+        switch phase {
+        case .flushingState:
+            giveUpRightToRun(&actions)
+            sendEnd(&actions)
+            actions.append(.flush)
+            enter(.handingOver, deadline: configuration.deadlines.stall, &actions)
+        case .handingOver:
+            actions.append(.close)
+            enter(.closing, deadline: configuration.deadlines.acknowledgement, &actions)
+        default: break
+        }
+    }
+
+    mutating func closed(_ error: String?, _ actions: inout [SourceAction]) {
+        guard phase == .closing else { return }
+        isConnected = false
+        guard let error else { return complete(&actions) }
+        doubt("the whole stream was handed over, but its reader failed: \(error)", &actions)
+    }
+
+    // MARK: The end that everybody wants
+
+    mutating func complete(_ actions: inout [SourceAction]) {
+        wind(up: &actions)
+        report(.completed, &actions)
+        actions.append(.finished(.completed))
+    }
+
+    /// Everything stops: timers, tracking, the connection.
+    mutating func wind(up actions: inout [SourceAction]) {
+        cancelTimer(.keepAlive, &actions)
+        enter(.finished, deadline: nil, &actions)
+        if isTracking { actions.append(.stopTracking) }
+        isTracking = false
+        if isConnected { actions.append(.close) }
+        isConnected = false
+    }
+}

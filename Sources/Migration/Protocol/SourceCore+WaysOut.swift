@@ -1,0 +1,152 @@
+import MigrationStream
+
+// Failure, cancel, doubt and its settlement.
+
+extension SourceCore {
+    // MARK: What goes wrong
+
+    mutating func connectFailed(_ reason: String, _ actions: inout [SourceAction]) {
+        switch phase {
+        case .connecting: retreat(.failed(reason), farewell: nil, &actions)
+        case .reconnecting: doubt(reason, &actions)
+        default: break
+        }
+    }
+
+    mutating func disconnected(_ reason: String, _ actions: inout [SourceAction]) {
+        guard isConnected else { return }
+        switch phase {
+        case .idle..<SourcePhase.committed: retreat(.failed(reason), farewell: nil, &actions)
+        case .committed where rule == .qemu: takeBack("\(reason), before the destination acknowledged", &actions)
+        case .committed, .handingOver, .closing, .asking: doubt(reason, &actions)
+        case .acknowledged: complete(&actions)
+        case .retreating:
+            roundIsUnderWay = false
+            leave(farewell: nil, &actions)
+        default: break
+        }
+    }
+
+    mutating func fired(_ timer: ProtocolTimer, _ actions: inout [SourceAction]) {
+        guard timers.fired(timer) else { return }
+        if timer.kind == .keepAlive { return keepAlive(&actions) }
+        let reason = missedDeadline
+        switch phase {
+        case .idle..<SourcePhase.committed:
+            let peerListens = phase > .greeting && phase != .sendingRound && phase != .finalSending
+            retreat(.failed(reason), farewell: peerListens ? reason : nil, &actions)
+        case .committed, .handingOver, .closing, .reconnecting, .asking: doubt(reason, &actions)
+        case .acknowledged: complete(&actions)
+        case .retreating: leave(farewell: nil, &actions)
+        default: break
+        }
+    }
+
+    mutating func cancel(_ actions: inout [SourceAction]) {
+        switch phase {
+        case .idle, .retreating, .finished: break
+        case .connecting..<SourcePhase.committed:
+            retreat(.cancelled, farewell: "the operator cancelled the migration", &actions)
+        case .committed, .handingOver, .closing, .acknowledged:
+            actions.append(.refused("too late to cancel: the destination was told to start the guest"))
+        default:
+            actions.append(.refused("too late to cancel: settle whether the destination runs the guest"))
+        }
+    }
+
+    // MARK: Retreat: before the right to run is given up
+
+    /// Ends the migration with the guest running here. The guest does not wait for anything; only CANCEL, a courtesy to
+    /// a Godwit destination, waits until the round under way has ended, and not for long.
+    mutating func retreat(_ outcome: SourceOutcome, farewell: String?, _ actions: inout [SourceAction]) {
+        guard phase < .committed else { return }
+        ending = outcome
+        cancelTimer(.keepAlive, &actions)
+        if outcome == .cancelled { report(.cancelling, &actions) }
+        if stopWasAsked { actions.append(.resumeGuest) }
+        stopWasAsked = false
+        guard let farewell, rule == .twoPhase, isConnected else { return leave(farewell: nil, &actions) }
+        guard roundIsUnderWay else { return leave(farewell: farewell, &actions) }
+        self.farewell = farewell
+        actions.append(.interruptRound)
+        enter(.retreating, deadline: configuration.deadlines.farewell, &actions)
+    }
+
+    mutating func finishRetreat(_ actions: inout [SourceAction]) { leave(farewell: farewell, &actions) }
+
+    private mutating func leave(farewell: String?, _ actions: inout [SourceAction]) {
+        if let farewell {
+            closeRAMSection(&actions)
+            send(&actions) { $0.command(.cancel(reason: farewell)) }
+        }
+        let wasConnecting = phase == .connecting
+        let outcome = ending ?? .cancelled
+        wind(up: &actions)
+        if wasConnecting { actions.append(.close) }
+        report(outcome == .cancelled ? .cancelled : .failed, &actions)
+        actions.append(.finished(outcome))
+    }
+
+    // MARK: Doubt: after it
+
+    /// The destination certainly does not run the guest and never will.
+    mutating func takeBack(_ reason: String, _ actions: inout [SourceAction]) {
+        mayRun = true
+        actions.append(.regainRightToRun)
+        actions.append(.resumeGuest)
+        stopWasAsked = false
+        wind(up: &actions)
+        report(.failed, &actions)
+        actions.append(.finished(.failed(reason)))
+    }
+
+    /// Whether the destination runs the guest is not known: it stays stopped here.
+    mutating func doubt(_ reason: String, _ actions: inout [SourceAction]) {
+        let wasConnecting = phase == .reconnecting
+        wind(up: &actions)
+        if wasConnecting { actions.append(.close) }
+        phase = .unsettled
+        report(.unsettled, &actions)
+        let sentence = "\(reason); whether the guest runs at the destination is not known, so it stays stopped here"
+        actions.append(.finished(.unsettled(sentence)))
+    }
+
+    mutating func settle(_ settlement: Settlement, _ actions: inout [SourceAction]) {
+        guard phase == .unsettled else {
+            actions.append(.refused("there is nothing to settle, the migration's status is \(status.rawValue)"))
+            return
+        }
+        switch settlement {
+        case .startedThere: complete(&actions)
+        case .resumeHere: takeBack("the operator settled that the guest goes on here", &actions)
+        case .askDestination:
+            guard rule == .twoPhase else {
+                actions.append(.refused("this destination cannot be asked; find out whether it runs the guest"))
+                return
+            }
+            actions.append(.connect)
+            enter(.reconnecting, deadline: configuration.deadlines.connect, &actions)
+        }
+    }
+
+    mutating func ask(_ actions: inout [SourceAction]) {
+        isConnected = true
+        let migration = configuration.migration
+        send(&actions) { writer in
+            writer.header()
+            writer.command(.settle(migration))
+        }
+        enter(.asking, deadline: configuration.deadlines.acknowledgement, &actions)
+    }
+
+    mutating func judged(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        guard case .verdict(let verdict) = message else {
+            return doubt("the destination answered SETTLE with something else", &actions)
+        }
+        switch verdict {
+        case .started: complete(&actions)
+        case .neverStarted: takeBack("the destination did not start the guest and never will", &actions)
+        case .unknown, .invalid: doubt("the destination does not know this migration", &actions)
+        }
+    }
+}

@@ -1,0 +1,163 @@
+public import MigrationStream
+
+/// How far a source is. The order is that of a migration that goes well; the last ones are the ways out.
+public enum SourcePhase: Int, Comparable, Sendable {
+    case idle
+    case connecting
+    /// Waiting for PONG.
+    case greeting
+    case startingTracking
+    case collecting
+    case sendingRound
+    case stoppingGuest
+    /// The operator wants to be asked before the switch.
+    case preSwitchover
+    case finalCollecting
+    case finalSending
+    case savingState
+    /// One-way: all but EOF leaves.
+    case flushingState
+    /// Two-phase: PREPARE was said, READY is awaited.
+    case preparing
+    // From here on the right to run is given up.
+    /// COMMIT or QEMU's EOF was said, the acknowledgement is awaited.
+    case committed
+    /// One-way: EOF leaves.
+    case handingOver
+    /// One-way: the other end says how it went.
+    case closing
+    /// STARTED was heard, SHUT is awaited.
+    case acknowledged
+    // Ways out.
+    /// The migration failed or was cancelled; the round under way ends, then CANCEL is said.
+    case retreating
+    case unsettled
+    case reconnecting
+    /// SETTLE was said, VERDICT is awaited.
+    case asking
+    case finished
+
+    public static func < (left: SourcePhase, right: SourcePhase) -> Bool { left.rawValue < right.rawValue }
+}
+
+/// The source's side of one migration, as a value: events go in, actions come out. See `ProtocolEvents.swift` for what a
+/// shell does with them.
+///
+/// Its promise: the guest runs here, or is made to run again after any failure, as long as ``mayRun``; and the right to
+/// run is given up before the bytes that let the destination start it are sent.
+public struct SourceCore: Sendable {
+    public internal(set) var phase = SourcePhase.idle
+    public internal(set) var status = MigrationStatus.none
+    /// Known once the destination answered, or at once on a one-way transport.
+    public internal(set) var rule: HandoverRule?
+    public internal(set) var features: FeatureSet = []
+    /// The right to run the guest: false from just before COMMIT (or EOF) is sent.
+    public internal(set) var mayRun = true
+    public internal(set) var configuration: SourceConfiguration
+
+    static let ramSectionID: UInt32 = 2
+
+    var timers = TimerLedger()
+    var writer = StreamWriter()
+    var direction = ConnectionDirection.bothWays
+    var isConnected = false
+    var helloFeatures: FeatureSet?
+    var roundIsUnderWay = false
+    var ramSectionIsOpen = false
+    var stopWasAsked = false
+    var isTracking = false
+    var unansweredPings: UInt64 = 0
+    var guestWasRunning = true
+    /// All that is sent behind RAM.
+    var sections: [DeviceSection] = []
+    /// How the migration will end once it has retreated, and what the destination hears of it.
+    var ending: SourceOutcome?
+    var farewell: String?
+
+    public init(_ configuration: SourceConfiguration) {
+        self.configuration = configuration
+    }
+
+    /// Takes one event and returns what to do, in order.
+    public mutating func handle(_ event: SourceEvent) -> [SourceAction] {
+        var actions: [SourceAction] = []
+        handle(event, &actions)
+        return actions
+    }
+
+    private mutating func handle(_ event: SourceEvent, _ actions: inout [SourceAction]) {
+        switch event {
+        case .start: start(&actions)
+        case .connected(let direction): connected(direction, &actions)
+        case .connectFailed(let reason): connectFailed(reason, &actions)
+        case .received(let message): received(message, &actions)
+        case .disconnected(let reason): disconnected(reason, &actions)
+        case .trackingStarted: trackingStarted(&actions)
+        case .collected(let pages): collected(pages, &actions)
+        case .progressed: progressed(&actions)
+        case .roundSent(let report): roundSent(report, &actions)
+        case .guestStopped: guestStopped(event, &actions)
+        case .stateSaved(let sections): stateSaved(sections, &actions)
+        case .trackingFailed(let reason), .stopFailed(let reason), .stateFailed(let reason):
+            if phase < .committed { retreat(.failed(reason), farewell: reason, &actions) }
+        case .flushed: flushed(&actions)
+        case .closed(let error): closed(error, &actions)
+        case .timer(let timer): fired(timer, &actions)
+        case .cancel: cancel(&actions)
+        case .proceed: proceed(&actions)
+        case .settle(let settlement): settle(settlement, &actions)
+        case .setDowntimeLimit(let nanoseconds): configuration.switchover.downtimeLimitNanoseconds = nanoseconds
+        }
+    }
+
+    // MARK: What all phases use
+
+    mutating func enter(_ phase: SourcePhase, deadline nanoseconds: UInt64?, _ actions: inout [SourceAction]) {
+        self.phase = phase
+        if let nanoseconds {
+            actions.append(.setTimer(timers.set(.deadline), nanoseconds: nanoseconds))
+        } else {
+            cancelTimer(.deadline, &actions)
+        }
+    }
+
+    mutating func cancelTimer(_ kind: ProtocolTimer.Kind, _ actions: inout [SourceAction]) {
+        if timers.cancel(kind) { actions.append(.cancelTimer(kind)) }
+    }
+
+    mutating func report(_ status: MigrationStatus, _ actions: inout [SourceAction]) {
+        guard self.status != status else { return }
+        self.status = status
+        actions.append(.report(status))
+    }
+
+    mutating func send(_ actions: inout [SourceAction], _ write: (inout StreamWriter) -> Void) {
+        write(&writer)
+        actions.append(.send(writer.take()))
+    }
+
+    private mutating func progressed(_ actions: inout [SourceAction]) {
+        switch phase {
+        case .sendingRound, .finalSending, .flushingState, .handingOver:
+            enter(phase, deadline: configuration.deadlines.stall, &actions)
+        default: break
+        }
+    }
+
+    /// What a deadline that passed means: one sentence per phase.
+    var missedDeadline: String {
+        switch phase {
+        case .connecting, .reconnecting: "the connection to the destination was not made in time"
+        case .greeting, .asking: "the destination does not answer"
+        case .startingTracking: "dirty page tracking did not start in time"
+        case .collecting, .finalCollecting: "the dirty pages were not collected in time"
+        case .sendingRound, .finalSending, .flushingState, .handingOver: "the destination takes no more data"
+        case .stoppingGuest: "the guest did not stop in time"
+        case .savingState: "the device state was not saved in time"
+        case .preparing: "the destination did not become ready in time"
+        case .committed: "the destination did not say in time whether it runs the guest"
+        case .closing: "the other end did not finish in time"
+        default: "a deadline passed"
+        }
+    }
+}
