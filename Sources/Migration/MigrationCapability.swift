@@ -1,0 +1,18 @@
+/// What a migration may do, by QEMU's names (`migrate-set-capabilities`). Only what this Godwit has is listed.
+public enum MigrationCapability: String, Sendable, CaseIterable {
+    /// Emit `MIGRATION` and `MIGRATION_PASS` events. On from the start, unlike in QEMU.
+    case events
+    /// Let the destination answer on the same connection. Always on where the transport can: kept for scripts that set it.
+    case returnPath = "return-path"
+    /// Stop in `pre-switchover` and wait for `migrate-continue`.
+    case pauseBeforeSwitchover = "pause-before-switchover"
+
+    var isOnByDefault: Bool { self != .pauseBeforeSwitchover }
+
+    /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
+    public static let unsupported = [
+        "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
+        "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
+        "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
+    ]
+}

@@ -1,0 +1,83 @@
+/// A look at a migration, with QEMU's fields (`query-migrate`) and ours.
+public struct MigrationInfo: Sendable, Equatable {
+    /// Counters of RAM. Pages are of 4 KiB; bytes are bytes on the wire.
+    public struct RAM: Sendable, Equatable {
+        /// All that was sent (or received), the stream's own words included.
+        public var transferred: UInt64 = 0
+        /// Bytes of guest memory that are known to need sending.
+        public var remaining: UInt64 = 0
+        /// Guest RAM.
+        public var total: UInt64 = 0
+        /// Pages sent as "zero".
+        public var duplicate: UInt64 = 0
+        /// Pages sent whole.
+        public var normal: UInt64 = 0
+        /// Pages the guest wrote per second, seen over the last round.
+        public var dirtyPagesRate: UInt64 = 0
+        /// 10^6 bits per second, over the last round.
+        public var mbps: Double = 0
+        /// Times the dirty pages were collected.
+        public var dirtySyncCount: UInt64 = 0
+        public var pagesPerSecond: UInt64 = 0
+        /// Bytes sent while the guest ran, and while it stood still.
+        public var precopyBytes: UInt64 = 0
+        public var downtimeBytes: UInt64 = 0
+        /// Never-touched pages of RAM: neither read nor sent.
+        public var hole: UInt64 = 0
+
+        public init() {}
+        public var normalBytes: UInt64 { normal * 4096 }
+    }
+
+    /// What the guest's standstill was made of, in nanoseconds, in order; they add up to the whole.
+    public struct Downtime: Sendable, Equatable {
+        public var parts: [(name: String, nanoseconds: UInt64)] = []
+        public var nanoseconds: UInt64 { parts.reduce(0) { $0 + $1.nanoseconds } }
+
+        public init() {}
+        public static func == (a: Self, b: Self) -> Bool {
+            a.parts.map(\.name) == b.parts.map(\.name) && a.parts.map(\.nanoseconds) == b.parts.map(\.nanoseconds)
+        }
+    }
+
+    public enum Direction: String, Sendable { case outgoing, incoming }
+
+    public var status: MigrationStatus = .none
+    /// `nil` before any migration.
+    public var direction: Direction?
+    public var ram: RAM?
+    public var totalNanoseconds: UInt64?
+    public var setupNanoseconds: UInt64?
+    public var expectedDowntimeNanoseconds: UInt64?
+    public var downtime: Downtime?
+    /// One sentence: why it failed, or what an operator must settle.
+    public var errorDescription: String?
+    /// How the right to run passed on.
+    public var rule: HandoverRule?
+    /// `log`: how written pages were found.
+    public var dirtyTracking: String?
+    /// Where an incoming migration is waited for.
+    public var listening: [ListeningAddress] = []
+
+    public init() {}
+}
+
+/// One address of `socket-address`.
+public enum ListeningAddress: Sendable, Equatable {
+    case inet(host: String, port: String)
+    case unix(path: String)
+}
+
+/// A command that does not fit what is going on, or has a wrong argument: one sentence.
+public struct MigrationError: Error, Sendable, Equatable, CustomStringConvertible {
+    public let description: String
+    public init(_ description: String) { self.description = description }
+}
+
+/// What a migration tells those who watch.
+public enum MigrationEvent: Sendable, Equatable {
+    /// `MIGRATION`.
+    case status(MigrationStatus)
+    /// `MIGRATION_PASS`: the dirty pages are collected for the n-th time.
+    case pass(UInt64)
+}

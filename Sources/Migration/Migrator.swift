@@ -1,0 +1,154 @@
+//! The Migration room: moving a running machine.
+//!
+//! `Migrator` is the summary: one per machine, with QEMU's commands as methods. An `OutgoingMigration` is the shell around the protocol's
+//! `SourceCore`: threads, sockets and guest memory, no decisions. An `IncomingMigration` is the same around `DestinationCore`. Under
+//! `Protocol/` are both cores, without I/O, threads or clocks: read there what happens when.
+
+public import Host
+public import Machine
+import Synchronization
+public import Transport
+
+/// Migrates one machine: parameters, the outgoing or incoming migration, and what is known about it. From any thread.
+public final class Migrator: Sendable {
+    public let machine: VirtualMachine
+    private let state = Mutex(State())
+    private let observers = Mutex<[@Sendable (MigrationEvent) -> Void]>([])
+
+    private struct State {
+        var capabilities = Set(MigrationCapability.allCases.filter(\.isOnByDefault))
+        var parameters = MigrationParameters()
+        var outgoing: OutgoingMigration?
+        var incoming: IncomingMigration?
+        var descriptors: [String: Descriptor] = [:]
+    }
+
+    public init(_ machine: VirtualMachine) { self.machine = machine }
+
+    /// Calls `observer` with every event from now on, on the thread where it happens.
+    public func observe(_ observer: @escaping @Sendable (MigrationEvent) -> Void) {
+        observers.withLock { $0.append(observer) }
+    }
+
+    private func report(_ event: MigrationEvent) {
+        guard isOn(.events) else { return }
+        for observer in observers.withLock({ $0 }) { observer(event) }
+    }
+
+    // MARK: Settings
+
+    public func isOn(_ capability: MigrationCapability) -> Bool { state.withLock { $0.capabilities.contains(capability) } }
+
+    /// - Throws: `MigrationError` while a migration is under way.
+    public func set(_ capability: MigrationCapability, _ on: Bool) throws(MigrationError) {
+        try state.withLock { (state) throws(MigrationError) in
+            guard state.outgoing?.isUnderWay != true else {
+                throw MigrationError("migrate-set-capabilities: not while a migration is under way; cancel it first")
+            }
+            if on { state.capabilities.insert(capability) } else { state.capabilities.remove(capability) }
+        }
+    }
+
+    public var parameters: MigrationParameters { state.withLock { $0.parameters } }
+
+    /// Takes effect at once, also for a migration under way. - Throws: `MigrationError` naming the value out of range.
+    public func set(_ parameters: MigrationParameters) throws(MigrationError) {
+        guard parameters.downtimeLimitMilliseconds <= MigrationParameters.longestDowntimeLimit else {
+            throw MigrationError(
+                "downtime-limit \(parameters.downtimeLimitMilliseconds): at most \(MigrationParameters.longestDowntimeLimit) ms")
+        }
+        let outgoing = state.withLock { state in
+            state.parameters = parameters
+            return state.outgoing
+        }
+        outgoing?.update(parameters)
+    }
+
+    // MARK: Descriptors passed by QMP (`getfd`)
+
+    public func keep(_ descriptor: Descriptor, as name: String) { state.withLock { $0.descriptors[name] = descriptor } }
+
+    /// - Returns: false if there is none of this name.
+    public func closeDescriptor(_ name: String) -> Bool { state.withLock { $0.descriptors.removeValue(forKey: name) } != nil }
+
+    /// Hands a kept descriptor to a migration, which owns it from then on.
+    private func takeDescriptor(_ name: String) -> Descriptor? { state.withLock { $0.descriptors.removeValue(forKey: name) } }
+
+    // MARK: Commands
+
+    /// Starts to move the guest to where `address` says (`migrate`). Returns at once.
+    public func migrate(to address: MigrationAddress) throws(MigrationError) {
+        try state.withLock { (state) throws(MigrationError) in
+            if let outgoing = state.outgoing, outgoing.isUnderWay || outgoing.isUnsettled {
+                throw MigrationError(
+                    outgoing.isUnsettled
+                        ? "migrate: the last migration is unsettled; settle it first (x-migrate-settle)"
+                        : "migrate: there's a migration process in progress")
+            }
+            switch machine.runState {
+            case .inMigrate: throw MigrationError("migrate: the machine is itself waiting for an incoming migration")
+            case .postMigrate: throw MigrationError("migrate: the guest was already handed over and may run elsewhere")
+            case .internalError, .shutdown: throw MigrationError("migrate: the guest cannot run on (\(machine.runState.rawValue))")
+            default: break
+            }
+            let outgoing = try OutgoingMigration(
+                machine, to: address, parameters: state.parameters,
+                pausesBeforeSwitchover: state.capabilities.contains(.pauseBeforeSwitchover),
+                descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
+            state.outgoing = outgoing
+            try outgoing.start()
+        }
+    }
+
+    /// Listens for a migration (`migrate-incoming`). Returns when the address is bound.
+    public func acceptMigration(on address: MigrationAddress, startsGuest: Bool = true) throws(MigrationError) {
+        try state.withLock { (state) throws(MigrationError) in
+            guard machine.runState == .inMigrate else {
+                throw MigrationError("migrate-incoming: '-incoming' was not specified on the command line")
+            }
+            guard state.incoming == nil else {
+                throw MigrationError("migrate-incoming: the incoming migration has already been started")
+            }
+            let incoming = try IncomingMigration(
+                machine, on: address, startsGuest: startsGuest, descriptors: { [weak self] in self?.takeDescriptor($0) },
+                report: { [weak self] in self?.report($0) })
+            state.incoming = incoming
+            try incoming.start()
+        }
+    }
+
+    /// Gives up a migration under way; the guest runs on here (`migrate_cancel`). Without one, nothing happens.
+    public func cancel() throws(MigrationError) {
+        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isUnderWay else { return }
+        try outgoing.cancel()
+    }
+
+    /// Goes on from `pre-switchover` (`migrate-continue`).
+    public func proceed() throws(MigrationError) {
+        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.info().status == .preSwitchover else {
+            throw MigrationError("migrate-continue: no migration waits in state pre-switchover")
+        }
+        try outgoing.proceed()
+    }
+
+    /// Ends the doubt of an unsettled migration (`x-migrate-settle`).
+    public func settle(_ settlement: Settlement) throws(MigrationError) {
+        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isUnsettled else {
+            throw MigrationError("x-migrate-settle: no migration is unsettled")
+        }
+        try outgoing.settle(settlement)
+    }
+
+    /// Gives up waiting for a migration, before the process ends.
+    public func shutDown() {
+        let (outgoing, incoming) = state.withLock { ($0.outgoing, $0.incoming) }
+        if outgoing?.isUnderWay == true { try? outgoing?.cancel() }
+        incoming?.giveUp()
+    }
+
+    /// What is known about the migration (`query-migrate`).
+    public func info() -> MigrationInfo {
+        let (outgoing, incoming) = state.withLock { ($0.outgoing, $0.incoming) }
+        return outgoing?.info() ?? incoming?.info() ?? MigrationInfo()
+    }
+}

@@ -1,0 +1,269 @@
+import Accelerator
+import GuestMemory
+import Host
+import Machine
+import MigrationStream
+import Synchronization
+import Transport
+
+/// The shell around `SourceCore`: three threads, no decisions.
+///
+/// * `migration` owns the core: it takes events from a queue, one at a time, and performs what the core answers. Nothing it does blocks
+///   on the network, so a cancel is served at every moment.
+/// * `migration-send` writes to the channel what it is told, in order: stream bytes and rounds of pages.
+/// * `migration-return` reads what the destination answers.
+final class OutgoingMigration: Sendable {
+    private let machine: VirtualMachine
+    private let address: MigrationAddress
+    private let descriptors: DescriptorResolver
+    private let report: @Sendable (MigrationEvent) -> Void
+    private let blocks: [RAMBlockDescription]
+    private let configuration: SourceConfiguration
+    private let statistics: OutgoingStatistics
+    private let sender: StreamSender
+    private let tracker: (any DirtyTracker)?
+    private let connecting: CancelToken
+
+    private struct Inbox {
+        var events: [SourceEvent] = []
+        var timers: [ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)] = [:]
+        var isOver = false
+    }
+    private let inbox = Monitor(Inbox())
+    /// The moment the guest's last instruction was behind us, while it stands still for the switch.
+    private let channel = Mutex<Channel?>(nil)
+    private let refusal = Mutex<String?>(nil)
+
+    init(
+        _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
+        pausesBeforeSwitchover: Bool, descriptors: @escaping DescriptorResolver,
+        report: @escaping @Sendable (MigrationEvent) -> Void
+    ) throws(MigrationError) {
+        self.machine = machine
+        self.address = address
+        self.descriptors = descriptors
+        self.report = report
+        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        tracker = machine.accelerator?.dirtyTracker
+        var policy = SwitchoverPolicy(downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000)
+        if parameters.availableSwitchoverBytesPerSecond > 0 {
+            policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
+        }
+        configuration = SourceConfiguration(
+            migration: .random(), machineName: machine.configuration.streamName, blocks: blocks,
+            catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
+        statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
+        do throws(SystemError) {
+            connecting = try CancelToken()
+            sender = try StreamSender(machine.memory, blocks: blocks, statistics: statistics)
+        } catch { throw MigrationError(error.description) }
+        sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
+    }
+
+    func start() throws(MigrationError) {
+        post(.start)
+        do throws(SystemError) {
+            _ = try HostThread(name: "migration") { [self] in run() }
+        } catch { throw MigrationError(error.description) }
+    }
+
+    // MARK: From other threads
+
+    var isUnderWay: Bool { statistics.isUnderWay }
+    var isUnsettled: Bool { statistics.status == .unsettled }
+    func info() -> MigrationInfo { statistics.info() }
+
+    func update(_ parameters: MigrationParameters) {
+        sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
+        post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
+    }
+
+    func cancel() throws(MigrationError) { try command(.cancel) }
+    func proceed() throws(MigrationError) { try command(.proceed) }
+    func settle(_ settlement: Settlement) throws(MigrationError) { try command(.settle(settlement)) }
+
+    /// Posts an operator's command and waits until the core has taken it.
+    private func command(_ event: SourceEvent) throws(MigrationError) {
+        refusal.withLock { $0 = nil }
+        post(event)
+        inbox.wait(deadline: .after(seconds: 10)) { $0.events.isEmpty || $0.isOver ? () : nil }
+        if let sentence = refusal.withLock({ $0 }) { throw MigrationError(sentence) }
+    }
+
+    private func post(_ event: SourceEvent) {
+        inbox.withLock { $0.events.append(event) }
+        // A round looks at this between two batches.
+        sender.eventsWait = true
+    }
+
+    // MARK: The migration thread
+
+    private func run() {
+        var core = SourceCore(configuration)
+        while let event = nextEvent() {
+            for action in core.handle(event) { perform(action) }
+            inbox.withLock { inbox in
+                if !inbox.events.isEmpty { inbox.events.removeFirst() }
+                sender.eventsWait = !inbox.events.isEmpty
+            }
+        }
+    }
+
+    /// The first event, which stays in the queue until it is done; a timer that is due becomes one.
+    private func nextEvent() -> SourceEvent? {
+        while true {
+            let next = inbox.withLock { $0.timers.values.map(\.deadline).min() } ?? .never
+            let event = inbox.wait(deadline: next) { inbox -> SourceEvent?? in
+                if let first = inbox.events.first { return .some(first) }
+                if inbox.isOver { return .some(nil) }
+                guard let due = inbox.timers.values.first(where: { $0.deadline.hasPassed }) else { return nil }
+                inbox.timers[due.timer.kind] = nil
+                inbox.events.append(.timer(due.timer))
+                return .some(.timer(due.timer))
+            }
+            if let event { return event }
+        }
+    }
+
+    private func perform(_ action: SourceAction) {
+        switch action {
+        case .connect: connect()
+        case .send(let bytes): sender.enqueue(.bytes(bytes))
+        case .startTracking: startTracking()
+        case .stopTracking: sender.enqueue(.stopTracking)
+        case .collect(let final): collect(final: final)
+        case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
+        case .interruptRound: sender.interruptRound()
+        case .stopGuest:
+            statistics.beginDowntime()
+            let wasRunning = machine.stopForMigration()
+            statistics.mark(.stop)
+            post(.guestStopped(wasRunning: wasRunning))
+            stoppedGuest.withLock { $0 = wasRunning }
+        case .resumeGuest:
+            statistics.endDowntime(completed: false)
+            machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
+        case .giveUpRightToRun:
+            statistics.mark(.load)
+            machine.handOver()
+        case .regainRightToRun: break
+        case .saveState: saveState()
+        case .flush: sender.enqueue(.flush)
+        case .close: sender.enqueue(.close)
+        case .setTimer(let timer, let nanoseconds):
+            inbox.withLock { $0.timers[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
+        case .cancelTimer(let kind): inbox.withLock { $0.timers[kind] = nil }
+        case .report(let status):
+            statistics.enter(status)
+            report(.status(status))
+        case .agreed(let rule, _): statistics.agreed(rule)
+        case .refused(let sentence): refusal.withLock { $0 = sentence }
+        case .finished(let outcome): finish(outcome)
+        }
+    }
+
+    private let stoppedGuest = Mutex(false)
+
+    // MARK: Actions
+
+    private func connect() {
+        let connector = Connector(descriptors: descriptors)
+        let (address, token) = (address, connecting)
+        startThread("migration-conn") { [self] in
+            do throws(ChannelError) {
+                let channel = try connector.connect(to: address, cancel: token)
+                self.channel.withLock { $0 = channel }
+                sender.attach(channel) { [self] in post($0) }
+                let answers = channel.kind == .socket
+                if answers { startThread("migration-return") { [self] in readAnswers(channel) } }
+                post(.connected(answers ? .bothWays : .oneWay))
+            } catch {
+                post(.connectFailed(error.description))
+            }
+        }
+    }
+
+    private func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
+        do throws(SystemError) {
+            _ = try HostThread(name: name, body)
+        } catch { post(.disconnected(error.description)) }
+    }
+
+    private func readAnswers(_ channel: Channel) {
+        var decoder = ReturnPathDecoder()
+        var buffer = ReceiveBuffer(capacity: 4096)
+        do {
+            while true {
+                while let message = try decoder.next(from: &buffer) { post(.received(message)) }
+                let count = try unsafe buffer.fill(atLeast: 1024) { (room) throws(ChannelError) in
+                    try unsafe channel.receive(into: room)
+                }
+                guard count > 0 else { return post(.disconnected("the destination closed the connection")) }
+            }
+        } catch let error as StreamError {
+            post(.disconnected(error.description))
+        } catch {
+            post(.disconnected("\(error)"))
+        }
+    }
+
+    private func startTracking() {
+        do throws(AcceleratorError) {
+            try tracker?.start()
+            post(.trackingStarted)
+        } catch { post(.trackingFailed(error.description)) }
+    }
+
+    private func collect(final: Bool) {
+        do throws(AcceleratorError) {
+            let pages = try sender.collect(with: tracker)
+            if final { statistics.mark(.collect) }
+            report(.pass(statistics.collected(remainingPages: pages)))
+            post(.collected(remainingPages: pages))
+        } catch { post(.trackingFailed(error.description)) }
+    }
+
+    private func saveState() {
+        statistics.mark(.send)
+        do throws(MachineError) {
+            let states = try machine.saveState()
+            statistics.mark(.state)
+            post(
+                .stateSaved(
+                    states.map { DeviceSection(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body) }))
+        } catch { post(.stateFailed(error.description)) }
+    }
+
+    private func finish(_ outcome: SourceOutcome) {
+        switch outcome {
+        case .completed:
+            statistics.mark(.start)
+            statistics.endDowntime(completed: true)
+        case .cancelled: statistics.end(error: nil)
+        case .failed(let sentence), .unsettled(let sentence): statistics.end(error: sentence)
+        }
+        if case .unsettled = outcome { return }
+        connecting.cancel()
+        inbox.withLock { $0.isOver = true }
+    }
+}
+
+extension MigrationIdentifier {
+    /// A name nobody else uses.
+    static func random() -> MigrationIdentifier {
+        MigrationIdentifier(high: .random(in: 0...UInt64.max), low: .random(in: 0...UInt64.max))
+    }
+}
+
+extension VirtualMachine {
+    /// How this machine's sections travel.
+    var sectionCatalogue: SectionCatalogue {
+        var catalogue = SectionCatalogue()
+        for section in sections {
+            catalogue.add(
+                section.name, version: section.version,
+                layout: section.fixedByteCount.map { .fixed(byteCount: $0) } ?? .lengthPrefixed())
+        }
+        return catalogue
+    }
+}

@@ -1,0 +1,137 @@
+import Host
+import Synchronization
+
+/// What is counted during an outgoing migration. Written by its threads, read by anybody.
+final class OutgoingStatistics: Sendable {
+    /// The parts of the standstill, in order.
+    enum Part: String, CaseIterable, Sendable { case stop, collect, send, state, load, start }
+
+    private struct State {
+        var info = MigrationInfo()
+        var isUnderWay = true
+        let began = Clock.monotonicNanoseconds
+        var ended: UInt64?
+        var lastMark: UInt64?
+        var sectionBytes: UInt64 = 0
+        /// At the last collect: when, and what had been sent.
+        var collectedAt: UInt64?
+        var bytesAtCollect: UInt64 = 0
+        var pagesAtCollect: UInt64 = 0
+        var remainingPages: UInt64 = 0
+    }
+    private let state: Mutex<State>
+
+    init(totalBytes: UInt64, tracking: String?) {
+        var initial = State()
+        initial.info.direction = .outgoing
+        initial.info.dirtyTracking = tracking
+        initial.info.ram = MigrationInfo.RAM()
+        initial.info.ram?.total = totalBytes
+        state = Mutex(initial)
+    }
+
+    var isUnderWay: Bool { state.withLock { $0.isUnderWay } }
+    var status: MigrationStatus { state.withLock { $0.info.status } }
+
+    func info() -> MigrationInfo {
+        state.withLock { state in
+            var info = state.info
+            info.totalNanoseconds = (state.ended ?? Clock.monotonicNanoseconds) - state.began
+            if !state.isUnderWay { info.expectedDowntimeNanoseconds = nil }
+            return info
+        }
+    }
+
+    func enter(_ status: MigrationStatus) {
+        state.withLock { state in
+            state.info.status = status
+            if status == .active, state.info.setupNanoseconds == nil {
+                state.info.setupNanoseconds = Clock.monotonicNanoseconds - state.began
+            }
+            switch status {
+            case .completed, .cancelled, .failed, .unsettled:
+                state.isUnderWay = false
+                state.ended = Clock.monotonicNanoseconds
+            default: state.isUnderWay = true
+            }
+        }
+    }
+
+    func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
+
+    func end(error: String?) { state.withLock { $0.info.errorDescription = error } }
+
+    // MARK: Sending
+
+    /// Counts a batch of page records.
+    func sent(bytes: UInt64, normal: UInt64, duplicate: UInt64) {
+        state.withLock { state in
+            count(&state, bytes)
+            state.info.ram?.normal += normal
+            state.info.ram?.duplicate += duplicate
+            state.remainingPages -= min(state.remainingPages, normal + duplicate)
+            state.info.ram?.remaining = state.remainingPages * 4096
+        }
+    }
+
+    func sent(bytes: UInt64) { state.withLock { count(&$0, bytes) } }
+
+    private func count(_ state: inout State, _ bytes: UInt64) {
+        state.info.ram?.transferred += bytes
+        if state.lastMark == nil { state.info.ram?.precopyBytes += bytes } else { state.info.ram?.downtimeBytes += bytes }
+    }
+
+    /// The dirty pages were collected. - Returns: for the how manieth time.
+    func collected(remainingPages: UInt64) -> UInt64 {
+        state.withLock { state in
+            let now = Clock.monotonicNanoseconds
+            guard var ram = state.info.ram else { return 0 }
+            let pages = ram.normal + ram.duplicate
+            if let before = state.collectedAt, now > before {
+                let seconds = Double(now - before) / 1e9
+                ram.mbps = Double(ram.transferred - state.bytesAtCollect) * 8 / 1e6 / seconds
+                ram.pagesPerSecond = UInt64(Double(pages - state.pagesAtCollect) / seconds)
+                let fresh = remainingPages - min(remainingPages, state.remainingPages)
+                ram.dirtyPagesRate = UInt64(Double(fresh) / seconds)
+                if ram.pagesPerSecond > 0 {
+                    state.info.expectedDowntimeNanoseconds = UInt64(
+                        Double(remainingPages) / Double(ram.pagesPerSecond) * 1e9)
+                }
+            } else {
+                ram.hole = ram.total / 4096 - min(ram.total / 4096, remainingPages)
+            }
+            ram.dirtySyncCount += 1
+            ram.remaining = remainingPages * 4096
+            state.info.ram = ram
+            state.remainingPages = remainingPages
+            (state.collectedAt, state.bytesAtCollect, state.pagesAtCollect) = (now, ram.transferred, pages)
+            return ram.dirtySyncCount
+        }
+    }
+
+    // MARK: Downtime
+
+    func beginDowntime() {
+        state.withLock { state in
+            state.info.downtime = MigrationInfo.Downtime()
+            state.lastMark = Clock.monotonicNanoseconds
+        }
+    }
+
+    /// A part of the standstill has ended.
+    func mark(_ part: Part) {
+        state.withLock { state in
+            guard let last = state.lastMark else { return }
+            let now = Clock.monotonicNanoseconds
+            state.info.downtime?.parts.append((part.rawValue, now - last))
+            state.lastMark = now
+        }
+    }
+
+    func endDowntime(completed: Bool) {
+        state.withLock { state in
+            state.lastMark = nil
+            if !completed { state.info.downtime = nil }
+        }
+    }
+}
