@@ -49,11 +49,22 @@ struct BootPVHKernelTests {
         var builder = ELFBuilder.kernel()
         let others = [
             ELFBuilder.note(owner: "GNU", descriptor: [1, 2, 3, 4]),
-            ELFBuilder.note(type: 5, descriptor: Array("linux".utf8)), ELFBuilder.note(owner: "", descriptor: []),
+            ELFBuilder.note(type: 5, descriptor: Array("linux".utf8)),
+            ELFBuilder.note(owner: "", descriptor: [1, 2, 3]),
         ]
         builder.segments[1].bytes =
             others.flatMap(\.self) + ELFBuilder.note(descriptor: ELFBuilder.integer(0x102000, 8))
         #expect(try load(builder).cpu == .protected32(entry: 0x102000, ebx: 0x1000))
+    }
+
+    @Test("notes in a segment aligned to 8 bytes are padded to 8 bytes")
+    func alignedNotes() throws {
+        var builder = ELFBuilder.kernel()
+        let other = ELFBuilder.note(owner: "GNU", descriptor: [1, 2, 3, 4])
+        builder.segments[1].bytes = other + [0, 0, 0, 0] + builder.segments[1].bytes
+        #expect(fault(builder) == .noEntryNote)
+        builder.segments[1].alignment = 8
+        #expect(try load(builder).cpu == .protected32(entry: 0x100010, ebx: 0x1000))
     }
 
     @Test("the start info holds the memory map and the command line at their fixed places")
