@@ -15,7 +15,7 @@ extension GuestExpectation {
         let (position, rest) = walk.stride == 1 ? (distance, 0) : distance.quotientAndRemainder(dividingBy: walk.stride)
         guard rest == 0 else { return Count(count: 0, mayBeOneMore: false, isTouched: false) }
         let index = walk.order.index(of: position - walk.firstPosition)
-        let count = walk.passes + (index < walk.index ? 1 : 0)
+        let count = walk.passes &+ (index < walk.index ? 1 : 0)
         return Count(
             count: UInt32(truncatingIfNeeded: count), mayBeOneMore: index == walk.index && walk.hasBegun,
             isTouched: count > 0)

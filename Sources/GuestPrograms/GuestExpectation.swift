@@ -3,8 +3,7 @@ struct GuestExpectation {
     /// How far one vCPU's walk over its share of the working set has come.
     struct Walk {
         let order: PageOrder
-        let orderBits: UInt64
-        /// First position of the share, and how many.
+        /// First position of the share, and how many there are.
         let firstPosition: UInt64
         let positions: UInt64
         let workFirst: UInt64
@@ -83,7 +82,7 @@ struct GuestExpectation {
             positions: UInt64(share.count), isRandom: parameters.isRandom, pass: passes, cpu: cpu, seed: parameters.seed
         )
         return Walk(
-            order: order, orderBits: bits, firstPosition: share.lowerBound, positions: UInt64(share.count),
+            order: order, firstPosition: share.lowerBound, positions: UInt64(share.count),
             workFirst: parameters.workFirst, stride: parameters.stride, passes: passes,
             index: state.progress & order.mask, hasBegun: state.phase == .running)
     }

@@ -16,7 +16,7 @@ public struct GuestStatus: Equatable, Sendable {
         case filling = 2
         /// Does what the guest is for.
         case running = 3
-        /// Sleeps for good: it has nothing to do.
+        /// Has nothing to do, and sleeps; the BSP still sends heartbeats.
         case parked = 4
         /// Stopped by an exception it cannot have.
         case faulted = 5

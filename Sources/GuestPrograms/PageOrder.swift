@@ -23,7 +23,7 @@ struct PageOrder: Equatable, Sendable {
         mask = 1 << bits - 1
         half = max(1, (bits + 1) / 2)
         self.isRandom = isRandom
-        key = (pass &+ cpu << 40 &+ seed) &* Self.keyFactor
+        key = (pass &+ cpu << 20 &+ seed) &* Self.keyFactor
         inverse1 = Self.inverse(of: Self.mix1)
         inverse2 = Self.inverse(of: Self.mix2)
     }
