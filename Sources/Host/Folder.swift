@@ -1,3 +1,4 @@
+import CLinux
 import Glibc
 
 /// Names in the file system: folders, what lies in them, who owns it. Nothing here follows a symbolic link at the end of a path.

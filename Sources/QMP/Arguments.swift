@@ -32,7 +32,9 @@ public struct Arguments: Sendable, Equatable {
         try value(name, expected: "array") { $0.arrayValue }
     }
 
-    public func object(_ name: String) throws(QMPError) -> [String: JSON] { try required(name, object(ifPresent: name)) }
+    public func object(_ name: String) throws(QMPError) -> [String: JSON] {
+        try required(name, object(ifPresent: name))
+    }
 
     public func object(ifPresent name: String) throws(QMPError) -> [String: JSON]? {
         try value(name, expected: "object") { $0.objectValue }

@@ -120,8 +120,9 @@ final class ClientConnection: Sendable {
     }
 
     private func nextStep() -> QMPSession.Step? {
+        // Changes take the lock that wakes others: `drain` waits for the end of the work, the reader for room.
+        work.withLock { $0.isRunning = false }
         work.wait { !$0.steps.isEmpty || $0.isFinished ? true : nil }
-        // With the lock that wakes others: the reader waits for room, `drain` for the end of the work.
         return work.withLock { work in
             work.isRunning = !work.steps.isEmpty
             return work.steps.isEmpty ? nil : work.steps.removeFirst()

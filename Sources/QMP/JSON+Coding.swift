@@ -66,15 +66,17 @@ extension JSON: Codable {
     }
 
     private init(scalar container: any SingleValueDecodingContainer) throws {
+        guard !container.decodeNil() else {
+            self = .null
+            return
+        }
         do {
             self = .string(try container.decode(String.self))
             return
         } catch DecodingError.typeMismatch {
             // Not a string. One that is broken inside is another error, and leaves from here.
         }
-        if container.decodeNil() {
-            self = .null
-        } else if let value = try? container.decode(Bool.self) {
+        if let value = try? container.decode(Bool.self) {
             self = .bool(value)
         } else if let value = try? container.decode(Int64.self) {
             self = .integer(value)

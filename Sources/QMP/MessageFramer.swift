@@ -116,6 +116,8 @@ struct MessageFramer {
     }
 
     private mutating func complete(_ frames: inout [Frame]) {
+        // One byte too many is seen by `receive`, which looks after every byte.
+        guard buffer.count <= limitBytes else { return }
         frames.append(.message(buffer))
         reset(to: .between)
     }

@@ -31,7 +31,9 @@ public struct Parameter: Sendable {
     }
 
     /// Checks the members of an object against the parameters: types and missing ones first, then what is too much.
-    static func check(_ members: [String: JSON], against parameters: [Parameter], path: String = "")
+    static func check(
+        _ members: [String: JSON], against parameters: [Parameter], path: String = ""
+    )
         throws(QMPError)
     {
         for parameter in parameters {

@@ -1,3 +1,4 @@
+import Glibc
 public import Host
 import Synchronization
 
@@ -58,8 +59,15 @@ public final class QMPClient: Sendable {
         self.onEvent = onEvent
         do throws(SystemError) {
             // A VM that closes is an error of write(2), never a signal.
-            try HostThread.installInterruptSignal()
-            socket = try Socket.connect(unix: path)
+            Descriptor.ignoreBrokenPipes()
+            // Nobody raises `wake`: the deadline alone ends a connect to a VM which accepts no more.
+            let wake = try EventDescriptor()
+            let address = try SocketAddress.unix(path: path)
+            guard
+                let connection = try Socket.connect(
+                    to: address, name: "unix:\(path)", wake: wake, deadline: deadline)
+            else { throw SystemError("connect to", "unix:\(path)", code: ECANCELED) }
+            socket = connection
             try socket.setNonBlocking(true)
             let link = Link(socket: socket, state: state, onEvent: onEvent)
             let thread = try HostThread(name: "qmp-client", stackBytes: 4 << 20) { link.read() }

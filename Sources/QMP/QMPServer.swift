@@ -40,7 +40,7 @@ public final class QMPServer: Sendable {
         self.limits = limits
         wake = try EventDescriptor()
         // A client that closes is an error of write(2), never a signal.
-        try HostThread.installInterruptSignal()
+        Descriptor.ignoreBrokenPipes()
         for socket in sockets {
             let thread = try HostThread(name: "qmp-accept") { [self] in accept(on: socket.listener) }
             acceptors.withLock { $0.append(thread) }

@@ -9,6 +9,9 @@ struct QMPRequest: Sendable, Equatable {
     init(_ json: JSON, outOfBandEnabled: Bool) throws(QMPError) {
         guard let members = json.objectValue else { throw QMPError("QMP input must be a JSON object") }
         id = members["id"]
+        if outOfBandEnabled, members["execute"] != nil, members["exec-oob"] != nil {
+            throw QMPError("QMP input member 'execute' clashes with 'exec-oob'")
+        }
         let command = members["execute"] ?? (outOfBandEnabled ? members["exec-oob"] : nil)
         isOutOfBand = members["execute"] == nil && command != nil
         let verb = isOutOfBand ? "exec-oob" : "execute"
