@@ -53,7 +53,7 @@ let package = Package(
         .executableTarget(
             name: "godwit",
             dependencies: [
-                "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", argumentParser, logging,
+                "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", "Transport", argumentParser, logging,
             ],
             swiftSettings: house),
 
@@ -64,7 +64,7 @@ let package = Package(
         tests("KVMTests", of: ["KVM", "Accelerator", "GuestMemory", "Host"]),
         tests("GuestProgramsTests", of: ["GuestPrograms"]),
         tests("DevicesTests", of: ["Devices", "Host"]),
-        tests("MachineTests", of: ["Machine", "GuestMemory", "Host", "GuestPrograms"]),
+        tests("MachineTests", of: ["Machine", "Devices", "GuestMemory", "Host", "GuestPrograms"]),
         tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),

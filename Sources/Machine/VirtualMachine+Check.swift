@@ -14,7 +14,9 @@ extension GuestMemory {
                     at: GuestPhysicalAddress(address), byteCount: UInt64(buffer.count),
                     { (block, offset, count) throws(AccessError) in
                         // SAFETY: pieces add up to the buffer's count, so each lies inside it.
-                        unsafe block.copy(offset: offset, to: UnsafeMutableRawBufferPointer(rebasing: buffer[filled..<filled + count]))
+                        unsafe block.copy(
+                            offset: offset, to: UnsafeMutableRawBufferPointer(rebasing: buffer[filled..<filled + count])
+                        )
                         filled += count
                     }, orThrow: { $0 })
             } catch {
@@ -33,5 +35,7 @@ extension VirtualMachine {
     }
 
     /// How far a built-in guest has come.
-    public func guestStatus() throws(GuestProgramError) -> GuestStatus { try unsafe GuestStatus(read: memory.guestReader) }
+    public func guestStatus() throws(GuestProgramError) -> GuestStatus {
+        try unsafe GuestStatus(read: memory.guestReader)
+    }
 }

@@ -80,4 +80,6 @@ public enum MigrationEvent: Sendable, Equatable {
     case status(MigrationStatus)
     /// `MIGRATION_PASS`: the dirty pages are collected for the n-th time.
     case pass(UInt64)
+    /// Something worth a line in the log that changes no status: a stranger who was turned away.
+    case notice(String)
 }

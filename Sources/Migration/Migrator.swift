@@ -37,7 +37,9 @@ public final class Migrator: Sendable {
 
     // MARK: Settings
 
-    public func isOn(_ capability: MigrationCapability) -> Bool { state.withLock { $0.capabilities.contains(capability) } }
+    public func isOn(_ capability: MigrationCapability) -> Bool {
+        state.withLock { $0.capabilities.contains(capability) }
+    }
 
     /// - Throws: `MigrationError` while a migration is under way.
     public func set(_ capability: MigrationCapability, _ on: Bool) throws(MigrationError) {
@@ -55,7 +57,8 @@ public final class Migrator: Sendable {
     public func set(_ parameters: MigrationParameters) throws(MigrationError) {
         guard parameters.downtimeLimitMilliseconds <= MigrationParameters.longestDowntimeLimit else {
             throw MigrationError(
-                "downtime-limit \(parameters.downtimeLimitMilliseconds): at most \(MigrationParameters.longestDowntimeLimit) ms")
+                "downtime-limit \(parameters.downtimeLimitMilliseconds): at most \(MigrationParameters.longestDowntimeLimit) ms"
+            )
         }
         let outgoing = state.withLock { state in
             state.parameters = parameters
@@ -69,10 +72,14 @@ public final class Migrator: Sendable {
     public func keep(_ descriptor: Descriptor, as name: String) { state.withLock { $0.descriptors[name] = descriptor } }
 
     /// - Returns: false if there is none of this name.
-    public func closeDescriptor(_ name: String) -> Bool { state.withLock { $0.descriptors.removeValue(forKey: name) } != nil }
+    public func closeDescriptor(_ name: String) -> Bool {
+        state.withLock { $0.descriptors.removeValue(forKey: name) } != nil
+    }
 
     /// Hands a kept descriptor to a migration, which owns it from then on.
-    private func takeDescriptor(_ name: String) -> Descriptor? { state.withLock { $0.descriptors.removeValue(forKey: name) } }
+    private func takeDescriptor(_ name: String) -> Descriptor? {
+        state.withLock { $0.descriptors.removeValue(forKey: name) }
+    }
 
     // MARK: Commands
 
@@ -88,7 +95,8 @@ public final class Migrator: Sendable {
             switch machine.runState {
             case .inMigrate: throw MigrationError("migrate: the machine is itself waiting for an incoming migration")
             case .postMigrate: throw MigrationError("migrate: the guest was already handed over and may run elsewhere")
-            case .internalError, .shutdown: throw MigrationError("migrate: the guest cannot run on (\(machine.runState.rawValue))")
+            case .internalError, .shutdown:
+                throw MigrationError("migrate: the guest cannot run on (\(machine.runState.rawValue))")
             default: break
             }
             let outgoing = try OutgoingMigration(
@@ -110,7 +118,8 @@ public final class Migrator: Sendable {
                 throw MigrationError("migrate-incoming: the incoming migration has already been started")
             }
             let incoming = try IncomingMigration(
-                machine, on: address, startsGuest: startsGuest, descriptors: { [weak self] in self?.takeDescriptor($0) },
+                machine, on: address, startsGuest: startsGuest,
+                descriptors: { [weak self] in self?.takeDescriptor($0) },
                 report: { [weak self] in self?.report($0) })
             state.incoming = incoming
             try incoming.start()

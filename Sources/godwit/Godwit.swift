@@ -1,31 +1,32 @@
 import GuestPrograms
 import Machine
+import Migration
 import Host
+import Transport
 
 @main
 enum Godwit {
     static func main() throws {
         let args = CommandLine.arguments
-        let serial = try SerialPort(.standard)
-        let boot: BootSource
-        if args[1] == "guest" { boot = .guest(try GuestProgram(parsing: args[2])) }
-        else { boot = .plan(try BootSector(file: args[2], image: Descriptor.contents(of: args[2])).plan) }
-        let t0 = Clock.monotonicNanoseconds
-        let vm = try VirtualMachine(MachineConfiguration(memoryByteCount: UInt64(args[3])! << 20, cpuCount: Int(args[4])!, boot: boot), serial: serial)
-        print("made in", (Clock.monotonicNanoseconds - t0) / 1000, "us")
-        vm.observe { print("event", $0) }
+        let mem = UInt64(args[3])! << 20
+        let cpus = Int(args[4])!
+        let vm = try VirtualMachine(MachineConfiguration(memoryByteCount: mem, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: args[2]))), serial: try SerialPort(.standard))
+        let vm2 = try VirtualMachine(MachineConfiguration(memoryByteCount: mem, cpuCount: cpus, isIncoming: true), serial: try SerialPort(.standard))
         try vm.resume()
+        let m1 = Migrator(vm), m2 = Migrator(vm2)
+        while (try? vm.guestStatus().isReady) != true { Clock.sleep(nanoseconds: 10_000_000) }
+        m1.observe { print("src", $0) }
+        m2.observe { print("dst", $0) }
         Clock.sleep(nanoseconds: UInt64(args[5])! * 1_000_000)
-        let t1 = Clock.monotonicNanoseconds
-        vm.pause()
-        print("paused in", (Clock.monotonicNanoseconds - t1) / 1000, "us")
-        let t2 = Clock.monotonicNanoseconds
-        let s = try vm.saveState()
-        print("saved in", (Clock.monotonicNanoseconds - t2) / 1000, "us", s.map { "\($0.name):\($0.body.count)" })
-        if args[1] == "guest" { print(try vm.checkGuest()) }
-        let vm2 = try VirtualMachine(MachineConfiguration(memoryByteCount: UInt64(args[3])! << 20, cpuCount: Int(args[4])!, isIncoming: true), serial: try SerialPort(.none))
-        let t3 = Clock.monotonicNanoseconds
-        try vm2.loadState(s)
-        print("loaded in", (Clock.monotonicNanoseconds - t3) / 1000, "us")
+        try m2.acceptMigration(on: .init("tcp:127.0.0.1:0"))
+        guard case .inet(_, let port) = m2.info().listening[0] else { return }
+        let t = Clock.monotonicNanoseconds
+        try m1.migrate(to: .init("tcp:127.0.0.1:\(port)"))
+        while ![.completed, .failed, .unsettled, .cancelled].contains(m1.info().status) { Clock.sleep(nanoseconds: 1_000_000) }
+        print("took", (Clock.monotonicNanoseconds - t) / 1000)
+        print(m1.info())
+        Clock.sleep(nanoseconds: 500_000_000)
+        print(try vm2.checkGuest())
+        print("src", vm.runState, "dst", vm2.runState)
     }
 }

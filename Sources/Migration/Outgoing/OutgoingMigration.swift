@@ -91,9 +91,11 @@ final class OutgoingMigration: Sendable {
     }
 
     private func post(_ event: SourceEvent) {
-        inbox.withLock { $0.events.append(event) }
-        // A round looks at this between two batches.
-        sender.eventsWait = true
+        inbox.withLock { inbox in
+            inbox.events.append(event)
+            // A round looks at this between two batches; a sign of life is no reason to end it.
+            if event != .progressed { sender.eventsWait = true }
+        }
     }
 
     // MARK: The migration thread
@@ -104,7 +106,7 @@ final class OutgoingMigration: Sendable {
             for action in core.handle(event) { perform(action) }
             inbox.withLock { inbox in
                 if !inbox.events.isEmpty { inbox.events.removeFirst() }
-                sender.eventsWait = !inbox.events.isEmpty
+                sender.eventsWait = inbox.events.contains { $0 != .progressed }
             }
         }
     }
@@ -230,7 +232,9 @@ final class OutgoingMigration: Sendable {
             statistics.mark(.state)
             post(
                 .stateSaved(
-                    states.map { DeviceSection(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body) }))
+                    states.map {
+                        DeviceSection(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body)
+                    }))
         } catch { post(.stateFailed(error.description)) }
     }
 

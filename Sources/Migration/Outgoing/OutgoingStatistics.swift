@@ -78,7 +78,11 @@ final class OutgoingStatistics: Sendable {
 
     private func count(_ state: inout State, _ bytes: UInt64) {
         state.info.ram?.transferred += bytes
-        if state.lastMark == nil { state.info.ram?.precopyBytes += bytes } else { state.info.ram?.downtimeBytes += bytes }
+        if state.lastMark == nil {
+            state.info.ram?.precopyBytes += bytes
+        } else {
+            state.info.ram?.downtimeBytes += bytes
+        }
     }
 
     /// The dirty pages were collected. - Returns: for the how manieth time.

@@ -31,12 +31,13 @@ struct RoundSender: ~Copyable {
     private static let classicPages: UInt64 = 256
 
     init(_ memory: GuestMemory, blocks: [RAMBlockDescription]) throws(SystemError) {
-        self.memory = memory
         var bitmaps: [DirtyBitmap] = []
         for block in memory.blocks { bitmaps.append(try DirtyBitmap(pageCount: block.pageCount)) }
+        let heads = try Mapping(anonymousByteCount: 256 << 10)
+        self.memory = memory
         self.bitmaps = bitmaps
+        self.heads = heads
         encoder = RAMRecordEncoder(blocks: blocks)
-        heads = try Mapping(anonymousByteCount: 256 << 10)
     }
 
     /// - Returns: the pages to be sent.
@@ -118,7 +119,9 @@ struct RoundSender: ~Copyable {
 
     /// Fills the vector with the next pages: the run given, and the runs behind it inside the same 2 MiB (or, for classic records,
     /// wherever they are in the chunk) as far as they fit.
-    private mutating func gather(_ block: Int, from first: PageIndex, to end: UInt64, limit: UInt64, batches: Bool) -> Batch {
+    private mutating func gather(
+        _ block: Int, from first: PageIndex, to end: UInt64, limit: UInt64, batches: Bool
+    ) -> Batch {
         vector.removeAll()
         headBytes = 0
         var batch = Batch(end: first)
@@ -131,7 +134,10 @@ struct RoundSender: ~Copyable {
             pages += current.upperBound.value - current.lowerBound.value
             batch.end = current.upperBound
             guard pages < limit else { break }
-            guard let next = bitmaps[block].nextRun(from: batch.end, limit: limit - pages), next.lowerBound.value < chunkEnd
+            guard let next = bitmaps[block].nextRun(from: batch.end, limit: limit - pages),
+                next.lowerBound.value < chunkEnd,
+                // What goes on behind a 2 MiB boundary begins a batch of its own, so that batches stay aligned.
+                next.lowerBound != batch.end
             else { break }
             run = next.lowerBound..<min(next.upperBound, PageIndex(chunkEnd))
         }

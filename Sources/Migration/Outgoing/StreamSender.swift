@@ -60,7 +60,7 @@ final class StreamSender: Sendable {
 
     // MARK: The thread
 
-    private func run(_ channel: Channel, _ post: @Sendable (SourceEvent) -> Void) {
+    private func run(_ channel: Channel, _ post: @escaping @Sendable (SourceEvent) -> Void) {
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             do throws(ChannelError) {
                 switch job {
@@ -82,7 +82,9 @@ final class StreamSender: Sendable {
         }
     }
 
-    private func send(_ channel: Channel, final: Bool, batches: Bool, _ post: @Sendable (SourceEvent) -> Void)
+    private func send(
+        _ channel: Channel, final: Bool, batches: Bool, _ post: @escaping @Sendable (SourceEvent) -> Void
+    )
         throws(ChannelError)
     {
         interrupted.store(false, ordering: .relaxed)

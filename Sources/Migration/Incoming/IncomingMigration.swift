@@ -1,0 +1,193 @@
+import GuestMemory
+import Host
+import Machine
+import MigrationStream
+import Synchronization
+import Transport
+
+/// The shell around `DestinationCore`: one thread that accepts, one per connection that reads, one for timers.
+///
+/// The core is behind a lock: whoever has an event hands it in and performs the answer before the next event. So a reader knows, when
+/// it goes on, what became of what it read. Pages do not pass through here: `PageReceiver` puts them into guest memory.
+final class IncomingMigration: Sendable {
+    private let machine: VirtualMachine
+    private let listener: Listener
+    private let report: @Sendable (MigrationEvent) -> Void
+    private let statistics: IncomingStatistics
+    private let blocks: [RAMBlockDescription]
+
+    private struct State {
+        var core: DestinationCore
+        var channels: [ConnectionID: Channel] = [:]
+        var connectionCount: UInt64 = 0
+        var isOver = false
+    }
+    private let state: Mutex<State>
+    private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
+
+    init(
+        _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
+        descriptors: @escaping DescriptorResolver, report: @escaping @Sendable (MigrationEvent) -> Void
+    ) throws(MigrationError) {
+        self.machine = machine
+        self.report = report
+        do throws(ChannelError) {
+            listener = try Listener(on: address, descriptors: descriptors)
+        } catch { throw MigrationError(error.description) }
+        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        statistics = IncomingStatistics(
+            totalBytes: machine.memory.byteCount,
+            listening: listener.addresses.map { address in
+                switch address {
+                case .inet(let host, let port): .inet(host: host, port: port)
+                case .unix(let path): .unix(path: path)
+                }
+            })
+        let configuration = DestinationConfiguration(
+            instance: .random(), machineName: machine.configuration.streamName,
+            sections: machine.sections.map {
+                ExpectedSection(name: $0.name, instance: $0.instance, required: $0.isRequired)
+            },
+            startsGuest: startsGuest)
+        state = Mutex(State(core: DestinationCore(configuration)))
+    }
+
+    func start() throws(MigrationError) {
+        do throws(SystemError) {
+            _ = try HostThread(name: "migration-list") { [self] in acceptConnections() }
+            _ = try HostThread(name: "migration-time") { [self] in serveTimers() }
+        } catch { throw MigrationError(error.description) }
+    }
+
+    func info() -> MigrationInfo { statistics.info() }
+
+    /// The process ends: the guest will never start here.
+    func giveUp() {
+        post(.giveUp)
+        listener.close()
+    }
+
+    // MARK: Threads
+
+    private func acceptConnections() {
+        while let channel = try? listener.accept() {
+            let id = state.withLock { state in
+                state.connectionCount += 1
+                let id = ConnectionID(state.connectionCount)
+                state.channels[id] = channel
+                return id
+            }
+            post(.accepted(id, answers: channel.kind == .socket))
+            do throws(SystemError) {
+                _ = try HostThread(name: "migration-recv") { [self] in read(channel, id) }
+            } catch {
+                post(.disconnected(id, error.description))
+                channel.cancel()
+            }
+        }
+    }
+
+    private func read(_ channel: Channel, _ id: ConnectionID) {
+        do {
+            var receiver = try PageReceiver(
+                channel, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
+                statistics: statistics)
+            var lastProgress = Clock.monotonicNanoseconds
+            while let item = try receiver.next() {
+                switch item {
+                case .page, .zeroPage, .pageBatch:
+                    guard state.withLock({ $0.core.acceptsPages(on: id) }) else {
+                        post(.item(id, item))
+                        continue
+                    }
+                    try receiver.place(item)
+                    let now = Clock.monotonicNanoseconds
+                    if now - lastProgress > 1_000_000_000 {
+                        lastProgress = now
+                        post(.progressed(id))
+                    }
+                case .vmDescription: try receiver.skipPayload()
+                default: post(.item(id, item))
+                }
+            }
+            post(
+                receiver.failure.map { .rejected(id, $0.description) }
+                    ?? .disconnected(id, "the source closed the connection"))
+        } catch {
+            post(.disconnected(id, "\(error)"))
+        }
+        state.withLock { _ = $0.channels.removeValue(forKey: id) }
+    }
+
+    private func serveTimers() {
+        while true {
+            let next = timers.withLock { $0.values.map(\.deadline).min() } ?? .never
+            let due = timers.wait(deadline: next) { timers -> ProtocolTimer? in
+                guard let due = timers.values.first(where: { $0.deadline.hasPassed }) else {
+                    // Another deadline may have come nearer: look again.
+                    return (timers.values.map(\.deadline).min() ?? .never) < next ? ProtocolTimer?.none : nil
+                }
+                timers[due.timer.kind] = nil
+                return due.timer
+            }
+            if let due { post(.timer(due)) }
+        }
+    }
+
+    // MARK: The core
+
+    private func post(_ event: DestinationEvent) {
+        state.withLock { state in
+            var events = [event]
+            while !events.isEmpty {
+                for action in state.core.handle(events.removeFirst()) {
+                    if let answer = perform(action, &state) { events.append(answer) }
+                }
+            }
+        }
+    }
+
+    /// - Returns: the event that answers the action, if it is known at once.
+    private func perform(_ action: DestinationAction, _ state: inout State) -> DestinationEvent? {
+        switch action {
+        case .send(let id, let bytes):
+            guard let channel = state.channels[id] else { return nil }
+            do throws(ChannelError) { try channel.send(bytes) } catch { return .disconnected(id, error.description) }
+        case .close(let id):
+            guard let channel = state.channels.removeValue(forKey: id) else { return nil }
+            // A peer that is gone already is no news.
+            if channel.kind == .socket { try? channel.finish() }
+            channel.cancel()
+        case .loadState(let sections): return load(sections)
+        case .startGuest(let running):
+            let began = Clock.monotonicNanoseconds
+            machine.startAfterMigration(running: running)
+            return .guestStarted(nanoseconds: Clock.monotonicNanoseconds - began)
+        case .setTimer(let timer, let nanoseconds):
+            timers.withLock { $0[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
+        case .cancelTimer(let kind): timers.withLock { $0[kind] = nil }
+        case .report(let status):
+            statistics.enter(status)
+            report(.status(status))
+        case .agreed(let rule, _): statistics.agreed(rule)
+        case .turnedAway(_, let sentence): report(.notice(sentence))
+        case .finished(let outcome):
+            switch outcome {
+            case .completed: break
+            case .waitsForAnother(let sentence), .failed(let sentence):
+                statistics.end(error: sentence)
+                report(.notice(sentence))
+            }
+        }
+        return nil
+    }
+
+    private func load(_ sections: [DeviceSection]) -> DestinationEvent {
+        let began = Clock.monotonicNanoseconds
+        do throws(MachineError) {
+            try machine.loadState(
+                sections.map { DeviceState(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body) })
+            return .stateLoaded(nanoseconds: Clock.monotonicNanoseconds - began)
+        } catch { return .loadFailed(error.description) }
+    }
+}

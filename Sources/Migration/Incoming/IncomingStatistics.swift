@@ -1,0 +1,52 @@
+import Host
+import Synchronization
+
+/// What is counted during an incoming migration. Written by its threads, read by anybody.
+final class IncomingStatistics: Sendable {
+    private struct State {
+        var info = MigrationInfo()
+        var began: UInt64?
+        var ended: UInt64?
+    }
+    private let state: Mutex<State>
+
+    init(totalBytes: UInt64, listening: [ListeningAddress]) {
+        var initial = State()
+        initial.info.direction = .incoming
+        initial.info.listening = listening
+        initial.info.ram = MigrationInfo.RAM()
+        initial.info.ram?.total = totalBytes
+        state = Mutex(initial)
+    }
+
+    func info() -> MigrationInfo {
+        state.withLock { state in
+            var info = state.info
+            if let began = state.began { info.totalNanoseconds = (state.ended ?? Clock.monotonicNanoseconds) - began }
+            return info
+        }
+    }
+
+    func enter(_ status: MigrationStatus) {
+        state.withLock { state in
+            state.info.status = status
+            switch status {
+            case .active where state.began == nil: state.began = Clock.monotonicNanoseconds
+            case .completed, .failed: state.ended = Clock.monotonicNanoseconds
+            default: break
+            }
+        }
+    }
+
+    func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
+
+    func end(error: String) { state.withLock { $0.info.errorDescription = error } }
+
+    func received(bytes: UInt64, normal: UInt64, duplicate: UInt64) {
+        state.withLock { state in
+            state.info.ram?.transferred += bytes
+            state.info.ram?.normal += normal
+            state.info.ram?.duplicate += duplicate
+        }
+    }
+}
