@@ -39,7 +39,7 @@ extension Channel {
             try token.check()
             if let status = child.poll() {
                 guard status.isSuccess else {
-                    throw .commandFailed(command: String(peer.dropFirst("exec:".count)), status: status)
+                    throw commandFailed(status)
                 }
                 return
             }
