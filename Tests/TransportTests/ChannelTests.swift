@@ -6,11 +6,12 @@ import Testing
 
 /// The kinds of channel that can block.
 enum Medium: CaseIterable, Sendable {
-    case socket, pipe
+    case socket, tcp, pipe
 
     func pair(bufferBytes: CInt? = nil, limits: StallLimits = StallLimits()) throws -> (Channel, Channel) {
         switch self {
         case .socket: try channelPair(bufferBytes: bufferBytes, limits: limits)
+        case .tcp: try tcpPair(bufferBytes: bufferBytes, limits: limits)
         case .pipe: try pipePair(limits: limits)
         }
     }
@@ -82,13 +83,26 @@ enum Medium: CaseIterable, Sendable {
 
     @Test(
         "sending to a peer that has gone is an error that names it, not the end of the process",
-        arguments: Medium.allCases)
+        arguments: [Medium.socket, .pipe])
     func closedPeer(medium: Medium) throws {
         var pair: (Channel, Channel)? = try medium.pair()
         let out = try #require(pair).0
         pair = nil
         let error = #expect(throws: ChannelError.self) { try out.send([1]) }
         #expect(error == .system(SystemError("send to", out.peer, code: EPIPE)))
+    }
+
+    @Test("a TCP peer that closes with bytes unread is an error of a later send")
+    func resetByPeer() throws {
+        var pair: (Channel, Channel)? = try tcpPair()
+        let out = try #require(pair).0
+        try out.send([1])
+        pair = nil
+        let error = #expect(throws: ChannelError.self) {
+            while true { try out.send([UInt8](repeating: 0, count: 1 << 20)) }
+        }
+        let causes = [EPIPE, ECONNRESET].map { ChannelError.system(SystemError("send to", out.peer, code: $0)) }
+        #expect(causes.contains { $0 == error })
     }
 
     @Test("a pipe goes one way")
@@ -125,10 +139,10 @@ enum Medium: CaseIterable, Sendable {
         let reader = try Background {
             for _ in 0..<10 {
                 Clock.sleep(nanoseconds: 60_000_000)
-                _ = try into.receive(exactly: 32 << 10)
+                _ = try into.receive(exactly: 256 << 10)
             }
         }
-        try out.send([UInt8](repeating: 0, count: 320 << 10))
+        try out.send([UInt8](repeating: 0, count: 2560 << 10))
         try reader.value()
     }
 

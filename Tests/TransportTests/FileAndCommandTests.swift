@@ -145,6 +145,13 @@ import Testing
         try out.finish()
     }
 
+    @Test("a command that prints more than its stream still ends")
+    func trailing() throws {
+        let into = try Listener(on: .command("printf hello; head -c 4000000 /dev/zero")).accept()
+        #expect(try into.receive(exactly: 5) == Array("hello".utf8))
+        try into.finish()
+    }
+
     @Test("a command that does not end is an error after the deadline")
     func endless() throws {
         let out = try Connector().connect(to: .exec(arguments: ["sleep", "60"]))

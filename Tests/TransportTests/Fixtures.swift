@@ -47,14 +47,30 @@ func channelPair(
     bufferBytes: CInt? = nil, limits: StallLimits = StallLimits()
 ) throws -> (Channel, Channel) {
     let (a, b) = try Socket.pair()
-    if var size = bufferBytes {
-        for end in [a, b] {
-            unsafe setsockopt(end.number, SOL_SOCKET, SO_SNDBUF, &size, socklen_t(MemoryLayout<CInt>.size))
-        }
-    }
+    if let bufferBytes { setBuffers(of: [a, b], bufferBytes) }
     return (
         try Channel(socket: a, peer: "peer a", limits: limits), try Channel(socket: b, peer: "peer b", limits: limits)
     )
+}
+
+/// Two channels over TCP on this machine.
+func tcpPair(bufferBytes: CInt? = nil, limits: StallLimits = StallLimits()) throws -> (Channel, Channel) {
+    let listener = try Listener(on: .tcp(host: "127.0.0.1", port: "0"), limits: limits)
+    guard case .inet(let host, let port) = listener.addresses.first else { throw ChannelError.cancelled }
+    let a = try Connector(limits: limits).connect(to: .tcp(host: host, port: port), deadline: .after(seconds: 5))
+    let b = try listener.accept(deadline: .after(seconds: 5))
+    // Buffers below the size of a segment make TCP crawl by its timers.
+    if let bufferBytes { setBuffers(of: [a.input, b.input].compactMap(\.self), max(bufferBytes, 1 << 16)) }
+    return (a, b)
+}
+
+private func setBuffers(of sockets: [Descriptor], _ byteCount: CInt) {
+    var size = byteCount
+    for socket in sockets {
+        for option in [SO_SNDBUF, SO_RCVBUF] {
+            unsafe setsockopt(socket.number, SOL_SOCKET, option, &size, socklen_t(MemoryLayout<CInt>.size))
+        }
+    }
 }
 
 /// Two channels over a pipe: one sends, the other receives.
