@@ -130,7 +130,7 @@ public final class Channel: Sendable {
     public func receive(appendingTo bytes: inout [UInt8], upTo limit: Int) throws(ChannelError) -> Int {
         precondition(limit > 0, "room for a byte")
         let old = bytes.count
-        bytes.append(contentsOf: repeatElement(0, count: limit))
+        bytes += [UInt8](repeating: 0, count: limit)
         var count = 0
         defer { bytes.removeLast(bytes.count - old - count) }
         count = try receiveOnce { (descriptor) throws(SystemError) in

@@ -135,10 +135,10 @@ enum Medium: CaseIterable, Sendable {
 
     @Test("a peer that reads slowly, but reads, does not stall", arguments: Medium.allCases)
     func slowPeer(medium: Medium) throws {
-        let (out, into) = try medium.pair(bufferBytes: 4608, limits: StallLimits(sendMilliseconds: 400))
+        let (out, into) = try medium.pair(bufferBytes: 4608, limits: StallLimits(sendMilliseconds: 1000))
         let reader = try Background {
             for _ in 0..<10 {
-                Clock.sleep(nanoseconds: 60_000_000)
+                Clock.sleep(nanoseconds: 150_000_000)
                 _ = try into.receive(exactly: 256 << 10)
             }
         }
