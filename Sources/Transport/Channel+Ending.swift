@@ -6,8 +6,8 @@ extension Channel {
     /// Says that everything was handed over.
     ///
     /// A socket's peer reads to the end, and may still answer. A pipe is closed. A file is closed and reports what a file system
-    /// met that writes at close; nothing waits for the disk. A command sees the end of its input and is waited for: what it prints
-    /// and nobody received is dropped.
+    /// met that writes at close; nothing waits for the disk. A command sees the end of its input and is waited for; what it still
+    /// prints is dropped, unless this side sends and has received (a return path): then go on receiving to its end.
     /// - Parameter deadline: for the end of a command; `nil` is the send stall limit from now.
     /// - Throws: `ChannelError`: `commandFailed` for a command that did not end with status 0.
     public func finish(deadline: Deadline? = nil) throws(ChannelError) {
@@ -33,13 +33,14 @@ extension Channel {
     /// Waits for the end of the child. Output nobody asked for would fill its pipe and keep it from ending, so it is read here.
     private func waitForCommand(deadline: Deadline) throws(ChannelError) {
         guard let child else { return }
-        var drain = hasReceived.load(ordering: .relaxed) ? nil : input
+        // Out, a return path's thread may still be receiving; in, the thread that received is the one here.
+        var drain = isIncoming || !hasReceived.load(ordering: .relaxed) ? input : nil
         var pauseNanoseconds: UInt64 = 200_000
         while true {
             try token.check()
             if let status = child.poll() {
                 guard status.isSuccess else {
-                    throw .commandFailed(command: String(peer.dropFirst("exec:".count)), status: status)
+                    throw commandFailed(status)
                 }
                 return
             }

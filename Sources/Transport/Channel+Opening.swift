@@ -17,7 +17,9 @@ extension Channel {
     }
 
     /// A child process: we write to its standard input and read from its standard output, as QEMU does in both directions.
-    static func command(_ arguments: [String], limits: StallLimits) throws(ChannelError) -> Channel {
+    static func command(
+        _ arguments: [String], _ direction: Direction, limits: StallLimits
+    ) throws(ChannelError) -> Channel {
         let peer = "exec:\(MigrationAddress.commandText(arguments))"
         guard !arguments.isEmpty, !arguments[0].isEmpty else {
             throw .unusable("\(peer): there is no program to start")
@@ -25,11 +27,10 @@ extension Channel {
         return try channelled { () throws(SystemError) in
             let toChild = try Descriptor.pipe()
             let fromChild = try Descriptor.pipe()
-            toChild.write.setPipeCapacity(1 << 20)
-            fromChild.read.setPipeCapacity(1 << 20)
             let child = try ChildProcess(arguments, input: toChild.read, output: fromChild.write)
             return try Channel(
-                .command, peer: peer, input: fromChild.read, output: toChild.write, child: child, limits: limits)
+                .command, peer: peer, input: fromChild.read, output: toChild.write, child: child,
+                isIncoming: direction == .incoming, limits: limits)
         }
     }
 

@@ -23,24 +23,29 @@ public final class Channel: Sendable {
     let token: CancelToken
     private let limits: Mutex<StallLimits>
     let hasReceived = Atomic(false)
+    /// Whether `finish` drops what a command still prints, though some of it was received.
+    let isIncoming: Bool
     private let sent = Atomic<UInt64>(0)
     private let received = Atomic<UInt64>(0)
 
     /// Takes what was opened (see `Channel+Opening.swift`).
     init(
         _ kind: Kind, peer: String, input: Descriptor?, output: Descriptor?, child: ChildProcess? = nil,
-        limits: StallLimits
+        isIncoming: Bool = false, limits: StallLimits
     ) throws(SystemError) {
         self.kind = kind
         self.peer = peer
         self.input = input
         self.output = Mutex(output)
         self.child = child
+        self.isIncoming = isIncoming
         self.limits = Mutex(limits)
         token = try CancelToken()
         Descriptor.ignoreBrokenPipes()
         for descriptor in [input, output] {
             try descriptor?.setNonBlocking(kind == .pipe || kind == .command)
+            // A third more throughput than with the 64 KiB of a new pipe. (Sockets gain nothing from larger buffers.)
+            if kind == .pipe || kind == .command { descriptor?.setPipeCapacity(1 << 20) }
         }
         try setStallLimits(limits)
     }
@@ -125,7 +130,7 @@ public final class Channel: Sendable {
     public func receive(appendingTo bytes: inout [UInt8], upTo limit: Int) throws(ChannelError) -> Int {
         precondition(limit > 0, "room for a byte")
         let old = bytes.count
-        bytes.append(contentsOf: repeatElement(0, count: limit))
+        bytes += [UInt8](repeating: 0, count: limit)
         var count = 0
         defer { bytes.removeLast(bytes.count - old - count) }
         count = try receiveOnce { (descriptor) throws(SystemError) in
@@ -148,7 +153,7 @@ public final class Channel: Sendable {
         bytes.reserveCapacity(count)
         while bytes.count < count {
             guard try receive(appendingTo: &bytes, upTo: min(count - bytes.count, 1 << 20)) > 0 else {
-                throw .endOfStream(peer: peer, received: bytes.count, wanted: count)
+                throw earlyEnd(received: bytes.count, wanted: count)
             }
         }
         return bytes
@@ -160,15 +165,18 @@ public final class Channel: Sendable {
         while vector.byteCount > 0 {
             let count = try receiveOnce { (descriptor) throws(SystemError) in try descriptor.read(&vector) }
             guard count > 0 else {
-                throw .endOfStream(peer: peer, received: wanted - vector.byteCount, wanted: wanted)
+                throw earlyEnd(received: wanted - vector.byteCount, wanted: wanted)
             }
         }
     }
 
     private func receiveOnce(_ read: (Descriptor) throws(SystemError) -> Int?) throws(ChannelError) -> Int {
         guard let input else { throw .unusable("receive from \(peer): the channel is for sending only") }
-        hasReceived.store(true, ordering: .relaxed)
         var quiet: UInt64 = 0
+        // A FIFO without a writer looks like the end of a stream to read(2), but not to poll(2).
+        if !hasReceived.exchange(true, ordering: .relaxed), kind == .pipe {
+            try waitForProgress(input, .readable, limit: stallLimits.receiveMilliseconds, "receive from", &quiet)
+        }
         while true {
             try token.check()
             let count: Int?
@@ -208,9 +216,24 @@ public final class Channel: Sendable {
         }
     }
 
+    private func earlyEnd(received: Int, wanted: Int) -> ChannelError {
+        failedCommand() ?? .endOfStream(peer: peer, received: received, wanted: wanted)
+    }
+
+    /// A command that closed its end has mostly ended: how it ended says more than that it did.
+    private func failedCommand() -> ChannelError? {
+        guard let status = child?.wait(deadline: .after(milliseconds: 200)), !status.isSuccess else { return nil }
+        return commandFailed(status)
+    }
+
+    func commandFailed(_ status: ChildProcess.ExitStatus) -> ChannelError {
+        .commandFailed(command: String(peer.dropFirst("exec:".count)), status: status)
+    }
+
     /// The error of a failed call as the caller shall see it: a cancelled socket reports a broken pipe.
     func failure(_ operation: String, _ error: SystemError) -> ChannelError {
         if token.isCancelled { return .cancelled }
+        if error.code == EPIPE, let failed = failedCommand() { return failed }
         return .system(SystemError(operation, peer, code: error.code, remedy: error.remedy))
     }
 }

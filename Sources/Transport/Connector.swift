@@ -31,7 +31,7 @@ public struct Connector: Sendable {
             let descriptor = try Channel.resolve(name, descriptors)
             return try Channel.descriptor(descriptor, .outgoing, limits: limits)
         case .exec(let arguments):
-            return try Channel.command(arguments, limits: limits)
+            return try Channel.command(arguments, .outgoing, limits: limits)
         case .file(let path, let offset):
             return try Channel.file(path, offset: offset, .outgoing, limits: limits)
         }

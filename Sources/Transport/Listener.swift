@@ -60,7 +60,7 @@ public final class Listener: Sendable {
                 opened.single = try Channel.descriptor(descriptor, .incoming, limits: limits)
             }
         case .exec(let arguments):
-            opened.single = try Channel.command(arguments, limits: limits)
+            opened.single = try Channel.command(arguments, .incoming, limits: limits)
         case .file(let path, let offset):
             opened.single = try Channel.file(path, offset: offset, .incoming, limits: limits)
         }
