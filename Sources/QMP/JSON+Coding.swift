@@ -66,24 +66,21 @@ extension JSON: Codable {
     }
 
     private init(scalar container: any SingleValueDecodingContainer) throws {
-        guard !container.decodeNil() else {
+        if container.decodeNil() {
             self = .null
-            return
-        }
-        do {
-            self = .string(try container.decode(String.self))
-            return
-        } catch DecodingError.typeMismatch {
-            // Not a string. One that is broken inside is another error, and leaves from here.
-        }
-        if let value = try? container.decode(Bool.self) {
-            self = .bool(value)
+        } else if let value = try? container.decode(String.self) {
+            self = .string(value)
         } else if let value = try? container.decode(Int64.self) {
             self = .integer(value)
+        } else if let value = try? container.decode(Bool.self) {
+            self = .bool(value)
         } else if let value = try? container.decode(UInt64.self) {
             self = JSON(value)
+        } else if let value = try? container.decode(Double.self) {
+            self = .double(value)
         } else {
-            self = .double(try container.decode(Double.self))
+            // A string that is broken inside says so; a number too large is none.
+            self = .string(try container.decode(String.self))
         }
     }
 
@@ -107,7 +104,8 @@ extension JSON: Codable {
 extension DecodingError {
     /// What the parser disliked, without Foundation's frame around it.
     fileprivate var reason: String {
-        guard case .dataCorrupted(let context) = self else { return "a value that is no JSON" }
+        // A number is the only value that is found and then fits no type.
+        guard case .dataCorrupted(let context) = self else { return "a number beyond the range of a double" }
         // SAFETY: nobody else holds this error, so nobody changes its dictionary meanwhile.
         guard let cause = context.underlyingError as? CocoaError,
             let words = unsafe cause.userInfo["NSDebugDescription"] as? String
