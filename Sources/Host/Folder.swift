@@ -38,10 +38,14 @@ public enum FileSystem {
             inode: UInt64(raw.st_ino))
     }
 
-    /// Makes a folder, if there is nothing at the path yet.
+    /// Makes a folder with this mode, whatever the umask, if there is nothing at the path yet.
     public static func makeFolder(_ path: String, mode: UInt32 = 0o700) throws(SystemError) {
-        // SAFETY: mkdir reads the path for the time of the call.
-        guard unsafe mkdir(path, mode) == 0 || errno == EEXIST else { throw .last("make folder", path) }
+        // SAFETY: both calls read the path and keep nothing.
+        guard unsafe mkdir(path, mode) == 0 else {
+            if errno == EEXIST { return }
+            throw .last("make folder", path)
+        }
+        guard unsafe chmod(path, mode) == 0 else { throw .last("make folder", path) }
     }
 
     /// Removes a file, a link or a socket; that it is gone already is no error.

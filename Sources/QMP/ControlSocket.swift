@@ -32,13 +32,13 @@ public final class ControlSocket: Sendable {
     private init(lockedPath path: String, inUse remedy: String) throws(SystemError) {
         self.path = path
         do throws(SystemError) {
-            listener = try Socket.listen(unix: path)
+            listener = try Self.listen(path)
         } catch {
             guard error.code == EADDRINUSE else { throw error }
             guard try Self.removeIfStale(path) else {
                 throw SystemError("listen on", "unix:\(path)", code: EADDRINUSE, remedy: remedy)
             }
-            listener = try Socket.listen(unix: path)
+            listener = try Self.listen(path)
         }
         file = try FileSystem.status(of: path)
     }
@@ -58,14 +58,30 @@ public final class ControlSocket: Sendable {
                 "listen on", "unix:\(path)", code: EEXIST,
                 remedy: "it is not a socket; remove it or choose another path")
         }
+        if try isListening(path) { return false }
+        try FileSystem.remove(path)
+        return true
+    }
+
+    /// Whether a process takes connections at the path. One that is too busy to take them now does, too.
+    /// - Throws: `SystemError` if that cannot be told: no permission, say.
+    static func isListening(_ path: String) throws(SystemError) -> Bool {
+        let address = try SocketAddress.unix(path: path)
         do throws(SystemError) {
-            _ = try Socket.connect(unix: path)
-            return false
-        } catch {
-            guard error.code == ECONNREFUSED else { return error.code == ENOENT }
-            try FileSystem.remove(path)
+            _ = try Socket.connect(
+                to: address, name: "unix:\(path)", wake: try EventDescriptor(), deadline: .after(milliseconds: 200))
             return true
+        } catch {
+            switch error.code {
+            case ECONNREFUSED, ENOENT: return false
+            case ETIMEDOUT: return true
+            default: throw error
+            }
         }
+    }
+
+    private static func listen(_ path: String) throws(SystemError) -> Descriptor {
+        try Socket.listen(on: SocketAddress.unix(path: path), name: "unix:\(path)")
     }
 
     private static func folder(of path: String) -> String {

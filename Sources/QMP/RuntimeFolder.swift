@@ -101,7 +101,7 @@ public struct RuntimeFolder: Sendable, Equatable {
 
     private func isListening(_ socketPath: String) throws(SystemError) -> Bool {
         guard try FileSystem.status(of: socketPath)?.kind == .socket else { return false }
-        if (try? Socket.connect(unix: socketPath)) != nil { return true }
+        if try ControlSocket.isListening(socketPath) { return true }
         // Between its bind and its listen a socket refuses too: a VM that starts holds the lock over both.
         let lock = try FileSystem.lockFolder(path, deadline: .after(seconds: 5))
         defer { withExtendedLifetime(lock) {} }
