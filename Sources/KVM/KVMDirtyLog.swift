@@ -19,18 +19,22 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     private let slots: [KVMSlots.Slot]
     private var logs: [State]
     private var isOn = false
+    /// A slot's log as the kernel gives it; kept, because a fresh one costs as much as reading the log.
+    private var words: [UInt64] = []
 
     private enum State {
         /// Not logged: the slot was a hole when last looked at.
         case untouched
-        /// Logged; bits of pages that are holes mean nothing.
-        case masked
+        /// Logged; bits inside these holes mean nothing. What appears in a hole counts as written.
+        case masked(holes: [Range<PageIndex>])
         /// Logged, and so fragmented that the bits of holes were cleared once: every bit means a written page.
         case whole
+
+        var isLogged: Bool { if case .untouched = self { false } else { true } }
     }
 
-    /// Runs of allocated pages in a slot from which looking for holes costs more than clearing their bits.
-    private static let fragmentedRuns = 1024
+    /// So many holes in a slot, and looking into them each time costs more than clearing their bits once.
+    private static let fragmentedHoles = 1024
 
     init(machine: Descriptor, slots: KVMSlots, memory: GuestMemory, _ mode: Mode) {
         self.machine = machine
@@ -51,7 +55,7 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         guard isOn else { return }
         isOn = false
         memory.hostWrites.setRecording(false)
-        for (slot, state) in zip(slots, logs) where state != .untouched {
+        for (slot, state) in zip(slots, logs) where state.isLogged {
             // Turning logging off only drops the bitmap; the slot itself was accepted before.
             try? KVMSlots.set(slot, on: machine, logging: false)
         }
@@ -62,33 +66,52 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         memory.hostWrites.collect(memory.blocks, into: bitmaps)
         for index in slots.indices {
             let slot = slots[index]
-            if logs[index] == .untouched {
-                guard try nextRun(slot, from: slot.pages.lowerBound) != nil else { continue }
+            if case .untouched = logs[index] {
+                guard try nextRun(slot, slot.pages) != nil else { continue }
                 try KVMSlots.set(slot, on: machine, logging: true)
-                logs[index] = .masked
-                if mode == .automatic {
-                    for run in try allocatedRuns(slot, limit: .max) { bitmaps[slot.block].set(run) }
-                    logs[index] = .whole
-                }
+                logs[index] = try firstState(of: slot, into: bitmaps[slot.block])
             }
             try collect(index, into: bitmaps[slot.block])
         }
     }
 
+    /// After the log was turned on: what is there already counts as written.
+    private func firstState(of slot: KVMSlots.Slot, into bitmap: DirtyBitmap) throws(AcceleratorError) -> State {
+        guard mode == .automatic else { return .masked(holes: [slot.pages]) }
+        for run in try allocatedRuns(slot, in: slot.pages) { bitmap.set(run) }
+        return .whole
+    }
+
     private func collect(_ index: Int, into bitmap: DirtyBitmap) throws(AcceleratorError) {
         let slot = slots[index]
-        var words = [UInt64](repeating: 0, count: Int((slot.pageCount + 63) / 64))
-        try readLog(slot, into: &words)
-        if logs[index] == .masked {
-            let runs = try allocatedRuns(slot, limit: Self.fragmentedRuns)
-            if runs.count == Self.fragmentedRuns {
-                try clearHoles(index, into: bitmap)
-                try readLog(slot, into: &words)
-            } else {
-                keep(runs, of: slot, in: &words)
+        // Holes first: a page that appears after this look keeps its bit for the next time.
+        if case .masked(let holes) = logs[index] {
+            var left: [Range<PageIndex>] = []
+            for hole in holes {
+                var position = hole.lowerBound
+                for run in try allocatedRuns(slot, in: hole) {
+                    bitmap.set(run)
+                    if position < run.lowerBound { left.append(position..<run.lowerBound) }
+                    position = run.upperBound
+                }
+                if position < hole.upperBound { left.append(position..<hole.upperBound) }
             }
+            logs[index] = .masked(holes: left)
+            if left.count > Self.fragmentedHoles { try clear(left, index, into: bitmap) }
         }
-        unsafe words.withUnsafeBufferPointer { unsafe bitmap.merge($0, at: slot.pages.lowerBound) }
+        let wordCount = Int((slot.pageCount + 63) / 64)
+        if words.count < wordCount { words = [UInt64](repeating: 0, count: wordCount) }
+        try readLog(slot, into: &words)
+        if case .masked(let holes) = logs[index] {
+            for hole in holes { Self.zero(&words, Self.bits(hole, of: slot)) }
+        }
+        unsafe words.withUnsafeBufferPointer {
+            unsafe bitmap.merge(UnsafeBufferPointer(rebasing: $0[..<wordCount]), at: slot.pages.lowerBound)
+        }
+    }
+
+    private static func bits(_ pages: Range<PageIndex>, of slot: KVMSlots.Slot) -> Range<UInt64> {
+        (pages.lowerBound.value - slot.pages.lowerBound.value)..<(pages.upperBound.value - slot.pages.lowerBound.value)
     }
 
     private func readLog(_ slot: KVMSlots.Slot, into words: inout [UInt64]) throws(AcceleratorError) {
@@ -102,55 +125,46 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         try kvm(status, "KVM_GET_DIRTY_LOG slot \(slot.number)")
     }
 
-    /// Zeroes the bits of pages that are in no run.
-    private func keep(_ runs: [Range<PageIndex>], of slot: KVMSlots.Slot, in words: inout [UInt64]) {
-        let base = slot.pages.lowerBound.value
-        var position: UInt64 = 0
-        for run in runs {
-            Self.zero(&words, position..<(run.lowerBound.value - base))
-            position = run.upperBound.value - base
-        }
-        Self.zero(&words, position..<slot.pageCount)
+    private static func zero(_ words: inout [UInt64], _ bits: Range<UInt64>) {
+        forEachWord(of: bits) { words[$0] &= ~$1 }
     }
 
-    private static func zero(_ words: inout [UInt64], _ bits: Range<UInt64>) {
+    private static func set(_ words: inout [UInt64], _ bits: Range<UInt64>) {
+        forEachWord(of: bits) { words[$0] |= $1 }
+    }
+
+    private static func forEachWord(of bits: Range<UInt64>, _ body: (Int, UInt64) -> Void) {
         var bit = bits.lowerBound
         while bit < bits.upperBound {
             let stop = min(bits.upperBound, (bit / 64 + 1) * 64)
             let length = stop - bit
             let mask: UInt64 = length == 64 ? ~0 : ((1 << length) - 1) << (bit % 64)
-            words[Int(bit / 64)] &= ~mask
+            body(Int(bit / 64), mask)
             bit = stop
         }
     }
 
     /// Clears the bits of holes for good. A page that appears meanwhile is reported, whether its bit was cleared or not.
-    private func clearHoles(_ index: Int, into bitmap: DirtyBitmap) throws(AcceleratorError) {
+    private func clear(_ holes: [Range<PageIndex>], _ index: Int, into bitmap: DirtyBitmap) throws(AcceleratorError) {
         let slot = slots[index]
-        let before = try allocatedRuns(slot, limit: .max)
-        var words = [UInt64](repeating: ~0, count: Int((slot.pageCount + 63) / 64))
-        let base = slot.pages.lowerBound.value
-        for run in before { Self.zero(&words, (run.lowerBound.value - base)..<(run.upperBound.value - base)) }
+        var mask = [UInt64](repeating: 0, count: Int((slot.pageCount + 63) / 64))
+        for hole in holes { Self.set(&mask, Self.bits(hole, of: slot)) }
         let step: UInt64 = 1 << 14
         for first in stride(from: 0, to: slot.pageCount, by: Int(step)) {
             let count = min(step, slot.pageCount - first)
-            try unsafe words.withUnsafeBufferPointer { (buffer) throws(AcceleratorError) in
+            try unsafe mask.withUnsafeBufferPointer { (buffer) throws(AcceleratorError) in
                 try unsafe clear(slot, first: first, count: count, buffer.baseAddress! + Int(first / 64))
             }
         }
-        let known = try DirtyBitmapFailure.of { () throws(SystemError) in
-            try DirtyBitmap(pageCount: memory.blocks[slot.block].pageCount)
-        }
-        for run in before { known.set(run) }
-        for run in try allocatedRuns(slot, limit: .max) {
-            for page in run where !known.contains(page) { bitmap.set(page..<page.advanced(by: 1)) }
+        for hole in holes {
+            for run in try allocatedRuns(slot, in: hole) { bitmap.set(run) }
         }
         logs[index] = .whole
     }
 
     func willSend(_ pages: Range<PageIndex>, of block: Int, marked bitmap: DirtyBitmap) throws(AcceleratorError) {
         guard mode == .manual else { return }
-        for (slot, state) in zip(slots, logs) where slot.block == block && state != .untouched {
+        for (slot, state) in zip(slots, logs) where slot.block == block && state.isLogged {
             let part = pages.clamped(to: slot.pages)
             guard !part.isEmpty else { continue }
             let first = part.lowerBound.value - slot.pages.lowerBound.value
@@ -182,26 +196,19 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
 
     // MARK: What is allocated
 
-    private func nextRun(_ slot: KVMSlots.Slot, from page: PageIndex) throws(AcceleratorError) -> Range<PageIndex>? {
+    private func nextRun(_ slot: KVMSlots.Slot, _ pages: Range<PageIndex>) throws(AcceleratorError) -> Range<PageIndex>? {
         do throws(SystemError) {
-            return try memory.blocks[slot.block].nextAllocatedRun(from: page, to: slot.pages.upperBound)
+            return try memory.blocks[slot.block].nextAllocatedRun(from: pages.lowerBound, to: pages.upperBound)
         } catch { throw AcceleratorError(error.description) }
     }
 
-    private func allocatedRuns(_ slot: KVMSlots.Slot, limit: Int) throws(AcceleratorError) -> [Range<PageIndex>] {
+    private func allocatedRuns(_ slot: KVMSlots.Slot, in pages: Range<PageIndex>) throws(AcceleratorError) -> [Range<PageIndex>] {
         var runs: [Range<PageIndex>] = []
-        var page = slot.pages.lowerBound
-        while runs.count < limit, let run = try nextRun(slot, from: page) {
+        var rest = pages
+        while let run = try nextRun(slot, rest) {
             runs.append(run)
-            page = run.upperBound
+            rest = run.upperBound..<pages.upperBound
         }
         return runs
-    }
-}
-
-/// Turns a failure to allocate a bitmap into the accelerator's error.
-private enum DirtyBitmapFailure {
-    static func of(_ make: () throws(SystemError) -> DirtyBitmap) throws(AcceleratorError) -> DirtyBitmap {
-        do throws(SystemError) { return try make() } catch { throw AcceleratorError(error.description) }
     }
 }

@@ -6,7 +6,8 @@ import Host
 
 /// The memory slots of a machine: which part of a RAM block the kernel shows where.
 ///
-/// Blocks are cut at multiples of 4 GiB, so that dirty logging is turned on, read and paid for only where a guest has memory in use.
+/// Blocks are cut into large pieces, so that dirty logging is turned on, read and paid for only where a guest has memory in use. Pieces
+/// are not small, because making one takes the kernel about 20 ms (it waits for a grace period), whatever its size.
 struct KVMSlots {
     struct Slot {
         let number: UInt32
@@ -18,17 +19,24 @@ struct KVMSlots {
         var pageCount: UInt64 { pages.upperBound.value - pages.lowerBound.value }
     }
 
-    static let granule: UInt64 = 4 << 30
+    /// Slots start at multiples of this many bytes; larger guests get larger slots, not more than some 32.
+    static func granule(for memory: GuestMemory) -> UInt64 {
+        var granule: UInt64 = 64 << 30
+        while memory.byteCount / granule > 32 { granule *= 2 }
+        return granule
+    }
+
     let slots: [Slot]
 
     init(machine: Descriptor, memory: GuestMemory, limit: Int) throws(AcceleratorError) {
+        let granule = Self.granule(for: memory)
         var slots: [Slot] = []
         for range in memory.view.ranges {
             guard let block = memory.blocks.firstIndex(where: { $0 === range.block }) else { continue }
             var done: UInt64 = 0
             while done < range.byteCount {
                 let address = range.guestAddress + done
-                let size = min(range.byteCount - done, Self.granule - address.value % Self.granule)
+                let size = min(range.byteCount - done, granule - address.value % granule)
                 let start = RAMOffset(range.offset.value + done)
                 slots.append(
                     Slot(

@@ -20,11 +20,14 @@ enum Godwit {
         Clock.sleep(nanoseconds: UInt64(args[5])! * 1_000_000)
         try m2.acceptMigration(on: .init("tcp:127.0.0.1:0"))
         guard case .inet(_, let port) = m2.info().listening[0] else { return }
+        do { let warm = try Mapping(anonymousByteCount: Int(min(mem, 8 << 30)) + (1 << 29)); try warm.advise(.hugePages); try warm.advise(.populate) }
         let t = Clock.monotonicNanoseconds
         try m1.migrate(to: .init("tcp:127.0.0.1:\(port)"))
         while ![.completed, .failed, .unsettled, .cancelled].contains(m1.info().status) { Clock.sleep(nanoseconds: 1_000_000) }
         print("took", (Clock.monotonicNanoseconds - t) / 1000)
-        print(m1.info())
+        let i = m1.info(); print(i.ram!, i.setupNanoseconds!, i.downtime?.nanoseconds ?? 0)
+        for p in i.downtime?.parts ?? [] { print(p.name, p.nanoseconds / 1000, terminator: " us, ") }
+        print()
         Clock.sleep(nanoseconds: 500_000_000)
         print(try vm2.checkGuest())
         print("src", vm.runState, "dst", vm2.runState)
