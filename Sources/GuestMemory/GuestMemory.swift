@@ -85,12 +85,14 @@ public final class GuestMemory: Sendable {
         try forEachPiece(
             at: address, byteCount: byteCount,
             { (block, offset, count) throws(AccessError) in
-                let end = UInt64(offset + count)
-                var position = UInt64(offset)
-                // A file whose holes cannot be told apart is zeroed whole.
-                while let data = (try? block.file.nextData(from: position, to: end)) {
-                    block.mapping.zero(at: Int(data.lowerBound), count: Int(data.upperBound - data.lowerBound))
-                    position = data.upperBound
+                let end = offset + count
+                var page = RAMOffset(UInt64(offset)).page
+                let last = RAMOffset(UInt64(end) + GuestPage.byteCount - 1).page
+                // Where holes cannot be told apart (a failing file), the rest is left as it is: it reads as it did.
+                while let run = (try? block.nextAllocatedRun(from: page, to: last)) {
+                    let start = max(offset, Int(run.lowerBound.offset.value))
+                    block.mapping.zero(at: start, count: min(end, Int(run.upperBound.offset.value)) - start)
+                    page = run.upperBound
                 }
                 hostWrites.record(block, offset: offset, count: count)
             }, orThrow: { $0 })

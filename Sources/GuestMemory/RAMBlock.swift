@@ -18,25 +18,22 @@ public final class RAMBlock: Sendable {
         try mapping.advise(.dontDump)
     }
 
-    /// Copies bytes out without touching holes, which read as zeroes.
-    @unsafe public func copy(offset: Int, to buffer: UnsafeMutableRawBufferPointer) {
-        let end = UInt64(offset + buffer.count)
-        var position = UInt64(offset)
-        unsafe buffer.initializeMemory(as: UInt8.self, repeating: 0)
-        while let data = try? file.nextData(from: position, to: end) {
-            unsafe mapping.withBytes(at: Int(data.lowerBound), count: Int(data.upperBound - data.lowerBound)) { source in
-                unsafe UnsafeMutableRawBufferPointer(rebasing: buffer[(Int(data.lowerBound) - offset)...]).copyMemory(from: source)
-            }
-            position = data.upperBound
-        }
-    }
-
     public var pageCount: UInt64 { byteCount >> GuestPage.shift }
 
     /// The next run of allocated pages at or after `page`, before `end`; never-touched pages are not in it.
+    ///
+    /// Costs what the holes and the run cost, and nothing for what is behind `end`.
     public func nextAllocatedRun(from page: PageIndex, to end: PageIndex) throws(SystemError) -> Range<PageIndex>? {
-        guard let data = try file.nextData(from: page.offset.value, to: end.offset.value) else { return nil }
-        let last = (data.upperBound + GuestPage.byteCount - 1) >> GuestPage.shift
-        return RAMOffset(data.lowerBound).page..<PageIndex(last)
+        guard page < end, let start = try file.nextData(from: page.offset.value), start < end.offset.value else {
+            return nil
+        }
+        var position = start
+        while position < end.offset.value {
+            position += UInt64(try mapping.residentPrefix(at: Int(position), count: Int(end.offset.value - position)))
+            // What is not resident may be swapped out: then it is no hole.
+            guard position < end.offset.value, try file.nextData(from: position) == position else { break }
+            position += GuestPage.byteCount
+        }
+        return RAMOffset(start).page..<RAMOffset(min(position, end.offset.value)).page
     }
 }

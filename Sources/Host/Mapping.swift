@@ -141,6 +141,29 @@ import Glibc
         return true
     }
 
+    // MARK: What is in memory
+
+    /// How many bytes from `offset` on are resident, in whole pages: the search ends at the first page which is not.
+    ///
+    /// Source: mincore(2). A page that is not resident is a hole of the file, or swapped out.
+    public func residentPrefix(at offset: Int, count: Int) throws(SystemError) -> Int {
+        check(offset, count)
+        var marks = [UInt8](repeating: 0, count: min(16384, (count + 4095) / 4096))
+        var done = 0
+        while done < count {
+            let piece = min(count - done, marks.count * 4096)
+            // SAFETY: one byte per page of the piece; the piece lies inside the mapping.
+            let status = unsafe marks.withUnsafeMutableBufferPointer {
+                unsafe mincore(base + offset + done, piece, $0.baseAddress!)
+            }
+            guard status == 0 else { throw .last("mincore") }
+            let pages = (piece + 4095) / 4096
+            if let gap = marks[..<pages].firstIndex(where: { $0 & 1 == 0 }) { return done + gap * 4096 }
+            done += piece
+        }
+        return count
+    }
+
     // MARK: Advice to the kernel
 
     public enum Advice: Sendable {

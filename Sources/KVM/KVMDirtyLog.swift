@@ -196,13 +196,16 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
 
     // MARK: What is allocated
 
-    private func nextRun(_ slot: KVMSlots.Slot, _ pages: Range<PageIndex>) throws(AcceleratorError) -> Range<PageIndex>? {
+    private func nextRun(_ slot: KVMSlots.Slot, _ pages: Range<PageIndex>) throws(AcceleratorError) -> Range<PageIndex>?
+    {
         do throws(SystemError) {
             return try memory.blocks[slot.block].nextAllocatedRun(from: pages.lowerBound, to: pages.upperBound)
         } catch { throw AcceleratorError(error.description) }
     }
 
-    private func allocatedRuns(_ slot: KVMSlots.Slot, in pages: Range<PageIndex>) throws(AcceleratorError) -> [Range<PageIndex>] {
+    private func allocatedRuns(
+        _ slot: KVMSlots.Slot, in pages: Range<PageIndex>
+    ) throws(AcceleratorError) -> [Range<PageIndex>] {
         var runs: [Range<PageIndex>] = []
         var rest = pages
         while let run = try nextRun(slot, rest) {

@@ -9,18 +9,19 @@ extension GuestMemory {
     public var guestReader: GuestMemoryReader {
         { (address, buffer) throws(GuestProgramError) in
             var filled = 0
-            do throws(AccessError) {
+            do {
                 try self.forEachPiece(
                     at: GuestPhysicalAddress(address), byteCount: UInt64(buffer.count),
-                    { (block, offset, count) throws(AccessError) in
+                    { (block, offset, count) throws in
                         // SAFETY: pieces add up to the buffer's count, so each lies inside it.
-                        unsafe block.copy(
-                            offset: offset, to: UnsafeMutableRawBufferPointer(rebasing: buffer[filled..<filled + count])
+                        try unsafe block.file.read(
+                            at: UInt64(offset),
+                            into: UnsafeMutableRawBufferPointer(rebasing: buffer[filled..<filled + count])
                         )
                         filled += count
                     }, orThrow: { $0 })
             } catch {
-                throw .unreadable(physicalAddress: address, reason: error.description)
+                throw .unreadable(physicalAddress: address, reason: "\(error)")
             }
         }
     }
