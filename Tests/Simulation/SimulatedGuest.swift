@@ -14,7 +14,7 @@ struct SimulatedGuest {
     private var lastWrite: UInt64 = 0
     private var written: UInt64 = 1
     /// Its work is done then: from there on it writes rarely, so every migration can converge.
-    private static let workEnds = 20 * second
+    private static let workEnds = 300 * millisecond
 
     init(pages count: Int, writeInterval: UInt64, seed: UInt64) {
         pages = (0..<UInt64(count)).map { $0 % 3 == 0 ? 0 : $0 << 32 }

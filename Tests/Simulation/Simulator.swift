@@ -106,8 +106,17 @@ final class Simulator {
     func trace(_ line: @autoclosure () -> String) {
         guard isTracing else { return }
         let micros = now / 1000
-        traceLines.append("\(String(repeating: " ", count: max(0, 12 - "\(micros)".count)))\(micros) us  \(line())")
+        var text = line()
+        for noise in Self.noise { text = text.replacing(noise, with: "") }
+        traceLines.append("\(String(repeating: " ", count: max(0, 12 - "\(micros)".count)))\(micros) us  \(text)")
     }
+
+    /// What Swift writes before names, which nobody wants to read.
+    private static let noise = [
+        "MigrationStream.", "Migration.", "Simulation.", "SimulationPlan.", "ProtocolTimer.Kind.", "StreamItem.",
+        "ReturnPathMessage.", "ForwardCommand.", "MigrationStatus.", "(rawValue: 1)", "SourceOutcome.",
+        "DestinationOutcome.", "HandoverRule.",
+    ]
 
     func violate(_ sentence: String) {
         guard violation == nil else { return }
