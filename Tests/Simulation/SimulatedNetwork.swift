@@ -79,9 +79,12 @@ extension Simulator {
         }
     }
 
-    /// The network ends a connection: what is on the way still arrives, then both sides are told.
+    /// The network ends a connection: what is on the way is lost or still arrives, then both sides are told.
     func cut(_ connection: SimulatedConnection) {
+        let losses = Int.random(in: 0..<4, using: &generator)
         trace("network: connection \(connection.id.rawValue) is cut")
+        if losses & 1 != 0 { _ = connection.towardsDestination.take(connection.towardsDestination.pending) }
+        if losses & 2 != 0 { _ = connection.towardsSource.take(connection.towardsSource.pending) }
         end(&connection.towardsDestination, on: connection, towards: .destination, "the connection was reset")
         end(&connection.towardsSource, on: connection, towards: .source, "the connection was reset")
     }

@@ -48,14 +48,21 @@ enum PlantedBug: String, CaseIterable, Sendable {
 struct SimulationPlan: Sendable {
     enum Side: String, Sendable { case source, destination }
 
+    enum Trigger: Sendable {
+        /// At that step of the run.
+        case step(Int)
+        /// So many steps after the source entered that phase.
+        case phase(SourcePhase, plus: Int)
+    }
+
     enum Fault: Sendable {
         /// The connection ends after that many bytes towards that side.
         case cut(towards: Side, afterBytes: Int)
         /// The connection ends that many bytes after the source began to write device state.
         case cutTail(afterBytes: Int)
-        /// From that step on nothing passes any more, and nobody is told; new connections work again later.
-        case silence(atStep: Int, healsAfter: UInt64)
-        case death(of: Side, atStep: Int)
+        /// From then on nothing passes any more, and nobody is told; new connections work again later.
+        case silence(Trigger, healsAfter: UInt64)
+        case death(of: Side, Trigger)
         /// That local operation of that side fails, or never answers.
         case localFailure(Side, nth: Int, hangs: Bool)
         /// Connecting fails.
@@ -109,13 +116,22 @@ struct SimulationPlan: Sendable {
         case 5..<8: return .cutTail(afterBytes: .random(in: 0...700, using: &generator))
         case 8..<10:
             return .silence(
-                atStep: .random(in: 0...150, using: &generator),
-                healsAfter: generator.duration(1 * second, 200 * second))
-        case 10..<13: return .death(of: side, atStep: .random(in: 0...150, using: &generator))
+                trigger(using: &generator), healsAfter: generator.duration(1 * second, 200 * second))
+        case 10..<13: return .death(of: side, trigger(using: &generator))
         case 13: return .localFailure(side, nth: .random(in: 0...6, using: &generator), hangs: generator.chance(0.4))
         case 14: return .strangers(.random(in: 1...10, using: &generator))
         default: return .refusal
         }
+    }
+
+    /// Half of the blows fall around the handover, where they matter most.
+    private static func trigger(using generator: inout SeededGenerator) -> Trigger {
+        if Bool.random(using: &generator) { return .step(.random(in: 0...150, using: &generator)) }
+        let phases: [SourcePhase] = [
+            .greeting, .stoppingGuest, .savingState, .preparing, .committed, .committed, .acknowledged, .asking,
+        ]
+        let phase = phases.randomElement(using: &generator) ?? .committed
+        return .phase(phase, plus: .random(in: 0...8, using: &generator))
     }
 
     /// Nothing goes wrong and nobody interferes: the migration must complete.

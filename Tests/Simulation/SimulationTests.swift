@@ -1,7 +1,6 @@
 import Glibc
+import Migration
 import Testing
-
-@testable import Migration
 
 /// Both cores against each other on virtual time. `GODWIT_SIMULATION_SEEDS=N` runs that many seeds,
 /// `GODWIT_SIMULATION_SEED=S` replays one with its trace.

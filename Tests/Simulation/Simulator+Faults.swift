@@ -51,18 +51,19 @@ extension Simulator {
     }
 
     func strikeFaults() {
+        if phaseSteps[source.phase] == nil { phaseSteps[source.phase] = steps }
         for fault in plan.faults {
             switch fault {
-            case .silence(steps, let healsAfter):
+            case .silence(let trigger, let healsAfter) where strikes(trigger):
                 trace("network: silence")
                 for connection in connections { connection.isSilent = true }
                 networkIsSilentUntil = now + healsAfter
-            case .death(.source, steps):
+            case .death(.source, let trigger) where strikes(trigger):
                 trace("source dies")
                 sourceIsAlive = false
                 sourceGuest.stop(at: now)
                 for connection in connections where !connection.isStranger { close(connection, by: .source) }
-            case .death(.destination, steps):
+            case .death(.destination, let trigger) where strikes(trigger):
                 trace("destination dies")
                 destinationIsAlive = false
                 destinationGuest.stop(at: now)
@@ -72,10 +73,26 @@ extension Simulator {
         }
     }
 
+    private func strikes(_ trigger: SimulationPlan.Trigger) -> Bool {
+        switch trigger {
+        case .step(let step): step == steps
+        case .phase(let phase, let plus): phaseSteps[phase].map { $0 + plus == steps } ?? false
+        }
+    }
+
     // MARK: Invariants
 
     /// QEMU's rule allows two owners when the acknowledgement is lost: that is why there are two phases.
     private var rightIsExclusive: Bool { plan.rule != .qemu || plan.isUndisturbed }
+
+    /// QEMU's order of states; the ways out are open from everywhere.
+    func checkOrder(_ status: MigrationStatus) {
+        let order: [MigrationStatus] = [.none, .setup, .active, .preSwitchover, .device, .unsettled, .completed]
+        if let old = order.firstIndex(of: lastReport), let new = order.firstIndex(of: status), new <= old {
+            violate("the status goes from \(lastReport.rawValue) to \(status.rawValue)")
+        }
+        lastReport = status
+    }
 
     func checkInvariants() {
         guard rightIsExclusive else { return }

@@ -51,10 +51,12 @@ extension Simulator {
         case .close: closeSource()
         case .setTimer(let timer, let nanoseconds): setSourceTimer(timer, nanoseconds)
         case .cancelTimer(let kind): sourceTimers[kind] = nil
-        case .report(.preSwitchover):
+        case .report(let status):
+            checkOrder(status)
+            guard status == .preSwitchover else { return }
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
-        case .stopTracking, .report, .agreed, .refused: break
+        case .stopTracking, .agreed, .refused: break
         }
     }
 
@@ -261,6 +263,8 @@ extension Simulator {
             if doubts <= 4, source.rule == .twoPhase { return feedSource(.settle(.askDestination)) }
             // The operator goes and looks.
             if destinationOwnsGuest { return feedSource(.settle(.startedThere)) }
+            // Without two phases the destination may wait on a silent connection for good: it is ended by hand.
+            if plan.rule != .twoPhase, destination.phase < .starting { feedDestination(.giveUp) }
             if !destinationIsAlive || destination.phase == .failed { return feedSource(.settle(.resumeHere)) }
         }
     }

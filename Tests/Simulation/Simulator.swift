@@ -42,6 +42,7 @@ final class Simulator {
     var guestRanBeforeStop = false
     var sourceOutcomes: [SourceOutcome] = []
     var doubts = 0
+    var lastReport = MigrationStatus.none
 
     // The destination's process.
     var destination: DestinationCore
@@ -56,6 +57,8 @@ final class Simulator {
     // The network.
     var connections: [SimulatedConnection] = []
     var networkIsSilentUntil: UInt64 = 0
+    /// At which step the source entered each phase first.
+    var phaseSteps: [SourcePhase: Int] = [:]
     var localOperations: [SimulationPlan.Side: Int] = [:]
 
     static let stepLimit = 100_000
