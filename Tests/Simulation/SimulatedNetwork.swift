@@ -35,6 +35,8 @@ final class SimulatedConnection {
     var isOpenAtDestination = true
     /// Nothing passes any more and nobody is told.
     var isSilent = false
+    /// Nothing reaches the destination before that time.
+    var isHeldUntil: UInt64 = 0
 
     init(_ id: ConnectionID, isStranger: Bool = false) {
         self.id = id
@@ -70,6 +72,9 @@ extension Simulator {
 
     private func arrive(_ count: Int, on connection: SimulatedConnection, towards side: SimulationPlan.Side) {
         guard !connection.isSilent else { return }
+        if side == .destination, now < connection.isHeldUntil {
+            return schedule(at: connection.isHeldUntil) { [self] in arrive(count, on: connection, towards: side) }
+        }
         if side == .destination {
             guard connection.isOpenAtDestination, connection.towardsDestination.pending >= count else { return }
             destinationReads(connection.towardsDestination.take(count), on: connection)
@@ -87,6 +92,15 @@ extension Simulator {
         if losses & 2 != 0 { _ = connection.towardsSource.take(connection.towardsSource.pending) }
         end(&connection.towardsDestination, on: connection, towards: .destination, "the connection was reset")
         end(&connection.towardsSource, on: connection, towards: .source, "the connection was reset")
+    }
+
+    /// Only the source is told that the connection ended; the destination learns it late, after all that was sent.
+    func resetSource(_ connection: SimulatedConnection, heldFor: UInt64) {
+        trace("network: connection \(connection.id.rawValue) is reset at the source")
+        connection.isHeldUntil = now + heldFor
+        _ = connection.towardsSource.take(connection.towardsSource.pending)
+        end(&connection.towardsSource, on: connection, towards: .source, "the connection was reset")
+        end(&connection.towardsDestination, on: connection, towards: .destination, "the connection was reset")
     }
 
     /// One side closed (or died): the other is told after what is on the way; what was on the way to it is lost.
@@ -110,7 +124,8 @@ extension Simulator {
     ) {
         guard !pipe.isClosed else { return }
         pipe.isClosed = true
-        pipe.arrival = max(pipe.arrival, now + UInt64.random(in: plan.latency, using: &generator))
+        let earliest = max(now, side == .destination ? connection.isHeldUntil : 0)
+        pipe.arrival = max(pipe.arrival, earliest + UInt64.random(in: plan.latency, using: &generator))
         schedule(at: pipe.arrival) { [self] in
             guard !connection.isSilent else { return }
             if side == .destination {

@@ -60,6 +60,10 @@ struct SimulationPlan: Sendable {
         case cut(towards: Side, afterBytes: Int)
         /// The connection ends that many bytes after the source began to write device state.
         case cutTail(afterBytes: Int)
+        /// The connection ends then.
+        case cutAt(Trigger)
+        /// The source's end is reset then; what it had sent arrives late, and so does the end at the destination.
+        case halfCut(Trigger, heldFor: UInt64)
         /// From then on nothing passes any more, and nobody is told; new connections work again later.
         case silence(Trigger, healsAfter: UInt64)
         case death(of: Side, Trigger)
@@ -109,7 +113,7 @@ struct SimulationPlan: Sendable {
 
     private static func fault(_ plan: SimulationPlan, using generator: inout SeededGenerator) -> Fault {
         let side: Side = Bool.random(using: &generator) ? .source : .destination
-        switch Int.random(in: 0..<16, using: &generator) {
+        switch Int.random(in: 0..<20, using: &generator) {
         case 0..<2:
             return .cut(towards: .destination, afterBytes: .random(in: 0...(plan.pages * 5000), using: &generator))
         case 2..<5: return .cut(towards: .source, afterBytes: .random(in: 0...110, using: &generator))
@@ -119,7 +123,10 @@ struct SimulationPlan: Sendable {
                 trigger(using: &generator), healsAfter: generator.duration(1 * second, 200 * second))
         case 10..<13: return .death(of: side, trigger(using: &generator))
         case 13: return .localFailure(side, nth: .random(in: 0...6, using: &generator), hangs: generator.chance(0.4))
-        case 14: return .strangers(.random(in: 1...10, using: &generator))
+        case 14..<16: return .cutAt(trigger(using: &generator))
+        case 16..<18:
+            return .halfCut(trigger(using: &generator), heldFor: generator.duration(1 * millisecond, 25 * second))
+        case 18: return .strangers(.random(in: 1...10, using: &generator))
         default: return .refusal
         }
     }
@@ -128,7 +135,8 @@ struct SimulationPlan: Sendable {
     private static func trigger(using generator: inout SeededGenerator) -> Trigger {
         if Bool.random(using: &generator) { return .step(.random(in: 0...150, using: &generator)) }
         let phases: [SourcePhase] = [
-            .greeting, .stoppingGuest, .savingState, .preparing, .committed, .committed, .acknowledged, .asking,
+            .greeting, .sendingRound, .stoppingGuest, .savingState, .preparing, .preparing, .committed, .committed,
+            .acknowledged, .asking,
         ]
         let phase = phases.randomElement(using: &generator) ?? .committed
         return .phase(phase, plus: .random(in: 0...8, using: &generator))

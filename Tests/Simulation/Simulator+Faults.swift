@@ -58,6 +58,13 @@ extension Simulator {
                 trace("network: silence")
                 for connection in connections { connection.isSilent = true }
                 networkIsSilentUntil = now + healsAfter
+                // An operator who sees no progress does not wait for our deadlines.
+                guard generator.chance(0.5) else { continue }
+                schedule(after: 100 * millisecond, 20 * second) { [self] in feedSource(.cancel) }
+            case .cutAt(let trigger) where strikes(trigger):
+                if let connection = sourceConnection { cut(connection) }
+            case .halfCut(let trigger, let heldFor) where strikes(trigger):
+                if let connection = sourceConnection { resetSource(connection, heldFor: heldFor) }
             case .death(.source, let trigger) where strikes(trigger):
                 trace("source dies")
                 sourceIsAlive = false

@@ -17,6 +17,7 @@ extension Simulator {
     func feedSource(_ event: SourceEvent) {
         guard sourceIsAlive, violation == nil else { return }
         trace("source   <- \(event)")
+        if event == .received(.verdict(.unknown)) { violate("the destination forgot a migration that was begun there") }
         plantResume(event)
         for action in source.handle(event) { perform(action) }
         trace("source      \(source.phase)")
