@@ -20,8 +20,8 @@ struct SeededGenerator: RandomNumberGenerator {
 
     /// A duration between both bounds, each order of magnitude as likely as the next.
     mutating func duration(_ low: UInt64, _ high: UInt64) -> UInt64 {
-        var bound = low
-        while bound < high, Bool.random(using: &self) || bound < low * 2 { bound *= 2 }
+        let octaves = 64 - (high / low).leadingZeroBitCount
+        let bound = low << UInt64.random(in: 0...UInt64(octaves), using: &self)
         return UInt64.random(in: low...min(max(bound, low), high), using: &self)
     }
 }
@@ -42,6 +42,16 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case clearsDirtyMarkLate
     /// The source forgets the timers it was told to set.
     case losesTimers
+
+    /// By which words of a violation it may be found.
+    var symptoms: [String] {
+        switch self {
+        case .startsBeforeStateIsComplete: ["device state differs", "both sides have the right"]
+        case .resumesAfterAcknowledgement: ["without the right", "both sides run"]
+        case .losesFinalRound, .clearsDirtyMarkLate: ["pages differ at the switch"]
+        case .losesTimers: ["waits for ever"]
+        }
+    }
 }
 
 /// Everything that is decided about a run before it begins.
@@ -125,7 +135,10 @@ struct SimulationPlan: Sendable {
         case 13: return .localFailure(side, nth: .random(in: 0...6, using: &generator), hangs: generator.chance(0.4))
         case 14..<16: return .cutAt(trigger(using: &generator))
         case 16..<18:
-            return .halfCut(trigger(using: &generator), heldFor: generator.duration(1 * millisecond, 25 * second))
+            let early = Trigger.phase(.committed, plus: .random(in: 0...2, using: &generator))
+            return .halfCut(
+                generator.chance(0.7) ? early : trigger(using: &generator),
+                heldFor: generator.duration(10 * millisecond, 25 * second))
         case 18: return .strangers(.random(in: 1...10, using: &generator))
         default: return .refusal
         }

@@ -65,6 +65,7 @@ struct SimulationTests {
     func plantedBug(bug: PlantedBug) {
         for seed in 1...500 as ClosedRange<UInt64> {
             do { _ = try Simulator(seed: seed, bug: bug).run() } catch {
+                #expect(bug.symptoms.contains { error.sentence.contains($0) }, "seed \(seed): \(error)")
                 print("simulation: \(bug.rawValue) found by seed \(seed): \(error)")
                 return
             }

@@ -121,6 +121,7 @@ extension Simulator {
         if sourceIsAlive, ![.finished, .unsettled].contains(source.phase) {
             violate("the source waits for ever in phase \(source.phase)")
         }
+        if sourceIsAlive, sourceConnection != nil { violate("the source leaves its connection open") }
         if sourceIsAlive, source.phase == .unsettled, destinationIsAlive, destination.phase != .waiting {
             violate("the source is unsettled although the destination could be asked")
         }

@@ -259,7 +259,7 @@ extension Simulator {
         sourceOutcomes.append(outcome)
         guard case .unsettled = outcome else { return }
         doubts += 1
-        schedule(after: 100 * millisecond, 60 * second) { [self] in
+        schedule(after: millisecond, 60 * second) { [self] in
             guard source.phase == .unsettled else { return }
             if doubts <= 4, source.rule == .twoPhase { return feedSource(.settle(.askDestination)) }
             // The operator goes and looks.
