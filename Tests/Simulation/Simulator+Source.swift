@@ -262,12 +262,20 @@ extension Simulator {
         schedule(after: millisecond, 60 * second) { [self] in
             guard source.phase == .unsettled else { return }
             if doubts <= 4, source.rule == .twoPhase { return feedSource(.settle(.askDestination)) }
-            // The operator goes and looks.
-            if destinationOwnsGuest { return feedSource(.settle(.startedThere)) }
-            // Without two phases the destination may wait on a silent connection for good: it is ended by hand.
-            if plan.rule != .twoPhase, destination.phase < .starting { feedDestination(.giveUp) }
-            if !destinationIsAlive || destination.phase == .failed { return feedSource(.settle(.resumeHere)) }
+            operatorLooks()
         }
+    }
+
+    /// The operator goes and looks at the destination, as often as it takes.
+    private func operatorLooks() {
+        guard sourceIsAlive, source.phase == .unsettled else { return }
+        if destinationIsAlive, destination.phase == .started { return feedSource(.settle(.startedThere)) }
+        // Without two phases the destination may wait on a silent connection for good: it is ended by hand.
+        if plan.rule != .twoPhase { feedDestination(.giveUp) }
+        if !destinationIsAlive || destination.phase == .failed { return feedSource(.settle(.resumeHere)) }
+        // A start that never answers leaves nothing to find out.
+        if destination.phase == .starting, startHangs { return }
+        schedule(at: now + 10 * second) { [self] in operatorLooks() }
     }
 
     private func plantResume(_ event: SourceEvent) {
