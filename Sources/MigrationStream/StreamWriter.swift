@@ -30,7 +30,8 @@ public struct StreamWriter: Sendable {
         be32(UInt32(truncatingIfNeeded: value))
     }
 
-    mutating func append(_ more: [UInt8]) { bytes.append(contentsOf: more) }
+    /// Bytes encoded elsewhere, such as page records.
+    public mutating func append(_ more: [UInt8]) { bytes.append(contentsOf: more) }
 
     mutating func append(repeating byte: UInt8, count: Int) {
         bytes.append(contentsOf: repeatElement(byte, count: count))

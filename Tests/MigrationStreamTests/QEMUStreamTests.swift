@@ -43,6 +43,35 @@ struct QEMUStreamTests {
         let listed = description.split(separator: "\"instance_id\": ").count - 1
         #expect(summary.sections.count == listed + 1)
     }
+
+    @Test("a stream that we write, with data, zero pages and state, is loaded by QEMU")
+    func accepted() throws {
+        let ram = RAMBlockDescription(name: "ram", length: 16 << 20)
+        let state = GlobalState(runState: "paused").section
+        let layout = SectionLayout.fixed(byteCount: GlobalState.byteCount)
+        var writer = StreamWriter()
+        writer.header()
+        writer.configuration(machine: "none")
+        writer.ramSetup(id: 2, blocks: [ram])
+        var records = RAMRecordEncoder(blocks: [ram])
+        for isFinal in [false, true] {
+            writer.ramRound(final: isFinal, id: 2)
+            var pages: [UInt8] = []
+            for index in 0..<8 as Range<UInt64> {
+                records.zeroPage(block: 0, offset: index * 8192, into: &pages)
+                records.page(block: 0, offset: index * 8192 + 4096, into: &pages)
+                pages += Sample.page(UInt8(index))
+            }
+            writer.append(pages)
+            writer.ramSectionEnd(id: 2)
+        }
+        writer.deviceSection(state, id: 3, layout: layout)
+        writer.endOfStream()
+        writer.vmDescription(VMDescription.json(for: [(state, layout)]))
+        #expect(try QEMU.loads(writer.bytes, machine: "none"))
+        let broken = Array(writer.bytes.prefix(9000))
+        #expect(try !QEMU.loads(broken, machine: "none"))
+    }
 }
 
 private enum QEMU {
@@ -52,32 +81,56 @@ private enum QEMU {
 
     struct Failure: Error { let status: Int32 }
 
-    /// The bytes that a machine of 16 MiB which never ran migrates to `exec:`.
-    static func record(machine: String) throws -> [UInt8] {
+    /// A new file, removed when `body` is done with it.
+    private static func withFile<Value>(_ body: (_ descriptor: Int32, _ path: String) throws -> Value) throws -> Value {
         var name = Array("/tmp/godwit-stream-XXXXXX".utf8CString)
         let descriptor = unsafe mkstemp(&name)
         guard descriptor >= 0 else { throw Failure(status: errno) }
         defer { close(descriptor) }
         let path = String(decoding: name.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
         defer { unsafe unlink(path) }
-        // The stream's description ends with "}]}": then QEMU is told to quit, so nothing is left running.
-        let script = """
-            { echo '{"execute":"qmp_capabilities"}'
-              echo '{"execute":"migrate","arguments":{"uri":"exec:cat>\(path)"}}'
-              for i in $(seq 100); do
-                sleep 0.1; tail -c 3 \(path) | grep -q '}]}' && break
-              done
-              echo '{"execute":"quit"}'; } |
-            timeout 30 \(program) -M \(machine) -m 16 -nodefaults -display none -S -qmp stdio >/dev/null
-            """
-        let status = unsafe system(script)
-        guard status == 0 else { throw Failure(status: status) }
-        var bytes: [UInt8] = []
-        var piece = [UInt8](repeating: 0, count: 1 << 16)
-        while true {
-            let count = unsafe read(descriptor, &piece, piece.count)
-            guard count > 0 else { return bytes }
-            bytes += piece.prefix(count)
+        return try body(descriptor, path)
+    }
+
+    private static func command(_ machine: String) -> String {
+        "timeout 30 \(program) -M \(machine) -m 16 -nodefaults -display none -S -qmp stdio"
+    }
+
+    /// The bytes that a machine of 16 MiB which never ran migrates to `exec:`.
+    static func record(machine: String) throws -> [UInt8] {
+        try withFile { descriptor, path in
+            // The stream's description ends with "}]}": then QEMU is told to quit, so nothing is left running.
+            let script = """
+                { echo '{"execute":"qmp_capabilities"}'
+                  echo '{"execute":"migrate","arguments":{"uri":"exec:cat>\(path)"}}'
+                  for i in $(seq 100); do
+                    sleep 0.1; tail -c 3 \(path) | grep -q '}]}' && break
+                  done
+                  echo '{"execute":"quit"}'; } | \(command(machine)) >/dev/null
+                """
+            let status = unsafe system(script)
+            guard status == 0 else { throw Failure(status: status) }
+            var bytes: [UInt8] = []
+            var piece = [UInt8](repeating: 0, count: 1 << 16)
+            while true {
+                let count = unsafe read(descriptor, &piece, piece.count)
+                guard count > 0 else { return bytes }
+                bytes += piece.prefix(count)
+            }
+        }
+    }
+
+    /// Whether a waiting QEMU says that it loaded these bytes.
+    static func loads(_ bytes: [UInt8], machine: String) throws -> Bool {
+        try withFile { descriptor, path in
+            guard unsafe write(descriptor, bytes, bytes.count) == bytes.count else { throw Failure(status: errno) }
+            let script = """
+                { echo '{"execute":"qmp_capabilities"}'
+                  for i in 1 2 3 4 5 6 7 8; do sleep 0.2; echo '{"execute":"query-migrate"}'; done
+                  echo '{"execute":"quit"}'; } |
+                \(command(machine)) -incoming 'exec:cat \(path)' 2>/dev/null | grep -q '"status": "completed"'
+                """
+            return unsafe system(script) == 0
         }
     }
 }

@@ -6,7 +6,8 @@ extension DestinationCore {
     mutating func stateLoaded(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         guard phase == .loading else { return }
         sections = []
-        guard rule == .twoPhase, let source else { return startGuest(&actions) }
+        guard rule == .twoPhase else { return startGuest(&actions) }
+        guard let source else { return fail("the source is lost", &actions) }
         send(.ready(nanoseconds: nanoseconds), to: source, &actions)
         enter(.ready, deadline: configuration.deadlines.ready, &actions)
     }

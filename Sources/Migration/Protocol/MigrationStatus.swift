@@ -5,6 +5,7 @@ public enum MigrationStatus: String, CaseIterable, Sendable {
     case cancelling
     case cancelled
     case active
+    case postcopyDevice = "postcopy-device"
     case postcopyActive = "postcopy-active"
     case postcopyPaused = "postcopy-paused"
     case postcopyRecoverSetup = "postcopy-recover-setup"

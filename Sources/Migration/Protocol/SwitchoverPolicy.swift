@@ -22,7 +22,7 @@ public struct SwitchoverPolicy: Hashable, Sendable {
     /// Bytes per page with its record's head.
     private static let bytesPerPage = 4096.0 + 8
     /// A round with fewer bytes says nothing about bandwidth: it is all latency.
-    private static let measurableBytes: UInt64 = 1 << 20
+    private static let measurableBytes: UInt64 = 256 << 10
     /// Each round must leave at most that part of what the one before left.
     private static let shrinkingFactor = 0.9
 

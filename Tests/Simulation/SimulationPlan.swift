@@ -1,0 +1,160 @@
+import Migration
+import MigrationStream
+
+/// A generator that repeats itself from a seed (SplitMix64).
+struct SeededGenerator: RandomNumberGenerator {
+    private var state: UInt64
+
+    init(seed: UInt64) { state = seed }
+
+    mutating func next() -> UInt64 {
+        state &+= 0x9e37_79b9_7f4a_7c15
+        var value = state
+        value = (value ^ (value >> 30)) &* 0xbf58_476d_1ce4_e5b9
+        value = (value ^ (value >> 27)) &* 0x94d0_49bb_1331_11eb
+        return value ^ (value >> 31)
+    }
+
+    /// True with that probability.
+    mutating func chance(_ probability: Double) -> Bool { Double.random(in: 0..<1, using: &self) < probability }
+
+    /// A duration between both bounds, each order of magnitude as likely as the next.
+    mutating func duration(_ low: UInt64, _ high: UInt64) -> UInt64 {
+        let octaves = 64 - (high / low).leadingZeroBitCount
+        let bound = low << UInt64.random(in: 0...UInt64(octaves), using: &self)
+        return UInt64.random(in: low...min(max(bound, low), high), using: &self)
+    }
+}
+
+let microsecond: UInt64 = 1_000
+let millisecond: UInt64 = 1_000_000
+let second: UInt64 = 1_000_000_000
+
+/// A bug planted into a shell, which the simulation must find.
+enum PlantedBug: String, CaseIterable, Sendable {
+    /// The destination starts the guest when it begins to load state.
+    case startsBeforeStateIsComplete
+    /// The source resumes the guest when the connection ends behind COMMIT.
+    case resumesAfterAcknowledgement
+    /// The final round is reported as sent, and was not.
+    case losesFinalRound
+    /// A page's dirty mark is cleared after the page was read instead of before.
+    case clearsDirtyMarkLate
+    /// The source forgets the timers it was told to set.
+    case losesTimers
+
+    /// By which words of a violation it may be found.
+    var symptoms: [String] {
+        switch self {
+        case .startsBeforeStateIsComplete: ["device state differs", "both sides have the right"]
+        case .resumesAfterAcknowledgement: ["without the right", "both sides run"]
+        case .losesFinalRound, .clearsDirtyMarkLate: ["pages differ at the switch"]
+        case .losesTimers: ["waits for ever"]
+        }
+    }
+}
+
+/// Everything that is decided about a run before it begins.
+struct SimulationPlan: Sendable {
+    enum Side: String, Sendable { case source, destination }
+
+    enum Trigger: Sendable {
+        /// At that step of the run.
+        case step(Int)
+        /// So many steps after the source entered that phase.
+        case phase(SourcePhase, plus: Int)
+    }
+
+    enum Fault: Sendable {
+        /// The connection ends after that many bytes towards that side.
+        case cut(towards: Side, afterBytes: Int)
+        /// The connection ends that many bytes after the source began to write device state.
+        case cutTail(afterBytes: Int)
+        /// The connection ends then.
+        case cutAt(Trigger)
+        /// The source's end is reset then; what it had sent arrives late, and so does the end at the destination.
+        case halfCut(Trigger, heldFor: UInt64)
+        /// From then on nothing passes any more, and nobody is told; new connections work again later.
+        case silence(Trigger, healsAfter: UInt64)
+        case death(of: Side, Trigger)
+        /// That local operation of that side fails, or never answers.
+        case localFailure(Side, nth: Int, hangs: Bool)
+        /// Connecting fails.
+        case refusal
+        /// Strangers connect to the destination and say nonsense.
+        case strangers(Int)
+    }
+
+    var rule = HandoverRule.twoPhase
+    var faults: [Fault] = []
+    var pages = 64
+    var blocks = 1
+    var latency: ClosedRange<UInt64> = (10 * microsecond)...(100 * microsecond)
+    var bytesPerSecond: UInt64 = 200_000_000
+    /// Nanoseconds between two writes of the guest.
+    var writeInterval: UInt64 = 100 * microsecond
+    var guestRuns = true
+    var pauses = false
+    /// The operator's cancel comes then, if at all.
+    var cancelsAfter: UInt64?
+    var proceedsAfter: UInt64 = 20 * millisecond
+    var downtimeLimit: UInt64 = 300 * millisecond
+
+    /// The plan that belongs to a seed.
+    static func random(using generator: inout SeededGenerator) -> SimulationPlan {
+        var plan = SimulationPlan()
+        let kind = Int.random(in: 0..<10, using: &generator)
+        plan.rule = kind == 0 ? .qemu : kind == 1 ? .oneWay : .twoPhase
+        plan.pages = Int.random(in: 64...256, using: &generator)
+        plan.blocks = Int.random(in: 1...3, using: &generator)
+        let latency = generator.duration(5 * microsecond, 20 * millisecond)
+        plan.latency = latency...(latency * 2)
+        plan.bytesPerSecond = UInt64.random(in: 20_000_000...2_000_000_000, using: &generator)
+        plan.writeInterval = generator.duration(5 * microsecond, 5 * millisecond)
+        plan.guestRuns = generator.chance(0.9)
+        plan.downtimeLimit = generator.duration(1 * millisecond, 500 * millisecond)
+        plan.pauses = generator.chance(0.2)
+        plan.proceedsAfter = generator.duration(1 * millisecond, 100 * second)
+        if generator.chance(0.25) { plan.cancelsAfter = generator.duration(10 * microsecond, 2 * second) }
+        if generator.chance(0.85) { plan.faults.append(fault(plan, using: &generator)) }
+        if generator.chance(0.25) { plan.faults.append(fault(plan, using: &generator)) }
+        return plan
+    }
+
+    private static func fault(_ plan: SimulationPlan, using generator: inout SeededGenerator) -> Fault {
+        let side: Side = Bool.random(using: &generator) ? .source : .destination
+        switch Int.random(in: 0..<20, using: &generator) {
+        case 0..<2:
+            return .cut(towards: .destination, afterBytes: .random(in: 0...(plan.pages * 5000), using: &generator))
+        case 2..<5: return .cut(towards: .source, afterBytes: .random(in: 0...110, using: &generator))
+        case 5..<8: return .cutTail(afterBytes: .random(in: 0...700, using: &generator))
+        case 8..<10:
+            return .silence(
+                trigger(using: &generator), healsAfter: generator.duration(1 * second, 200 * second))
+        case 10..<13: return .death(of: side, trigger(using: &generator))
+        case 13: return .localFailure(side, nth: .random(in: 0...6, using: &generator), hangs: generator.chance(0.4))
+        case 14..<16: return .cutAt(trigger(using: &generator))
+        case 16..<18:
+            let early = Trigger.phase(.committed, plus: .random(in: 0...2, using: &generator))
+            return .halfCut(
+                generator.chance(0.7) ? early : trigger(using: &generator),
+                heldFor: generator.duration(10 * millisecond, 25 * second))
+        case 18: return .strangers(.random(in: 1...10, using: &generator))
+        default: return .refusal
+        }
+    }
+
+    /// Half of the blows fall around the handover, where they matter most.
+    private static func trigger(using generator: inout SeededGenerator) -> Trigger {
+        if Bool.random(using: &generator) { return .step(.random(in: 0...150, using: &generator)) }
+        let phases: [SourcePhase] = [
+            .greeting, .sendingRound, .stoppingGuest, .savingState, .preparing, .preparing, .committed, .committed,
+            .acknowledged, .asking,
+        ]
+        let phase = phases.randomElement(using: &generator) ?? .committed
+        return .phase(phase, plus: .random(in: 0...8, using: &generator))
+    }
+
+    /// Nothing goes wrong and nobody interferes: the migration must complete.
+    var isUndisturbed: Bool { faults.isEmpty && cancelsAfter == nil }
+}

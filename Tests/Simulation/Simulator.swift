@@ -1,0 +1,209 @@
+import Migration
+import MigrationStream
+
+/// What a run violated.
+struct Violation: Error, CustomStringConvertible {
+    let sentence: String
+    var description: String { sentence }
+}
+
+/// How a run ended, for counting what the seeds reach.
+enum RunEnding: String, CaseIterable, Hashable {
+    case completed, cancelled, failed, settledThere, settledHere, stillUnsettled, sourceDied
+}
+
+/// Two cores and what stands around them on virtual time: network, shells, guests, operator, faults. One seed, one run.
+final class Simulator {
+    let plan: SimulationPlan
+    let bug: PlantedBug?
+    let map: SimulatedMemoryMap
+    var generator: SeededGenerator
+    var now: UInt64 = 0
+    var steps = 0
+    var violation: Violation?
+    private(set) var traceLines: [String] = []
+    let isTracing: Bool
+
+    private var queue = EventQueue()
+
+    // The source's process.
+    var source: SourceCore
+    var sourceIsAlive = true
+    var sourceGuest: SimulatedGuest
+    var sourceOwnsGuest = true
+    var sourceConnection: SimulatedConnection?
+    var sourceMessages = ReturnPathDecoder()
+    var sourceInput = ReceiveBuffer()
+    var sourceTimers: [ProtocolTimer.Kind: UInt64] = [:]
+    var records: RAMRecordEncoder
+    var pending: [Bool]
+    var round: SimulatedRound?
+    var stopIsUnderWay = false
+    var guestRanBeforeStop = false
+    var sourceOutcomes: [SourceOutcome] = []
+    var doubts = 0
+    var lastReport = MigrationStatus.none
+
+    // The destination's process.
+    var destination: DestinationCore
+    var destinationIsAlive = true
+    var destinationGuest: SimulatedGuest
+    var destinationOwnsGuest = false
+    var destinationStarts = 0
+    var readers: [ConnectionID: SimulatedReader] = [:]
+    var destinationTimers: [ProtocolTimer.Kind: UInt64] = [:]
+    var destinationOutcomes: [DestinationOutcome] = []
+
+    // The network.
+    var connections: [SimulatedConnection] = []
+    var networkIsSilentUntil: UInt64 = 0
+    /// At which step the source entered each phase first.
+    var phaseSteps: [SourcePhase: Int] = [:]
+    var localOperations: [SimulationPlan.Side: Int] = [:]
+
+    static let stepLimit = 100_000
+    static let timeLimit = 3600 * second
+    static let machineName = "simulated"
+
+    init(seed: UInt64, plan givenPlan: SimulationPlan? = nil, bug: PlantedBug? = nil, isTracing: Bool = false) {
+        var generator = SeededGenerator(seed: seed)
+        let drawn = SimulationPlan.random(using: &generator)
+        let plan = givenPlan ?? drawn
+        self.plan = plan
+        self.bug = bug
+        self.isTracing = isTracing
+        self.generator = generator
+        map = SimulatedMemoryMap(pages: plan.pages, blocks: plan.blocks)
+        sourceGuest = SimulatedGuest(pages: plan.pages, writeInterval: plan.writeInterval, seed: seed &+ 1)
+        destinationGuest = SimulatedGuest(emptyPages: plan.pages)
+        pending = [Bool](repeating: true, count: plan.pages)
+        records = RAMRecordEncoder(blocks: map.blocks)
+        source = SourceCore(
+            SourceConfiguration(
+                migration: MigrationIdentifier(high: seed, low: 1), machineName: Self.machineName, blocks: map.blocks,
+                catalogue: Self.catalogue, pausesBeforeSwitchover: plan.pauses,
+                switchover: SwitchoverPolicy(downtimeLimitNanoseconds: plan.downtimeLimit)))
+        destination = DestinationCore(
+            DestinationConfiguration(
+                instance: MigrationIdentifier(high: seed, low: 2), machineName: Self.machineName,
+                sections: [ExpectedSection(name: "cpu"), ExpectedSection(name: "clock")],
+                features: plan.rule == .twoPhase ? .all : []))
+    }
+
+    static var catalogue: SectionCatalogue {
+        var catalogue = SectionCatalogue()
+        catalogue.add("cpu", version: 3)
+        catalogue.add("clock", version: 1, layout: .fixed(byteCount: 8))
+        return catalogue
+    }
+
+    // MARK: Time
+
+    func schedule(at time: UInt64, _ action: @escaping () -> Void) { queue.insert(max(time, now), action) }
+
+    func schedule(after low: UInt64, _ high: UInt64, _ action: @escaping () -> Void) {
+        let delay = generator.duration(low, high)
+        schedule(at: now + delay, action)
+    }
+
+    func trace(_ line: @autoclosure () -> String) {
+        guard isTracing else { return }
+        let micros = now / 1000
+        var text = line()
+        for noise in Self.noise { text = text.replacing(noise, with: "") }
+        traceLines.append("\(String(repeating: " ", count: max(0, 12 - "\(micros)".count)))\(micros) us  \(text)")
+    }
+
+    /// What Swift writes before names, which nobody wants to read.
+    private static let noise = [
+        "MigrationStream.", "Migration.", "Simulation.", "SimulationPlan.", "ProtocolTimer.Kind.", "StreamItem.",
+        "ReturnPathMessage.", "ForwardCommand.", "MigrationStatus.", "(rawValue: 1)", "SourceOutcome.",
+        "DestinationOutcome.", "HandoverRule.",
+    ]
+
+    func violate(_ sentence: String) {
+        guard violation == nil else { return }
+        trace("VIOLATION: \(sentence)")
+        violation = Violation(sentence: sentence)
+    }
+
+    /// Runs to the end, which is when nothing is left to happen.
+    func run() throws(Violation) -> RunEnding {
+        trace("plan: \(plan)")
+        if plan.guestRuns { sourceGuest.run(at: 0) }
+        arrangeFaults()
+        if let time = plan.cancelsAfter { schedule(at: time) { [self] in feedSource(.cancel) } }
+        schedule(at: 1 * microsecond) { [self] in feedSource(.start) }
+        while violation == nil, let (time, action) = queue.removeFirst() {
+            now = time
+            steps += 1
+            action()
+            strikeFaults()
+            checkInvariants()
+            if steps > Self.stepLimit || now > Self.timeLimit {
+                violate(
+                    "still busy after \(steps) steps and \(now / second) s: source \(source.phase), "
+                        + "destination \(destination.phase)")
+            }
+        }
+        if violation == nil { checkEnd() }
+        if let violation { throw violation }
+        return ending
+    }
+
+    /// What may fail or hang: the next local operation of that side answers, fails or says nothing.
+    func perform(
+        _ side: SimulationPlan.Side, _ low: UInt64, _ high: UInt64, answer: @escaping () -> Void,
+        failure: @escaping () -> Void
+    ) {
+        let number = localOperations[side, default: 0]
+        localOperations[side] = number + 1
+        for case .localFailure(side, number, let hangs) in plan.faults {
+            trace("\(side.rawValue): this operation \(hangs ? "hangs" : "fails")")
+            if hangs { return }
+            return schedule(after: low, high, failure)
+        }
+        schedule(after: low, high, answer)
+    }
+}
+
+/// What is to happen, by time; at the same time in the order of insertion. A binary heap.
+struct EventQueue {
+    private struct Entry {
+        let time: UInt64
+        let number: UInt64
+        let action: () -> Void
+
+        func precedes(_ other: Entry) -> Bool { (time, number) < (other.time, other.number) }
+    }
+
+    private var heap: [Entry] = []
+    private var inserted: UInt64 = 0
+
+    mutating func insert(_ time: UInt64, _ action: @escaping () -> Void) {
+        heap.append(Entry(time: time, number: inserted, action: action))
+        inserted += 1
+        var index = heap.count - 1
+        while index > 0, heap[index].precedes(heap[(index - 1) / 2]) {
+            heap.swapAt(index, (index - 1) / 2)
+            index = (index - 1) / 2
+        }
+    }
+
+    mutating func removeFirst() -> (UInt64, () -> Void)? {
+        guard let first = heap.first else { return nil }
+        heap.swapAt(0, heap.count - 1)
+        heap.removeLast()
+        var index = 0
+        while true {
+            var least = index
+            for child in [2 * index + 1, 2 * index + 2] where child < heap.count {
+                if heap[child].precedes(heap[least]) { least = child }
+            }
+            if least == index { break }
+            heap.swapAt(index, least)
+            index = least
+        }
+        return (first.time, first.action)
+    }
+}
