@@ -41,6 +41,7 @@ final class VMProcess: Sendable {
     private let log: Logger
     private let machine: VirtualMachine
     private let migrator: Migrator
+    private let commands: MonitorCommands
     private let server: QMPServer
     private let ending = Monitor<Ending?>(nil)
 
@@ -58,15 +59,10 @@ final class VMProcess: Sendable {
             machine = try VirtualMachine(configuration, serial: port)
             migrator = Migrator(machine)
             let ending = ending
-            let table = CommandTable(
-                commands: [
-                    Command("quit") { _ in
-                        ending.withLock { $0 = $0 ?? .quit }
-                        return [:]
-                    }
-                ],
-                runState: { [machine] in machine.runState.rawValue })
-            server = try QMPServer(sockets: sockets, table: table)
+            commands = MonitorCommands(machine: machine, migrator: migrator, name: plan.name.text) {
+                ending.withLock { $0 = $0 ?? .quit }
+            }
+            server = try QMPServer(sockets: sockets, table: commands.table)
         } catch {
             sockets.forEach { $0.remove() }
             serial?.close()
@@ -78,6 +74,7 @@ final class VMProcess: Sendable {
     /// - Throws: an error whose description is the one sentence, when the VM could not do what it was started for.
     func run() throws -> Int32 {
         defer { tearDown() }
+        commands.sendEvents { [server] in server.post($0, data: $1) }
         observe()
         for socket in server.sockets { log.info("QMP at \(socket.path)") }
         switch plan.incoming {
