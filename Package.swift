@@ -50,10 +50,12 @@ let package = Package(
             standsOn: ["Host", "GuestMemory", "MigrationStream", "Transport", "Accelerator", "Machine"]),
         // Control.
         room("QMP", standsOn: ["Host", "GuestMemory", "Machine", "Migration", "Transport"]),
+        room("CommandLineKit", standsOn: ["Host", "QMP"]),
         .executableTarget(
             name: "godwit",
             dependencies: [
-                "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", "Transport", argumentParser, logging,
+                "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", "Transport", "CommandLineKit",
+                argumentParser, logging,
             ],
             swiftSettings: house),
 
@@ -68,7 +70,7 @@ let package = Package(
         tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),
-        tests("CommandLineTests", of: ["QMP", "Host"]),
+        tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream"]),
         tests("Conformance", of: ["QMP", "Host", "MigrationStream"]),
     ]
 )

@@ -25,7 +25,7 @@ public final class VirtualMachine: Sendable {
     private let bootPlan: BootPlan?
     let gate: RunGate
     private let threads = Mutex<[HostThread]>([])
-    private let control: Mutex<RunState>
+    private let control: RunControl
     private let observers = Mutex<[@Sendable (MachineEvent) -> Void]>([])
     private let requests = Monitor<[Board.Request]>([])
 
@@ -37,7 +37,7 @@ public final class VirtualMachine: Sendable {
         self.configuration = configuration
         self.serial = serial
         memory = try Self.makeMemory(configuration)
-        control = Mutex(configuration.isIncoming ? .inMigrate : .prelaunch)
+        control = RunControl(configuration.isIncoming ? .inMigrate : .prelaunch)
         gate = RunGate()
         guard configuration.kind == .pc else {
             (accelerator, board, bootPlan) = (nil, nil, nil)
@@ -100,7 +100,8 @@ public final class VirtualMachine: Sendable {
 
     // MARK: Observing
 
-    public var runState: RunState { control.withLock { $0 } }
+    /// What the last command has made of it. Never waits for a command that is being carried out.
+    public var runState: RunState { control.current }
 
     /// Calls `observer` with every event from now on, on the thread where it happens.
     public func observe(_ observer: @escaping @Sendable (MachineEvent) -> Void) {

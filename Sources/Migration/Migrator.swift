@@ -14,13 +14,14 @@ public final class Migrator: Sendable {
     public let machine: VirtualMachine
     private let state = Mutex(State())
     private let observers = Mutex<[@Sendable (MigrationEvent) -> Void]>([])
+    /// Under a lock of its own: a listener asks for one while `state` is held.
+    private let descriptors = Mutex<[String: Descriptor]>([:])
 
     private struct State {
         var capabilities = Set(MigrationCapability.allCases.filter(\.isOnByDefault))
         var parameters = MigrationParameters()
         var outgoing: OutgoingMigration?
         var incoming: IncomingMigration?
-        var descriptors: [String: Descriptor] = [:]
     }
 
     public init(_ machine: VirtualMachine) { self.machine = machine }
@@ -69,16 +70,16 @@ public final class Migrator: Sendable {
 
     // MARK: Descriptors passed by QMP (`getfd`)
 
-    public func keep(_ descriptor: Descriptor, as name: String) { state.withLock { $0.descriptors[name] = descriptor } }
+    public func keep(_ descriptor: Descriptor, as name: String) { descriptors.withLock { $0[name] = descriptor } }
 
     /// - Returns: false if there is none of this name.
     public func closeDescriptor(_ name: String) -> Bool {
-        state.withLock { $0.descriptors.removeValue(forKey: name) } != nil
+        descriptors.withLock { $0.removeValue(forKey: name) } != nil
     }
 
     /// Hands a kept descriptor to a migration, which owns it from then on.
     private func takeDescriptor(_ name: String) -> Descriptor? {
-        state.withLock { $0.descriptors.removeValue(forKey: name) }
+        descriptors.withLock { $0.removeValue(forKey: name) }
     }
 
     // MARK: Commands

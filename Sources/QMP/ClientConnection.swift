@@ -76,7 +76,7 @@ final class ClientConnection: Sendable {
             for frame in framer.receive(bytes) {
                 let step = session.receive(frame)
                 switch step {
-                case .runOutOfBand(let request): output.append(answer(request))
+                case .runOutOfBand(let request): answer(request)
                 case .reply, .negotiated, .run: enqueue(step)
                 case .close:
                     enqueue(step)
@@ -113,7 +113,7 @@ final class ClientConnection: Sendable {
             switch step {
             case .reply(let reply), .close(let reply): output.append(reply)
             case .negotiated(let reply): output.append(reply, startsEvents: true)
-            case .run(let request), .runOutOfBand(let request): output.append(answer(request))
+            case .run(let request), .runOutOfBand(let request): answer(request)
             }
         }
         output.finish()
@@ -134,11 +134,12 @@ final class ClientConnection: Sendable {
         Socket.shutdown(socket)
     }
 
-    private func answer(_ request: QMPRequest) -> JSON {
+    private func answer(_ request: QMPRequest) {
         let result = table.run(request) { [self] in
             passed.withLock { $0.isEmpty ? nil : $0.removeFirst() }
         }
-        return QMPSession.reply(result, id: request.id)
+        output.append(QMPSession.reply(result, id: request.id))
+        if case .success = result { table[request.command]?.afterReply?() }
     }
 
     // MARK: For the server

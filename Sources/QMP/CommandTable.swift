@@ -22,15 +22,18 @@ public struct Command: Sendable {
     /// The run states in which it is permitted; `nil` for all.
     public let runStates: Set<String>?
     let handler: Handler
+    /// Runs once the answer to a call that went well stands before anything said later. Must not block.
+    let afterReply: (@Sendable () -> Void)?
 
     public init(
         _ name: String, _ parameters: [Parameter] = [], allowsOutOfBand: Bool = false, runStates: Set<String>? = nil,
-        handler: @escaping Handler
+        afterReply: (@Sendable () -> Void)? = nil, handler: @escaping Handler
     ) {
         self.name = name
         self.parameters = parameters
         self.allowsOutOfBand = allowsOutOfBand
         self.runStates = runStates
+        self.afterReply = afterReply
         self.handler = handler
     }
 }

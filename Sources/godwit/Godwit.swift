@@ -1,35 +1,36 @@
-import GuestPrograms
-import Machine
-import Migration
-import Host
-import Transport
+import ArgumentParser
+import CommandLineKit
 
+/// The `godwit` command: one file per subcommand. All but `run`, `demo` and `stream` talk to a VM through its QMP socket.
 @main
-enum Godwit {
-    static func main() throws {
-        let args = CommandLine.arguments
-        let mem = UInt64(args[3])! << 20
-        let cpus = Int(args[4])!
-        let vm = try VirtualMachine(MachineConfiguration(memoryByteCount: mem, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: args[2]))), serial: try SerialPort(.standard))
-        let vm2 = try VirtualMachine(MachineConfiguration(memoryByteCount: mem, cpuCount: cpus, isIncoming: true), serial: try SerialPort(.standard))
-        try vm.resume()
-        let m1 = Migrator(vm), m2 = Migrator(vm2)
-        while (try? vm.guestStatus().isReady) != true { Clock.sleep(nanoseconds: 10_000_000) }
-        m1.observe { print("src", $0) }
-        m2.observe { print("dst", $0) }
-        Clock.sleep(nanoseconds: UInt64(args[5])! * 1_000_000)
-        try m2.acceptMigration(on: .init("tcp:127.0.0.1:0"))
-        guard case .inet(_, let port) = m2.info().listening[0] else { return }
-        do { let warm = try Mapping(anonymousByteCount: Int(min(mem, 8 << 30)) + (1 << 29)); try warm.advise(.hugePages); try warm.advise(.populate) }
-        let t = Clock.monotonicNanoseconds
-        try m1.migrate(to: .init("tcp:127.0.0.1:\(port)"))
-        while ![.completed, .failed, .unsettled, .cancelled].contains(m1.info().status) { Clock.sleep(nanoseconds: 1_000_000) }
-        print("took", (Clock.monotonicNanoseconds - t) / 1000)
-        let i = m1.info(); print(i.ram!, i.setupNanoseconds!, i.downtime?.nanoseconds ?? 0)
-        for p in i.downtime?.parts ?? [] { print(p.name, p.nanoseconds / 1000, terminator: " us, ") }
-        print()
-        Clock.sleep(nanoseconds: 500_000_000)
-        print(try vm2.checkGuest())
-        print("src", vm.runState, "dst", vm2.runState)
+struct Godwit: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        commandName: "godwit",
+        abstract: "Virtual machines that move while they run.",
+        version: Version.text,
+        subcommands: [
+            Run.self, Migrate.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self, RawQMP.self,
+            Stream.self,
+        ])
+
+    /// Errors are one sentence on standard error: status 64 for a command line that makes no sense, 1 for the rest.
+    static func main() {
+        do {
+            var command = try parseAsRoot()
+            try command.run()
+        } catch {
+            switch exitCode(for: error) {
+            case .failure where !(error is ExitCode): Terminal.error.write("godwit: \(error)\n")
+            case .validationFailure: Terminal.error.write(usageText(of: error))
+            default: exit(withError: error)
+            }
+            exit(withError: exitCode(for: error))
+        }
+    }
+
+    /// What is wrong, and where to read on: without the parser's repetition of the option's help.
+    private static func usageText(of error: any Error) -> String {
+        let hint = fullMessage(for: error).split(separator: "\n").last { $0.contains("--help") }
+        return "godwit: \(message(for: error))\n" + (hint.map { $0.drop { $0 == " " } + "\n" } ?? "")
     }
 }

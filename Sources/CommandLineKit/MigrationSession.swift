@@ -1,0 +1,95 @@
+import Host
+public import QMP
+
+/// One migration as its operator sees it: start, watch, cancel, end. Everything goes through the source's QMP socket.
+public struct MigrationSession {
+    /// What is set before the start; `nil` leaves what the VM has.
+    public struct Settings: Sendable {
+        public var downtime: TimeSpan?
+        public var bandwidthBytesPerSecond: UInt64?
+        /// Stop in `pre-switchover` until somebody says `migrate-continue`.
+        public var holdsBeforeSwitchover = false
+
+        public init() {}
+    }
+
+    /// How often the VM is asked.
+    static let intervalMilliseconds: UInt64 = 50
+
+    private let client: QMPClient
+    private var display: MigrationDisplay
+    private let isInterrupted: () -> Bool
+
+    /// - Parameter isInterrupted: whether the operator wants the migration cancelled.
+    public init(client: QMPClient, display: MigrationDisplay, isInterrupted: @escaping () -> Bool = { false }) {
+        self.client = client
+        self.display = display
+        self.isInterrupted = isInterrupted
+    }
+
+    /// Migrates to `uri` and waits for the end. - Returns: the last answer to `query-migrate`, whatever it says.
+    /// - Throws: `QMPClientError` if the VM refuses or does not answer, `CommandFailure` for a descriptor we do not have.
+    public mutating func run(to uri: String, _ settings: Settings = Settings()) throws -> JSON {
+        try apply(settings)
+        try client.execute("migrate", ["uri": .string(try passDescriptor(of: uri))])
+        defer { display.finish() }
+        let answer = try watch()
+        if settings.holdsBeforeSwitchover { try hold(false) }
+        return answer
+    }
+
+    private func apply(_ settings: Settings) throws {
+        var parameters: [String: JSON] = [:]
+        if let downtime = settings.downtime {
+            // Whole milliseconds, and never less than was allowed.
+            parameters["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000)
+        }
+        if let bandwidth = settings.bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidth) }
+        if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
+        if settings.holdsBeforeSwitchover { try hold(true) }
+    }
+
+    private func hold(_ on: Bool) throws(QMPClientError) {
+        let capability: JSON = ["capability": "pause-before-switchover", "state": .bool(on)]
+        try client.execute("migrate-set-capabilities", ["capabilities": [capability]])
+    }
+
+    /// `fd:N` means a descriptor of this process: the VM is given it, under a name of its own.
+    private func passDescriptor(of uri: String) throws -> String {
+        guard uri.hasPrefix("fd:"), let number = Int32(uri.dropFirst(3)) else { return uri }
+        let name = "godwit-migrate-\(number)"
+        let descriptor: Descriptor
+        do {
+            descriptor = try Descriptor.standard(number, name: "descriptor \(number)")
+        } catch {
+            throw CommandFailure("migration address \"\(uri)\": this process has no descriptor \(number)")
+        }
+        try client.execute("getfd", ["fdname": .string(name)], passing: descriptor)
+        return "fd:\(name)"
+    }
+
+    private mutating func watch() throws -> JSON {
+        var wasCancelled = false
+        var wasHeld = false
+        while true {
+            let answer = try client.execute("query-migrate")
+            let reading = MigrationReading(answer)
+            display.show(reading, at: Clock.monotonicNanoseconds)
+            if reading.isOver { return answer }
+            if reading.status == "pre-switchover", !wasHeld {
+                wasHeld = true
+                display.note("held before the switchover; go on with 'godwit migrate NAME --proceed'")
+            }
+            if isInterrupted(), !wasCancelled {
+                wasCancelled = true
+                display.note("cancelling the migration")
+                try client.execute("migrate_cancel")
+            }
+            do throws(QMPClientError) {
+                try client.waitForEvent("MIGRATION", deadline: .after(milliseconds: Self.intervalMilliseconds))
+            } catch {
+                guard case .timedOut = error else { throw error }
+            }
+        }
+    }
+}

@@ -1,0 +1,83 @@
+import Host
+import Migration
+import Transport
+
+/// `migrate` and its companions, and the descriptors that are passed for it.
+struct MigrationCommands: Sendable {
+    private let migrator: Migrator
+
+    init(_ migrator: Migrator) { self.migrator = migrator }
+
+    var all: [Command] {
+        [
+            Command("migrate", MigrationTarget.parameters + Self.migrateOptions, handler: migrate),
+            Command("migrate-incoming", MigrationTarget.parameters + [.optional("exit-on-error", .bool)]) {
+                [migrator] in
+                try migrator.acceptMigration(on: MigrationTarget.address($0.arguments, of: "migrate-incoming"))
+                return [:]
+            },
+            Command("migrate_cancel") { [migrator] _ in
+                try migrator.cancel()
+                return [:]
+            },
+            Command("migrate-continue", [.required("state", .enumeration(Self.states))], handler: proceed),
+            Command("query-migrate") { [migrator] _ in
+                migrator.info().json(downtimeLimitMilliseconds: migrator.parameters.downtimeLimitMilliseconds)
+            },
+            Command("x-migrate-settle", [.required("verdict", .enumeration(Self.verdicts.keys.sorted()))]) {
+                [migrator] call in
+                guard let verdict = Self.verdicts[try call.arguments.string("verdict")] else { return [:] }
+                try migrator.settle(verdict)
+                return [:]
+            },
+            Command("getfd", [.required("fdname", .string)], handler: keepDescriptor),
+            Command("closefd", [.required("fdname", .string)]) { [migrator] call in
+                let name = try call.arguments.string("fdname")
+                guard migrator.closeDescriptor(name) else {
+                    throw QMPError("File descriptor named '\(name)' not found")
+                }
+                return [:]
+            },
+        ]
+    }
+
+    private static let migrateOptions: [Parameter] = ["blk", "inc", "detach", "resume"].map { .optional($0, .bool) }
+    private static let states = MigrationStatus.allCases.filter { $0 != .unsettled }.map(\.rawValue)
+    private static let verdicts: [String: Settlement] = [
+        "ask-destination": .askDestination, "started-there": .startedThere, "resume-here": .resumeHere,
+    ]
+
+    private func migrate(_ call: Command.Call) throws -> JSON {
+        for name in ["blk", "inc"] where try call.arguments.bool(ifPresent: name) == true {
+            throw QMPError("migrate: '\(name)' asks for disks to be copied, and this VM has none; leave it out")
+        }
+        if try call.arguments.bool(ifPresent: "resume") == true {
+            throw QMPError("migrate: 'resume' is not supported yet: there is no postcopy migration to resume")
+        }
+        try migrator.migrate(to: MigrationTarget.address(call.arguments, of: "migrate"))
+        return [:]
+    }
+
+    private func proceed(_ call: Command.Call) throws -> JSON {
+        let state = try call.arguments.string("state")
+        guard state == MigrationStatus.preSwitchover.rawValue else {
+            throw QMPError(
+                "migrate-continue: a migration waits for an operator in state pre-switchover only, not in \(state)")
+        }
+        try migrator.proceed()
+        return [:]
+    }
+
+    private func keepDescriptor(_ call: Command.Call) throws -> JSON {
+        guard let descriptor = call.takeDescriptor() else {
+            throw QMPError("No file descriptor supplied via SCM_RIGHTS")
+        }
+        let name = try call.arguments.string("fdname")
+        // `fd:7` means a number that was inherited.
+        guard let first = name.unicodeScalars.first, !("0"..."9").contains(first) else {
+            throw QMPError.parameter("fdname", expects: "a name not starting with a digit")
+        }
+        migrator.keep(descriptor, as: name)
+        return [:]
+    }
+}

@@ -1,0 +1,69 @@
+import Migration
+
+extension MigrationInfo {
+    /// The answer to `query-migrate`: QEMU's fields, times rounded down to milliseconds, and ours with `x-`.
+    ///
+    /// Without a migration it is empty but for `socket-address`. Unlike QEMU's, a destination counts what it received,
+    /// and a migration that failed or was cancelled keeps its numbers.
+    /// - Parameter downtimeLimitMilliseconds: what `expected-downtime` says as long as nothing was measured.
+    func json(downtimeLimitMilliseconds: UInt64) -> JSON {
+        var members: [String: JSON] = [:]
+        if !listening.isEmpty { members["socket-address"] = .array(listening.map(\.json)) }
+        guard direction != nil, status != .none else { return .object(members) }
+        members["status"] = .string(status.rawValue)
+        if let errorDescription { members["error-desc"] = .string(errorDescription) }
+        guard status != .setup else { return .object(members) }
+        if let ram { members["ram"] = ram.json }
+        if let totalNanoseconds { members["total-time"] = milliseconds(totalNanoseconds) }
+        if let setupNanoseconds { members["setup-time"] = milliseconds(setupNanoseconds) }
+        if let rule { members["x-handover"] = .string(rule.rawValue) }
+        if let dirtyTracking { members["x-dirty-tracking"] = .string(dirtyTracking) }
+        if isActiveOutgoing {
+            members["expected-downtime"] =
+                expectedDowntimeNanoseconds.map(milliseconds) ?? JSON(downtimeLimitMilliseconds)
+        }
+        if status == .completed, let downtime {
+            members["downtime"] = milliseconds(downtime.nanoseconds)
+            members["x-downtime-ns"] = JSON(downtime.nanoseconds)
+            members["x-downtime-parts"] = .array(
+                downtime.parts.map { ["name": .string($0.name), "nanoseconds": JSON($0.nanoseconds)] })
+        }
+        return .object(members)
+    }
+
+    private var isActiveOutgoing: Bool {
+        switch status {
+        case .active, .preSwitchover, .device, .cancelling: direction == .outgoing
+        default: false
+        }
+    }
+
+    private func milliseconds(_ nanoseconds: UInt64) -> JSON { JSON(nanoseconds / 1_000_000) }
+}
+
+extension MigrationInfo.RAM {
+    fileprivate var json: JSON {
+        [
+            "transferred": JSON(transferred), "remaining": JSON(remaining), "total": JSON(total),
+            "duplicate": JSON(duplicate), "skipped": 0, "normal": JSON(normal), "normal-bytes": JSON(normalBytes),
+            "dirty-pages-rate": JSON(dirtyPagesRate), "mbps": .double(mbps), "dirty-sync-count": JSON(dirtySyncCount),
+            "postcopy-requests": 0, "page-size": 4096, "multifd-bytes": 0, "pages-per-second": JSON(pagesPerSecond),
+            "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes), "postcopy-bytes": 0,
+            "dirty-sync-missed-zero-copy": 0, "x-hole": JSON(hole),
+        ]
+    }
+}
+
+extension ListeningAddress {
+    /// QAPI's `SocketAddress`; the port is a string there.
+    fileprivate var json: JSON {
+        switch self {
+        case .inet(let host, let port):
+            [
+                "type": "inet", "host": .string(host), "port": .string(port),
+                host.contains(":") ? "ipv6" : "ipv4": true,
+            ]
+        case .unix(let path): ["type": "unix", "path": .string(path)]
+        }
+    }
+}

@@ -1,0 +1,103 @@
+import Migration
+
+/// One migration parameter that QEMU knows, and what it is here.
+struct MigrationParameterEntry: Sendable {
+    enum Meaning: Sendable {
+        /// A number we have.
+        case setting(any WritableKeyPath<MigrationParameters, UInt64> & Sendable)
+        /// The value by which QEMU's default says "not used", and what using it would need.
+        case off(JSON, String)
+        /// As `off`, and not listed as long as it is not set.
+        case absent(JSON, String)
+    }
+
+    let name: String
+    let kind: Parameter.Kind
+    let meaning: Meaning
+
+    var parameter: Parameter { .optional(name, kind) }
+
+    private init(_ name: String, _ kind: Parameter.Kind, _ meaning: Meaning) {
+        self.name = name
+        self.kind = kind
+        self.meaning = meaning
+    }
+
+    /// Those of QEMU 7.2, and what QEMU 8 to 10 added. Names, types and defaults: `qapi/migration.json`.
+    static let all: [MigrationParameterEntry] = ours + announcing + throttling + compressing + channels + rest
+
+    private static let ours = [
+        MigrationParameterEntry("downtime-limit", .unsigned(bits: 64), .setting(\.downtimeLimitMilliseconds)),
+        MigrationParameterEntry("max-bandwidth", .unsigned(bits: 64), .setting(\.maxBandwidthBytesPerSecond)),
+        MigrationParameterEntry(
+            "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
+    ]
+
+    private static func numbers(_ feature: String, _ defaults: [(String, Int, Int64)]) -> [MigrationParameterEntry] {
+        defaults.map { name, bits, value in
+            MigrationParameterEntry(name, .unsigned(bits: bits), .off(.integer(value), feature))
+        }
+    }
+
+    private static let announcing = numbers(
+        "announcing a network card",
+        [
+            ("announce-initial", 64, 50), ("announce-max", 64, 550), ("announce-rounds", 64, 5),
+            ("announce-step", 64, 100),
+        ])
+
+    private static let throttling =
+        numbers(
+            "throttling the guest (auto-converge)",
+            [
+                ("throttle-trigger-threshold", 8, 50), ("cpu-throttle-initial", 8, 20),
+                ("cpu-throttle-increment", 8, 10), ("max-cpu-throttle", 8, 99),
+            ])
+        + numbers(
+            "limiting the guest's dirty rate (dirty-limit)",
+            [("x-vcpu-dirty-limit-period", 64, 1000), ("vcpu-dirty-limit", 64, 1)])
+        + [
+            MigrationParameterEntry(
+                "cpu-throttle-tailslow", .bool, .off(false, "throttling the guest (auto-converge)"))
+        ]
+
+    private static let compressing =
+        numbers(
+            "compression of pages",
+            [("compress-level", 8, 1), ("compress-threads", 8, 8), ("decompress-threads", 8, 2)])
+        + numbers("delta compression (xbzrle)", [("xbzrle-cache-size", 64, 64 << 20)])
+        + [MigrationParameterEntry("compress-wait-thread", .bool, .off(true, "compression of pages"))]
+
+    private static let channels =
+        numbers(
+            "sending over several channels (multifd)",
+            [
+                ("multifd-channels", 8, 2), ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
+                ("multifd-qatzip-level", 8, 1),
+            ])
+        + [
+            MigrationParameterEntry(
+                "multifd-compression", .enumeration(["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
+                .off("none", "compression on several channels (multifd)")),
+            MigrationParameterEntry(
+                "zero-page-detection", .enumeration(["none", "legacy", "multifd"]),
+                // Zero pages are found by the thread that sends, which QEMU calls legacy.
+                .off("legacy", "another way to find zero pages")),
+        ]
+
+    private static let rest =
+        numbers("postcopy", [("max-postcopy-bandwidth", 64, 0)])
+        + numbers("COLO", [("x-checkpoint-delay", 32, 20000)])
+        + ["tls-creds", "tls-hostname", "tls-authz"].map {
+            MigrationParameterEntry($0, .stringOrNull, .off("", "TLS"))
+        }
+        + [
+            MigrationParameterEntry("block-incremental", .bool, .off(false, "copying disks")),
+            MigrationParameterEntry("direct-io", .bool, .off(false, "direct I/O")),
+            MigrationParameterEntry(
+                "mode", .enumeration(["normal", "cpr-reboot", "cpr-transfer", "cpr-exec"]),
+                .off("normal", "a checkpoint-restart (CPR) mode")),
+            MigrationParameterEntry("block-bitmap-mapping", .list(.any), .absent([], "moving dirty bitmaps of disks")),
+            MigrationParameterEntry("cpr-exec-command", .list(.string), .absent([], "a checkpoint-restart (CPR) mode")),
+        ]
+}

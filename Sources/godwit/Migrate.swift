@@ -1,0 +1,104 @@
+import ArgumentParser
+import CommandLineKit
+import QMP
+import Synchronization
+import Transport
+
+struct Migrate: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Move a running VM to a VM that waits for it.",
+        discussion: """
+            Shows the migration while it goes on, then a report. The exit status is 0 only if it was completed. Ctrl-C \
+            cancels it, and the guest runs on here. Afterwards the source stays, stopped, until 'godwit quit'.
+            """)
+
+    enum Verdict: String, ExpressibleByArgument, CaseIterable {
+        case askDestination = "ask-destination"
+        case startedThere = "started-there"
+        case resumeHere = "resume-here"
+    }
+
+    @OptionGroup var target: VMArgument
+
+    @Argument(help: "Where to: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH[,offset=N].")
+    var uri: String?
+
+    @Option(
+        help: ArgumentHelp("How long the guest may stand still, such as 300ms.", valueName: "time"),
+        transform: { try TimeSpan($0) })
+    var downtime: TimeSpan?
+
+    @Option(
+        help: ArgumentHelp("The most bytes to send per second, such as 1G; 0 for no limit.", valueName: "size"),
+        transform: { try ByteSize($0) })
+    var bandwidth: ByteSize?
+
+    @Flag(help: "Print the last query-migrate answer as JSON instead of a report.")
+    var json = false
+
+    @Flag(help: "End the source's process once the guest runs at the destination.")
+    var quitSource = false
+
+    @Flag(help: "Stop before the switchover, until 'godwit migrate NAME --proceed'.")
+    var hold = false
+
+    @Flag(help: "Let a migration that was held go on.")
+    var proceed = false
+
+    @Flag(help: "Cancel the migration that is under way.")
+    var cancel = false
+
+    @Option(help: "Settle a migration that ended in doubt: ask its destination, or say what happened.")
+    var settle: Verdict?
+
+    func validate() throws {
+        guard [uri != nil, proceed, cancel, settle != nil].count(where: \.self) == 1 else {
+            throw ValidationError("Give one of: where to migrate to, --proceed, --cancel, --settle.")
+        }
+        if let uri { _ = try MigrationAddress(uri) }
+    }
+
+    func run() throws {
+        if let settle {
+            try target.execute("x-migrate-settle", ["verdict": .string(settle.rawValue)])
+        } else if proceed {
+            try target.execute("migrate-continue", ["state": "pre-switchover"])
+        } else if cancel {
+            try target.execute("migrate_cancel")
+        } else if let uri {
+            try migrate(to: uri)
+        }
+    }
+
+    private func migrate(to uri: String) throws {
+        let isInterrupted = Flag()
+        try SignalWatch.start { _ in isInterrupted.raise() }
+        let client = try target.vm.connect()
+        var settings = MigrationSession.Settings()
+        settings.downtime = downtime
+        settings.bandwidthBytesPerSecond = bandwidth?.bytes
+        settings.holdsBeforeSwitchover = hold
+        var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { isInterrupted.isRaised }
+        let answer: JSON
+        do {
+            answer = try session.run(to: uri, settings)
+        } catch QMPClientError.refused(let error) {
+            throw CommandFailure("VM \(target.vm): \(error)")
+        }
+        let reading = MigrationReading(answer)
+        if json {
+            Terminal.output.write(answer.prettyDescription + "\n")
+        } else if reading.status == "completed" {
+            Terminal.output.write(MigrationReport(reading, showsColors: Terminal.output.showsColors).text)
+        }
+        try reading.requireCompletion(of: "\(target.vm)", to: uri)
+        if quitSource { try client.execute("quit") }
+    }
+
+    /// Set from the signal thread, read by the session.
+    private final class Flag: Sendable {
+        private let value = Atomic(false)
+        var isRaised: Bool { value.load(ordering: .relaxed) }
+        func raise() { value.store(true, ordering: .relaxed) }
+    }
+}

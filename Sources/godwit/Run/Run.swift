@@ -1,0 +1,138 @@
+import ArgumentParser
+import CommandLineKit
+import Glibc
+import Host
+import Logging
+import Machine
+import QMP
+import Transport
+
+struct Run: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Start a VM in the foreground.",
+        discussion: """
+            The VM runs until its guest shuts down, `godwit quit NAME` ends it, or a signal does (SIGINT, SIGTERM, SIGHUP). \
+            The exit status is 0 then, or what the guest wrote to the debug-exit port.
+            """)
+
+    @Option(
+        help: ArgumentHelp("What the VM is called; its QMP socket goes by it. (default: vm-PID)", valueName: "name"),
+        transform: { try VMName($0) })
+    var name: VMName?
+
+    @Option(
+        help: ArgumentHelp("RAM: a multiple of 4K such as 512M or 4G.", valueName: "size"),
+        transform: { try ByteSize($0) })
+    var memory = ByteSize(bytes: 256 << 20)
+
+    @Option(help: ArgumentHelp("Virtual CPUs, 1 to 64.", valueName: "n"))
+    var cpus = 1
+
+    @Option(
+        help: ArgumentHelp("What runs the guest: kvm.", valueName: "spec"), transform: { try AcceleratorOption($0) })
+    var accel = AcceleratorOption.kvm
+
+    @Option(help: "pc, or none: RAM without vCPUs and devices, as QEMU's -M none.")
+    var machine = MachineOption.pc
+
+    @OptionGroup(title: "What to boot") var boot: BootOptions
+
+    @Option(
+        help: ArgumentHelp("The serial line: stdio, none, file:PATH or unix:PATH.", valueName: "target"),
+        transform: SerialPort.Target.init(option:))
+    var serial = SerialPort.Target.standard
+
+    @Option(
+        help: ArgumentHelp(
+            "Wait for a migration on this address, or for a migrate-incoming command (defer).", valueName: "uri"),
+        transform: VMProcess.Incoming.init(option:))
+    var incoming: VMProcess.Incoming?
+
+    @Option(
+        help: ArgumentHelp(
+            "Another QMP socket, unix:PATH; may be repeated. Without --name it replaces the one that goes by the name.",
+            valueName: "address"),
+        transform: Self.socketPath(_:))
+    var qmp: [String] = []
+
+    @Flag(help: "Do not start the guest, or the one that arrives.")
+    var paused = false
+
+    @Flag(help: ArgumentHelp("End when the process that started this one ends.", visibility: .hidden))
+    var dieWithParent = false
+
+    func run() throws {
+        if dieWithParent { try ChildProcess.dieWithParent() }
+        // Before the VM stands there is nothing to clean up, and a signal ends the process where it is.
+        let vm = Monitor<VMProcess?>(nil)
+        try SignalWatch.start { signal in
+            guard let process = vm.withLock(\.self) else { Glibc._exit(128 + signal) }
+            process.end(.signal(signal))
+        }
+        let name = try self.name ?? VMName("vm-\(getpid())")
+        let log = Logger(label: "godwit", factory: { _ in StandardErrorLog(name: name.text) })
+        let configuration = MachineConfiguration(
+            kind: machine.kind, memoryByteCount: memory.bytes, cpuCount: cpus,
+            boot: try boot.source(memoryByteCount: memory.bytes), isIncoming: incoming != nil)
+        let plan = VMProcess.Plan(
+            name: name, socketPaths: qmp, isNamed: self.name != nil || qmp.isEmpty, serial: serial, incoming: incoming,
+            startsPaused: paused)
+        let process = try VMProcess(plan, machine: configuration, log: log)
+        vm.withLock { $0 = process }
+        Self.exit(withError: ExitCode(try process.run()))
+    }
+
+    private static func socketPath(_ text: String) throws -> String {
+        guard text.hasPrefix("unix:"), text.count > 5 else {
+            throw ValidationError("QMP address '\(text)': only unix:PATH is possible")
+        }
+        return String(text.dropFirst(5))
+    }
+}
+
+// MARK: Options
+
+/// `--machine`.
+enum MachineOption: String, ExpressibleByArgument, CaseIterable {
+    case pc, none
+
+    var kind: MachineConfiguration.Kind { self == .pc ? .pc : .none }
+}
+
+/// `--accel`.
+enum AcceleratorOption: Sendable {
+    case kvm
+
+    init(_ text: String) throws {
+        let fields = text.split(separator: ",", omittingEmptySubsequences: false)
+        guard fields.first == "kvm" else {
+            throw ValidationError("accelerator '\(fields.first ?? "")' is unknown; possible is kvm")
+        }
+        for option in fields.dropFirst() {
+            if option.hasPrefix("dirty-ring-size=") {
+                throw ValidationError(
+                    "kvm has no dirty ring in this version yet; leave dirty-ring-size out to use the dirty log")
+            }
+            throw ValidationError("kvm has no option '\(option)'")
+        }
+        self = .kvm
+    }
+}
+
+extension SerialPort.Target {
+    init(option text: String) throws {
+        switch text {
+        case "none": self = .none
+        case "stdio": self = .standard
+        case _ where text.hasPrefix("file:") && text.count > 5: self = .file(String(text.dropFirst(5)))
+        case _ where text.hasPrefix("unix:") && text.count > 5: self = .unix(String(text.dropFirst(5)))
+        default: throw ValidationError("serial target '\(text)': possible are stdio, none, file:PATH and unix:PATH")
+        }
+    }
+}
+
+extension VMProcess.Incoming {
+    init(option text: String) throws {
+        self = text == "defer" ? .deferred : .address(try MigrationAddress(text))
+    }
+}
