@@ -1,5 +1,6 @@
 import Glibc
 public import Host
+import Synchronization
 
 /// Turns the signals that ask a process to end into calls on a thread, where anything may be done.
 public enum SignalWatch {
@@ -17,6 +18,20 @@ public enum SignalWatch {
         let status = unsafe pthread_sigmask(SIG_BLOCK, &set, nil)
         guard status == 0 else { throw SystemError("block signals", code: status) }
         _ = try HostThread(name: "signals") { wait(for: watched, handler) }
+    }
+
+    /// Notes that a signal came. - Throws: as `start`.
+    public static func startFlag() throws(SystemError) -> Flag {
+        let flag = Flag()
+        try start { _ in flag.raise() }
+        return flag
+    }
+
+    /// Raised for good by the first signal.
+    public final class Flag: Sendable {
+        private let value = Atomic(false)
+        public var isRaised: Bool { value.load(ordering: .relaxed) }
+        func raise() { value.store(true, ordering: .relaxed) }
     }
 
     private static func wait(for watched: [CInt], _ handler: @Sendable (CInt) -> Void) {

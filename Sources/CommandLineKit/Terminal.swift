@@ -19,10 +19,11 @@ public struct Terminal: Sendable {
 
     /// Columns of the terminal; 80 where that is not known.
     public var width: Int {
-        var size = winsize()
-        // SAFETY: TIOCGWINSZ fills one `winsize`.
-        let status = unsafe withUnsafeMutablePointer(to: &size) { unsafe ioctl(descriptor, UInt(TIOCGWINSZ), $0) }
-        return status == 0 && size.ws_col > 0 ? Int(size.ws_col) : 80
+        // `struct winsize`: rows, columns, and both in pixels.
+        var size: [UInt16] = [0, 0, 0, 0]
+        // SAFETY: TIOCGWINSZ fills eight bytes, which is what the array holds.
+        let status = unsafe size.withUnsafeMutableBytes { unsafe ioctl(descriptor, UInt(TIOCGWINSZ), $0.baseAddress!) }
+        return status == 0 && size[1] > 0 ? Int(size[1]) : 80
     }
 
     /// Writes all of the text; a reader that went away is no error.

@@ -60,3 +60,18 @@ public struct CommandFailure: Error, Equatable, Sendable, CustomStringConvertibl
     public let description: String
     public init(_ description: String) { self.description = description }
 }
+
+extension QMPClient {
+    /// Waits until the VM has closed the connection: its process is about to end then, and its sockets are removed.
+    /// - Returns: false when the deadline passes.
+    public func waitForEnd(deadline: Deadline) -> Bool {
+        do throws(QMPClientError) {
+            // No event has this name, so only the end of the connection or the deadline ends the wait.
+            try waitForEvent("", deadline: deadline)
+            return true
+        } catch {
+            if case .timedOut = error { return false }
+            return true
+        }
+    }
+}

@@ -1,5 +1,6 @@
 import ArgumentParser
 import CommandLineKit
+import Host
 import QMP
 
 struct ListVMs: ParsableCommand {

@@ -1,7 +1,6 @@
 import ArgumentParser
 import CommandLineKit
 import QMP
-import Synchronization
 import Transport
 
 struct Migrate: ParsableCommand {
@@ -71,14 +70,13 @@ struct Migrate: ParsableCommand {
     }
 
     private func migrate(to uri: String) throws {
-        let isInterrupted = Flag()
-        try SignalWatch.start { _ in isInterrupted.raise() }
+        let interruption = try SignalWatch.startFlag()
         let client = try target.vm.connect()
         var settings = MigrationSession.Settings()
         settings.downtime = downtime
         settings.bandwidthBytesPerSecond = bandwidth?.bytes
         settings.holdsBeforeSwitchover = hold
-        var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { isInterrupted.isRaised }
+        var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {
             answer = try session.run(to: uri, settings)
@@ -93,12 +91,5 @@ struct Migrate: ParsableCommand {
         }
         try reading.requireCompletion(of: "\(target.vm)", to: uri)
         if quitSource { try client.execute("quit") }
-    }
-
-    /// Set from the signal thread, read by the session.
-    private final class Flag: Sendable {
-        private let value = Atomic(false)
-        var isRaised: Bool { value.load(ordering: .relaxed) }
-        func raise() { value.store(true, ordering: .relaxed) }
     }
 }

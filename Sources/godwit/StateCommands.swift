@@ -1,5 +1,6 @@
 import ArgumentParser
 import CommandLineKit
+import Host
 import QMP
 
 struct Stop: ParsableCommand {
@@ -31,10 +32,8 @@ struct Quit: ParsableCommand {
     func run() throws {
         let client = try target.vm.connect()
         try client.execute("quit")
-        do throws(QMPClientError) {
-            try client.waitForEvent("the end of the connection", deadline: .after(seconds: 10))
-        } catch {
-            if case .timedOut = error { throw CommandFailure("VM \(target.vm): it took the quit command, and still runs") }
+        guard client.waitForEnd(deadline: .after(seconds: 10)) else {
+            throw CommandFailure("VM \(target.vm): it took the quit command, and still runs")
         }
     }
 }
