@@ -50,7 +50,7 @@ let package = Package(
             standsOn: ["Host", "GuestMemory", "MigrationStream", "Transport", "Accelerator", "Machine"]),
         // Control.
         room("QMP", standsOn: ["Host", "GuestMemory", "Machine", "Migration", "Transport"]),
-        room("CommandLineKit", standsOn: ["Host", "QMP"]),
+        room("CommandLineKit", standsOn: ["CLinux", "Host", "QMP"]),
         .executableTarget(
             name: "godwit",
             dependencies: [
