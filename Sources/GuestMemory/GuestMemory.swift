@@ -86,13 +86,11 @@ public final class GuestMemory: Sendable {
             at: address, byteCount: byteCount,
             { (block, offset, count) throws(AccessError) in
                 let end = offset + count
-                var page = RAMOffset(UInt64(offset)).page
-                let last = RAMOffset(UInt64(end) + GuestPage.byteCount - 1).page
-                // Where holes cannot be told apart (a failing file), the rest is left as it is: it reads as it did.
-                while let run = (try? block.nextAllocatedRun(from: page, to: last)) {
+                let pages = RAMOffset(UInt64(offset)).page..<RAMOffset(UInt64(end) + GuestPage.byteCount - 1).page
+                // Where holes cannot be told apart, all is zeroed: that only costs memory.
+                for run in (try? block.allocatedRuns(in: pages)) ?? [pages] {
                     let start = max(offset, Int(run.lowerBound.offset.value))
                     block.mapping.zero(at: start, count: min(end, Int(run.upperBound.offset.value)) - start)
-                    page = run.upperBound
                 }
                 hostWrites.record(block, offset: offset, count: count)
             }, orThrow: { $0 })

@@ -67,7 +67,7 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         for index in slots.indices {
             let slot = slots[index]
             if case .untouched = logs[index] {
-                guard try nextRun(slot, slot.pages) != nil else { continue }
+                guard try isTouched(slot) else { continue }
                 try KVMSlots.set(slot, on: machine, logging: true)
                 logs[index] = try firstState(of: slot, into: bitmaps[slot.block])
             }
@@ -196,22 +196,15 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
 
     // MARK: What is allocated
 
-    private func nextRun(_ slot: KVMSlots.Slot, _ pages: Range<PageIndex>) throws(AcceleratorError) -> Range<PageIndex>?
-    {
-        do throws(SystemError) {
-            return try memory.blocks[slot.block].nextAllocatedRun(from: pages.lowerBound, to: pages.upperBound)
-        } catch { throw AcceleratorError(error.description) }
+    private func isTouched(_ slot: KVMSlots.Slot) throws(AcceleratorError) -> Bool {
+        do throws(SystemError) { return try memory.blocks[slot.block].isAllocated(in: slot.pages) } catch {
+            throw AcceleratorError(error.description)
+        }
     }
 
-    private func allocatedRuns(
-        _ slot: KVMSlots.Slot, in pages: Range<PageIndex>
-    ) throws(AcceleratorError) -> [Range<PageIndex>] {
-        var runs: [Range<PageIndex>] = []
-        var rest = pages
-        while let run = try nextRun(slot, rest) {
-            runs.append(run)
-            rest = run.upperBound..<pages.upperBound
+    private func allocatedRuns(_ slot: KVMSlots.Slot, in pages: Range<PageIndex>) throws(AcceleratorError) -> [Range<PageIndex>] {
+        do throws(SystemError) { return try memory.blocks[slot.block].allocatedRuns(in: pages) } catch {
+            throw AcceleratorError(error.description)
         }
-        return runs
     }
 }

@@ -1,3 +1,5 @@
+public import GuestMemory
+
 /// What a virtual machine is made of.
 public struct MachineConfiguration: Sendable {
     public enum Kind: String, Sendable, CaseIterable {
@@ -15,18 +17,22 @@ public struct MachineConfiguration: Sendable {
     public var cpuCount: Int
     /// What runs after power-on; `nil`: nothing can be started, the guest arrives by migration.
     public var boot: BootSource?
+    /// What stands behind RAM.
+    public var backing: RAMBacking
     /// The machine waits for a migration instead of booting.
     public var isIncoming: Bool
 
     public static let maximumCPUs = 64
 
     public init(
-        kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil, isIncoming: Bool = false
+        kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil, backing: RAMBacking = .anonymous,
+        isIncoming: Bool = false
     ) {
         self.kind = kind
         self.memoryByteCount = memoryByteCount
         self.cpuCount = kind == .none ? 0 : cpuCount
         self.boot = boot
+        self.backing = backing
         self.isIncoming = isIncoming
     }
 

@@ -14,8 +14,8 @@ extension GuestMemory {
                     at: GuestPhysicalAddress(address), byteCount: UInt64(buffer.count),
                     { (block, offset, count) throws in
                         // SAFETY: pieces add up to the buffer's count, so each lies inside it.
-                        try unsafe block.file.read(
-                            at: UInt64(offset),
+                        try unsafe block.copy(
+                            at: offset,
                             into: UnsafeMutableRawBufferPointer(rebasing: buffer[filled..<filled + count])
                         )
                         filled += count

@@ -100,13 +100,15 @@ import Testing
         #expect(memory.blocks[0].mapping.read(at: (1 << 20) - 2, count: 2) == [0, 0])
     }
 
-    @Test("only touched pages of a huge block are allocated runs")
-    func holes() throws {
-        let block = try RAMBlock(name: "ram", byteCount: 512 << 30)
+    @Test("only touched pages of a huge block are allocated runs", arguments: RAMBacking.allCases)
+    func holes(backing: RAMBacking) throws {
+        let block = try RAMBlock(name: "ram", byteCount: 512 << 30, backing: backing)
         block.mapping.store(UInt64(7), at: 300 << 30)
-        let run = try block.nextAllocatedRun(from: PageIndex(0), to: PageIndex(block.pageCount))
-        #expect(run == PageIndex((300 << 30) >> 12)..<PageIndex(((300 << 30) >> 12) + 1))
-        #expect(try block.nextAllocatedRun(from: run!.upperBound, to: PageIndex(block.pageCount)) == nil)
+        let page = PageIndex((300 << 30) >> 12)
+        #expect(try block.allocatedRuns(in: block.pages) == [page..<page.advanced(by: 1)])
+        _ = block.mapping.load(at: 100 << 30, as: UInt64.self)
+        if backing == .anonymous { #expect(try block.allocatedRuns(in: block.pages).count == 1, "reading touches nothing") }
+        #expect(try block.allocatedRuns(in: page.advanced(by: 1)..<PageIndex(block.pageCount)).isEmpty)
     }
 }
 

@@ -66,6 +66,20 @@ static inline long gw_send_with_descriptor(int fd, const void *_Nonnull buffer, 
     return r < 0 ? -errno : r;
 }
 
+/* PAGEMAP_SCAN (Linux 6.7; Documentation/admin-guide/mm/pagemap.rst), which older headers lack. */
+struct gw_page_region {
+    uint64_t start, end, categories;
+};
+struct gw_pm_scan_arg {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+enum { GW_PAGE_IS_PRESENT = 8, GW_PAGE_IS_SWAPPED = 16, GW_PAGE_IS_PFNZERO = 32 };
+static inline int gw_pagemap_scan(int fd, struct gw_pm_scan_arg *_Nonnull argument) {
+    int r = ioctl(fd, _IOWR('f', 16, struct gw_pm_scan_arg), argument);
+    return r < 0 ? -errno : r;
+}
+
 enum { GW_SEEK_DATA = 3, GW_SEEK_HOLE = 4 };
 
 /* prctl(2), pthread_setname_np(3) and fcntl(2) are variadic or hidden from Swift. They return -errno. */

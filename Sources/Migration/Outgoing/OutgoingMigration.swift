@@ -156,6 +156,8 @@ final class OutgoingMigration: Sendable {
             inbox.withLock { $0.timers[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
         case .cancelTimer(let kind): inbox.withLock { $0.timers[kind] = nil }
         case .report(let status):
+            // Whoever sees "completed" sees the whole report.
+            if status == .completed { statistics.endDowntime(completed: true) }
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, _): statistics.agreed(rule)
@@ -240,9 +242,7 @@ final class OutgoingMigration: Sendable {
 
     private func finish(_ outcome: SourceOutcome) {
         switch outcome {
-        case .completed:
-            statistics.mark(.start)
-            statistics.endDowntime(completed: true)
+        case .completed: break
         case .cancelled: statistics.end(error: nil)
         case .failed(let sentence), .unsettled(let sentence): statistics.end(error: sentence)
         }

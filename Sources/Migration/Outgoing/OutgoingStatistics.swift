@@ -133,6 +133,7 @@ final class OutgoingStatistics: Sendable {
     }
 
     func endDowntime(completed: Bool) {
+        if completed { mark(.start) }
         state.withLock { state in
             state.lastMark = nil
             if !completed { state.info.downtime = nil }

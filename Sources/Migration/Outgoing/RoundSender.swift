@@ -55,11 +55,7 @@ struct RoundSender: ~Copyable {
     private func markAllocated() throws(AcceleratorError) {
         do throws(SystemError) {
             for (block, bitmap) in zip(memory.blocks, bitmaps) {
-                var page = PageIndex(0)
-                while let run = try block.nextAllocatedRun(from: page, to: PageIndex(block.pageCount)) {
-                    bitmap.set(run)
-                    page = run.upperBound
-                }
+                for run in try block.allocatedRuns(in: block.pages) { bitmap.set(run) }
             }
         } catch { throw AcceleratorError(error.description) }
     }

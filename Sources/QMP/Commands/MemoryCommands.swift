@@ -110,13 +110,11 @@ enum MemoryDump {
         let file = try Descriptor.create(path)
         var start: UInt64 = 0
         for piece in pieces {
-            var page = RAMOffset(piece.range.lowerBound).page
             let end = RAMOffset(piece.range.upperBound + GuestPage.byteCount - 1).page
-            while let run = try piece.block.nextAllocatedRun(from: page, to: end) {
+            for run in try piece.block.allocatedRuns(in: RAMOffset(piece.range.lowerBound).page..<end) {
                 let data = (run.lowerBound.offset.value..<run.upperBound.offset.value).clamped(to: piece.range)
                 try file.seek(to: start + data.lowerBound - piece.range.lowerBound)
                 try write(data, of: piece.block, to: file)
-                page = run.upperBound
             }
             start += UInt64(piece.range.count)
         }
