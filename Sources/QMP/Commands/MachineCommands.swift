@@ -51,7 +51,8 @@ struct MachineCommands: Sendable {
         switch machine.runState {
         case .inMigrate:
             throw QMPError(
-                "stop: the machine waits for an incoming migration; the guest starts if it ran where it comes from, stop it there"
+                "stop: the machine waits for an incoming migration, and starts if the guest runs when it arrives; "
+                    + "stop it at the source"
             )
         case .finishMigrate:
             throw QMPError("stop: a migration is about to finish and holds the guest; cancel it first (migrate_cancel)")

@@ -103,7 +103,7 @@ extension [MemoryPiece] {
     }
 }
 
-/// A file of guest memory: never-touched ranges become holes, all else is written from the mapping, without a copy of ours.
+/// A file of guest memory: never-touched ranges become holes, all else is written straight from the mapping.
 enum MemoryDump {
     /// - Throws: `SystemError` naming the path. What was written so far stays in the file.
     static func write(_ pieces: [MemoryPiece], to path: String) throws(SystemError) {

@@ -18,9 +18,8 @@ extension MigrationInfo {
         if let setupNanoseconds { members["setup-time"] = milliseconds(setupNanoseconds) }
         if let rule { members["x-handover"] = .string(rule.rawValue) }
         if let dirtyTracking { members["x-dirty-tracking"] = .string(dirtyTracking) }
-        if isActiveOutgoing {
-            members["expected-downtime"] =
-                expectedDowntimeNanoseconds.map(milliseconds) ?? JSON(downtimeLimitMilliseconds)
+        if let expected = expectedMilliseconds(limit: downtimeLimitMilliseconds) {
+            members["expected-downtime"] = JSON(expected)
         }
         if status == .completed, let downtime {
             members["downtime"] = milliseconds(downtime.nanoseconds)
@@ -31,10 +30,12 @@ extension MigrationInfo {
         return .object(members)
     }
 
-    private var isActiveOutgoing: Bool {
+    /// What a standstill would take now: measured, or else the limit. `nil` unless an outgoing migration is at work.
+    func expectedMilliseconds(limit: UInt64) -> UInt64? {
         switch status {
-        case .active, .preSwitchover, .device, .cancelling: direction == .outgoing
-        default: false
+        case .active, .preSwitchover, .device, .cancelling:
+            direction == .outgoing ? expectedDowntimeNanoseconds.map { $0 / 1_000_000 } ?? limit : nil
+        default: nil
         }
     }
 

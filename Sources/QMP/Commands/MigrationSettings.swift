@@ -57,7 +57,7 @@ struct MigrationSettings: Sendable {
                 changes.append((capability, on))
             } else if on {
                 throw QMPError(
-                    "migrate-set-capabilities: capability '\(name)' is not supported by this version of Godwit; leave it off"
+                    "migrate-set-capabilities: capability '\(name)' is not supported yet; leave it off"
                 )
             }
         }
@@ -92,13 +92,13 @@ struct MigrationSettings: Sendable {
             case .off(let off, let feature):
                 guard value == off || (value.isNull && off == "") else {
                     throw QMPError(
-                        "migrate-set-parameters: \(entry.name) \(value): \(feature) is not supported by this version of Godwit; "
+                        "migrate-set-parameters: \(entry.name) \(value): \(feature) is not supported yet; "
                             + "leave it at \(off)")
                 }
             case .absent(let off, let feature):
                 guard value == off else {
                     throw QMPError(
-                        "migrate-set-parameters: \(entry.name): \(feature) is not supported by this version of Godwit; leave it out"
+                        "migrate-set-parameters: \(entry.name): \(feature) is not supported yet; leave it out"
                     )
                 }
             }

@@ -1,6 +1,6 @@
 import Transport
 
-/// Where to migrate, as the arguments of `migrate` and `migrate-incoming` say it: a `uri`, or QEMU's structured `channels`.
+/// Where to migrate, from the arguments of `migrate` and `migrate-incoming`: a `uri`, or QEMU's structured `channels`.
 enum MigrationTarget {
     static let parameters: [Parameter] = [
         .optional("uri", .string),

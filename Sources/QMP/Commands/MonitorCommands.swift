@@ -18,8 +18,8 @@ public final class MonitorCommands: Sendable {
 
     /// - Parameters:
     ///   - name: what `query-name` tells.
-    ///   - quit: called after `quit` was answered, on a client's thread: it asks the main thread to end the process, and
-    ///     does not wait (`QMPServer.stop` waits for the client).
+    ///   - quit: called after `quit` was answered, on a client's thread: it asks the main thread to end the process
+    ///     and does not wait (`QMPServer.stop` waits for the client).
     public init(machine: VirtualMachine, migrator: Migrator, name: String, quit: @escaping @Sendable () -> Void) {
         let events = Events()
         self.events = events
@@ -37,7 +37,8 @@ public final class MonitorCommands: Sendable {
                         quit()
                     }, handler: { _ in [:] })
             ]
-        table = CommandTable(commands: commands) { machine.runState.rawValue }
+        let human = HumanMonitor(machine: machine, migrator: migrator, name: name, commands: commands)
+        table = CommandTable(commands: commands + [human.command]) { machine.runState.rawValue }
         machine.observe { events.send($0) }
         migrator.observe { events.send($0) }
     }

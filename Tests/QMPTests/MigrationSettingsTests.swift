@@ -1,0 +1,94 @@
+import Migration
+import Testing
+
+@testable import QMP
+
+@Suite struct MigrationSettingsTests {
+    private func state(_ vm: MonitoredMachine, _ name: String) throws -> Bool? {
+        try vm.run("query-migrate-capabilities").arrayValue?.first { $0["capability"]?.stringValue == name }?["state"]?
+            .boolValue
+    }
+
+    @Test("every capability is listed once, those of the Migration room among them")
+    func listed() throws {
+        let vm = try MonitoredMachine()
+        let names =
+            try vm.run("query-migrate-capabilities").arrayValue?.compactMap { $0["capability"]?.stringValue } ?? []
+        #expect(Set(names).count == names.count)
+        #expect(Set(MigrationCapability.allCases.map(\.rawValue)).isSubset(of: names))
+        #expect(Set(MigrationCapability.unsupported).isSubset(of: names))
+    }
+
+    @Test("a capability we lack is refused by name, and nothing of the same command takes effect")
+    func unsupported() throws {
+        let vm = try MonitoredMachine()
+        func set(_ list: [(String, Bool)]) -> [String: JSON] {
+            ["capabilities": .array(list.map { ["capability": .string($0.0), "state": .bool($0.1)] })]
+        }
+        let names = MigrationSettings.capabilityNames.filter { MigrationCapability(rawValue: $0) == nil }
+        for name in names {
+            #expect(
+                try vm.refusal("migrate-set-capabilities", set([("pause-before-switchover", true), (name, true)]))
+                    .contains("'\(name)'"))
+            try vm.run("migrate-set-capabilities", set([(name, false)]))
+            #expect(try state(vm, name) == false)
+        }
+        #expect(try state(vm, "pause-before-switchover") == false)
+        try vm.run("migrate-set-capabilities", set([("pause-before-switchover", true), ("events", false)]))
+        #expect(try state(vm, "pause-before-switchover") == true)
+        #expect(try state(vm, "events") == false)
+    }
+
+    @Test("our parameters are set and told, one alone leaves the others")
+    func parameters() throws {
+        let vm = try MonitoredMachine()
+        // What the benchmark sets.
+        try vm.run("migrate-set-parameters", ["downtime-limit": 300, "max-bandwidth": JSON(1 << 40)])
+        try vm.run("migrate-set-parameters", ["avail-switchover-bandwidth": 5])
+        try vm.run("migrate-set-parameters", ["downtime-limit": 20])
+        let now = try vm.run("query-migrate-parameters")
+        #expect(now["downtime-limit"] == 20)
+        #expect(now["max-bandwidth"] == JSON(1 << 40))
+        #expect(now["avail-switchover-bandwidth"] == 5)
+        try vm.run("migrate-set-parameters", ["max-bandwidth": JSON(UInt64.max), "downtime-limit": 2_000_000])
+        #expect(try vm.run("query-migrate-parameters")["max-bandwidth"] == JSON(UInt64.max))
+        #expect(try vm.refusal("migrate-set-parameters", ["downtime-limit": 2_000_001]).contains("2000001"))
+        #expect(try vm.run("query-migrate-parameters")["downtime-limit"] == 2_000_000)
+    }
+
+    @Test("every other parameter takes the value it has and refuses another, naming itself")
+    func others() throws {
+        let vm = try MonitoredMachine()
+        let before = try vm.run("query-migrate-parameters")
+        for entry in MigrationParameterEntry.all {
+            let off: JSON
+            switch entry.meaning {
+            case .setting: continue
+            case .off(let value, _):
+                off = value
+                #expect(before[entry.name] == value)
+            case .absent(let value, _):
+                off = value
+                #expect(before[entry.name] == nil)
+            }
+            try vm.run("migrate-set-parameters", [entry.name: off])
+            #expect(try vm.refusal("migrate-set-parameters", [entry.name: other(than: off)]).contains(entry.name))
+        }
+        #expect(try vm.run("query-migrate-parameters") == before)
+        try vm.run("migrate-set-parameters", ["tls-creds": nil])
+        #expect(try vm.refusal("migrate-set-parameters", ["nope": 1]) == "Parameter 'nope' is unexpected")
+    }
+
+    /// A value of the same type.
+    private func other(than value: JSON) -> JSON {
+        switch value {
+        case .bool(let value): .bool(!value)
+        case .integer(let value): .integer(value + 1)
+        case .string("none"): "zlib"
+        case .string("legacy"): "multifd"
+        case .string("normal"): "cpr-exec"
+        case .array: ["x"]
+        default: "other"
+        }
+    }
+}
