@@ -10,7 +10,7 @@ struct Godwit: ParsableCommand {
         version: Version.text,
         subcommands: [
             Run.self, Migrate.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self, RawQMP.self,
-            Stream.self,
+            Demo.self, Stream.self,
         ])
 
     /// Errors are one sentence on standard error: status 64 for a command line that makes no sense, 1 for the rest.
