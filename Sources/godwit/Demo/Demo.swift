@@ -29,7 +29,7 @@ struct Demo: ParsableCommand {
         let workingSet = max(1, memory.bytes >> 23)
         let demonstration = try Demonstration(
             folder: folder.path, memoryBytes: memory.bytes, cpuCount: cpus,
-            guest: guest ?? "dirty,working-set=\(workingSet)M,rate=64M,random", interruption: interruption)
+            guest: guest ?? "dirty,working-set=\(workingSet)M,rate=128M,random", interruption: interruption)
         try demonstration.run()
     }
 }

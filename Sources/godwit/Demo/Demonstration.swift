@@ -11,7 +11,7 @@ struct Demonstration {
     private let progress = Terminal.error
 
     /// How long the guest writes before it is moved, so that it is found at work.
-    private static let warmUpNanoseconds: UInt64 = 500_000_000
+    private static let warmUpNanoseconds: UInt64 = 1_000_000_000
 
     init(folder: String, memoryBytes: UInt64, cpuCount: Int, guest: String, interruption: SignalWatch.Flag) throws {
         self.interruption = interruption

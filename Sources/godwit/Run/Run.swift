@@ -16,7 +16,8 @@ struct Run: ParsableCommand {
             """)
 
     @Option(
-        help: ArgumentHelp("What the VM is called, and its QMP socket named after. (default: vm-PID)", valueName: "name"),
+        help: ArgumentHelp(
+            "What the VM is called, and its QMP socket named after. (default: vm-PID)", valueName: "name"),
         transform: { try VMName($0) })
     var name: VMName?
 

@@ -126,6 +126,8 @@ final class VMProcess: Sendable {
     }
 
     private func migrationDid(_ event: MigrationEvent) {
+        // What the end of the process does to a migration is no news.
+        guard ending.withLock({ $0 == nil }) else { return }
         switch event {
         case .status(let status):
             log.info("migration \(status.rawValue)")
