@@ -80,7 +80,7 @@ public struct MigrationReading: Equatable, Sendable {
     }
 
     /// Whether the migration is over, one way or the other, or waits for an operator.
-    public var isOver: Bool { ["none", "completed", "failed", "cancelled", "x-unsettled"].contains(status) }
+    public var isOver: Bool { ["completed", "failed", "cancelled", "x-unsettled"].contains(status) }
 }
 
 extension MigrationReading {

@@ -38,14 +38,16 @@ final class DemoVM {
     func client() throws -> QMPClient {
         if let connection { return connection }
         let deadline = Deadline.after(seconds: 20)
-        while try FileSystem.status(of: socketPath) == nil {
+        while true {
+            // It listens before its machine stands, so a connection may still break.
+            if let client = try? QMPClient(path: socketPath) {
+                connection = client
+                return client
+            }
             if let ending = process.poll() { throw CommandFailure("\(role) VM: \(lastWords(ending))") }
             guard !deadline.hasPassed else { throw CommandFailure("\(role) VM: it did not start within 20 s") }
             Clock.sleep(nanoseconds: 2_000_000)
         }
-        let client = try QMPClient(path: socketPath)
-        connection = client
-        return client
     }
 
     func execute(_ command: String, _ arguments: JSON = [:]) throws -> JSON {
