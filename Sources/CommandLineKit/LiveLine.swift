@@ -8,15 +8,17 @@ public struct LiveLine: Sendable {
     /// `round 3   97.2%   1.84 GB/s   dirty 412 MB/s   downtime ~12 ms   left ~800 ms`, at most `width` columns: what does
     /// not fit is left out from the right.
     public func text(_ figures: MigrationProgress.Figures, width: Int = .max) -> String {
-        guard figures.status == "active" || figures.round > 0 else { return figures.status }
+        guard figures.round > 0 else { return figures.status }
         var fields = ["round \(figures.round)", Amount.decimal(figures.percent, digits: 1) + "%"]
         if figures.status != "active" { fields.append(figures.status) }
         fields.append(Amount.rate(figures.bytesPerSecond))
         fields.append("dirty \(Amount.rate(figures.dirtyBytesPerSecond))")
         if let downtime = figures.expectedDowntimeNanoseconds {
-            fields.append("downtime ~\(Amount.time(nanoseconds: downtime))")
+            fields.append(downtime == 0 ? "downtime <1 ms" : "downtime ~\(Amount.time(nanoseconds: downtime))")
         }
-        fields.append(figures.nanosecondsLeft.map { "left ~\(Amount.time(nanoseconds: $0))" } ?? "not converging")
+        if figures.status == "active" {
+            fields.append(figures.nanosecondsLeft.map { "left ~\(Amount.time(nanoseconds: $0))" } ?? "not converging")
+        }
         while fields.count > 1, fields.joined(separator: "   ").count > width { fields.removeLast() }
         let line = fields.joined(separator: "   ")
         guard showsColors, let head = fields.first else { return line }

@@ -72,14 +72,15 @@ public struct MigrationReading: Equatable, Sendable {
     /// `[{"name": "stop", "nanoseconds": 1200}, ...]`, in the order in which it happened.
     private static func parts(_ json: JSON?) -> [DowntimePart] {
         (json?.arrayValue ?? []).compactMap { part in
-            guard let name = part["name"]?.stringValue, let nanoseconds = part["nanoseconds"]?.integerValue(as: UInt64.self)
+            guard let name = part["name"]?.stringValue,
+                let nanoseconds = part["nanoseconds"]?.integerValue(as: UInt64.self)
             else { return nil }
             return DowntimePart(name: name, nanoseconds: nanoseconds)
         }
     }
 
     /// Whether the migration is over, one way or the other, or waits for an operator.
-    public var isOver: Bool { ["none", "completed", "failed", "cancelled", "x-unsettled"].contains(status) }
+    public var isOver: Bool { ["completed", "failed", "cancelled", "x-unsettled"].contains(status) }
 }
 
 extension MigrationReading {

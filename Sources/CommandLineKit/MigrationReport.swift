@@ -39,7 +39,7 @@ public struct MigrationReport: Sendable {
     private var ramLines: [String] {
         var lines = [
             "transferred ram: \(reading.transferredBytes >> 10) kbytes",
-            "throughput: \(Amount.decimal(reading.megabitsPerSecond, digits: 2)) mbps",
+            "throughput: \(Amount.decimal(throughput, digits: 2)) mbps",
             "remaining ram: \(reading.remainingBytes >> 10) kbytes",
             "total ram: \(reading.totalBytes >> 10) kbytes",
             "duplicate: \(reading.duplicatePages) pages",
@@ -54,6 +54,14 @@ public struct MigrationReport: Sendable {
         lines.append("precopy ram: \(reading.precopyBytes >> 10) kbytes")
         if reading.downtimeBytes > 0 { lines.append("downtime ram: \(reading.downtimeBytes >> 10) kbytes") }
         return lines
+    }
+
+    /// The last round's; the mean of the whole migration where that is not told.
+    private var throughput: Double {
+        guard reading.megabitsPerSecond == 0, let time = reading.totalMilliseconds, time > 0 else {
+            return reading.megabitsPerSecond
+        }
+        return Double(reading.transferredBytes) * 8 / Double(time) / 1000
     }
 
     /// The downtime as a whole, then a line with a bar for each part; empty where the VM did not tell. The parts are what

@@ -71,11 +71,13 @@ public struct MigrationSession {
     private mutating func watch() throws -> JSON {
         var wasCancelled = false
         var wasHeld = false
+        let begun = Deadline.after(seconds: 5)
         while true {
             let answer = try client.execute("query-migrate")
             let reading = MigrationReading(answer)
-            display.show(reading, at: Clock.monotonicNanoseconds)
-            if reading.isOver { return answer }
+            // A migration that was just begun has no status yet; one that never gets any is none.
+            if reading.status != "none" { display.show(reading, at: Clock.monotonicNanoseconds) }
+            if reading.isOver || (reading.status == "none" && begun.hasPassed) { return answer }
             if reading.status == "pre-switchover", !wasHeld {
                 wasHeld = true
                 display.note("held before the switchover; go on with 'godwit migrate NAME --proceed'")

@@ -9,8 +9,9 @@ struct Godwit: ParsableCommand {
         abstract: "Virtual machines that move while they run.",
         version: Version.text,
         subcommands: [
-            Run.self, Migrate.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self, RawQMP.self,
-            Stream.self,
+            Run.self, Migrate.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self,
+            RawQMP.self,
+            Demo.self, Stream.self,
         ])
 
     /// Errors are one sentence on standard error: status 64 for a command line that makes no sense, 1 for the rest.

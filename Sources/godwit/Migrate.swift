@@ -54,7 +54,8 @@ struct Migrate: ParsableCommand {
         guard [uri != nil, proceed, cancel, settle != nil].count(where: \.self) == 1 else {
             throw ValidationError("Give one of: where to migrate to, --proceed, --cancel, --settle.")
         }
-        if let uri { _ = try MigrationAddress(uri) }
+        guard let uri else { return }
+        do { _ = try MigrationAddress(uri) } catch { throw ValidationError(error.description) }
     }
 
     func run() throws {

@@ -16,7 +16,8 @@ struct Run: ParsableCommand {
             """)
 
     @Option(
-        help: ArgumentHelp("What the VM is called; its QMP socket goes by it. (default: vm-PID)", valueName: "name"),
+        help: ArgumentHelp(
+            "What the VM is called, and its QMP socket named after. (default: vm-PID)", valueName: "name"),
         transform: { try VMName($0) })
     var name: VMName?
 
@@ -50,7 +51,7 @@ struct Run: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "Another QMP socket, unix:PATH; may be repeated. Without --name it replaces the one that goes by the name.",
+            "A QMP socket, unix:PATH, instead of the one that goes by the name; may be repeated.",
             valueName: "address"),
         transform: Self.socketPath(_:))
     var qmp: [String] = []
@@ -75,7 +76,7 @@ struct Run: ParsableCommand {
             kind: machine.kind, memoryByteCount: memory.bytes, cpuCount: cpus,
             boot: try boot.source(memoryByteCount: memory.bytes), isIncoming: incoming != nil)
         let plan = VMProcess.Plan(
-            name: name, socketPaths: qmp, isNamed: self.name != nil || qmp.isEmpty, serial: serial, incoming: incoming,
+            name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
             startsPaused: paused)
         let process = try VMProcess(plan, machine: configuration, log: log)
         vm.withLock { $0 = process }

@@ -76,10 +76,12 @@ final class VMProcess: Sendable {
         defer { tearDown() }
         commands.sendEvents { [server] in server.post($0, data: $1) }
         observe()
+        if case .address(let address) = plan.incoming {
+            try migrator.acceptMigration(on: address, startsGuest: !plan.startsPaused)
+        }
         for socket in server.sockets { log.info("QMP at \(socket.path)") }
         switch plan.incoming {
-        case .address(let address):
-            try migrator.acceptMigration(on: address, startsGuest: !plan.startsPaused)
+        case .address:
             for address in migrator.info().listening { log.info("waiting for a migration on \(address.words)") }
         case .deferred: log.info("waiting for migrate-incoming")
         case nil: if !plan.startsPaused { try machine.resume() }
@@ -126,6 +128,8 @@ final class VMProcess: Sendable {
     }
 
     private func migrationDid(_ event: MigrationEvent) {
+        // What the end of the process does to a migration is no news.
+        guard ending.withLock({ $0 == nil }) else { return }
         switch event {
         case .status(let status):
             log.info("migration \(status.rawValue)")

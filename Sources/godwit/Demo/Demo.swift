@@ -1,0 +1,35 @@
+import ArgumentParser
+import CommandLineKit
+
+struct Demo: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Watch a VM move while it runs: two VMs on this machine, verified.",
+        discussion: """
+            Starts a source and a destination, lets a guest write memory, migrates it live over TCP, checks every page \
+            against what the guest must have written, and leaves nothing behind.
+            """)
+
+    @Option(
+        help: ArgumentHelp("RAM of the VM.", valueName: "size"),
+        transform: { try ByteSize($0) })
+    var memory = ByteSize(bytes: 512 << 20)
+
+    @Option(help: ArgumentHelp("Virtual CPUs.", valueName: "n"))
+    var cpus = 2
+
+    @Option(
+        help: ArgumentHelp(
+            "The guest. (default: dirty, writing an eighth of its memory in random order)", valueName: "spec"))
+    var guest: String?
+
+    func run() throws {
+        let interruption = try SignalWatch.startFlag()
+        let folder = try PrivateFolder()
+        defer { folder.remove() }
+        let workingSet = max(1, memory.bytes >> 23)
+        let demonstration = try Demonstration(
+            folder: folder.path, memoryBytes: memory.bytes, cpuCount: cpus,
+            guest: guest ?? "dirty,working-set=\(workingSet)M,rate=128M,random", interruption: interruption)
+        try demonstration.run()
+    }
+}
