@@ -55,13 +55,13 @@ public final class GuestMemory: Sendable {
         }
     }
 
-    /// Bytes of guest memory. - Throws: `AccessError` if a part of the range is not RAM.
+    /// Bytes of guest memory; never-touched pages read as zeroes and stay untouched. - Throws: `AccessError` if a part of the range is not RAM.
     public func read(at address: GuestPhysicalAddress, count: Int) throws(AccessError) -> [UInt8] {
         var bytes: [UInt8] = []
         bytes.reserveCapacity(count)
         try forEachPiece(
             at: address, byteCount: UInt64(count),
-            { (block, offset, count) throws(AccessError) in bytes += block.mapping.read(at: offset, count: count) },
+            { (block, offset, count) throws(AccessError) in bytes += block.read(at: offset, count: count) },
             orThrow: { $0 })
         return bytes
     }

@@ -102,4 +102,13 @@ public final class RAMBlock: Sendable {
         // Reading private memory maps the kernel's zero page and allocates nothing.
         unsafe mapping.withBytes(at: offset, count: buffer.count) { unsafe buffer.copyMemory(from: $0) }
     }
+
+    /// Bytes of the block; holes read as zeroes and stay holes.
+    public func read(at offset: Int, count: Int) -> [UInt8] {
+        var bytes = [UInt8](repeating: 0, count: count)
+        // SAFETY: the buffer is the array's own storage.
+        let failed = unsafe bytes.withUnsafeMutableBytes { (try? unsafe copy(at: offset, into: $0)) == nil }
+        // A memory file that cannot be read as a file can be read as memory: that only allocates.
+        return failed ? mapping.read(at: offset, count: count) : bytes
+    }
 }

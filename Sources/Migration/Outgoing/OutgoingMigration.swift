@@ -33,6 +33,8 @@ final class OutgoingMigration: Sendable {
     /// The moment the guest's last instruction was behind us, while it stands still for the switch.
     private let channel = Mutex<Channel?>(nil)
     private let refusal = Mutex<String?>(nil)
+    private let settleAttempts = Mutex(0)
+    private static let settleAttemptLimit = 5
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
@@ -140,8 +142,8 @@ final class OutgoingMigration: Sendable {
             statistics.beginDowntime()
             let wasRunning = machine.stopForMigration()
             statistics.mark(.stop)
-            post(.guestStopped(wasRunning: wasRunning))
             stoppedGuest.withLock { $0 = wasRunning }
+            post(.guestStopped(wasRunning: wasRunning))
         case .resumeGuest:
             statistics.endDowntime(completed: false)
             machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
@@ -246,9 +248,35 @@ final class OutgoingMigration: Sendable {
         case .cancelled: statistics.end(error: nil)
         case .failed(let sentence), .unsettled(let sentence): statistics.end(error: sentence)
         }
-        if case .unsettled = outcome { return }
+        if case .unsettled = outcome { return askAgain() }
         connecting.cancel()
         inbox.withLock { $0.isOver = true }
+    }
+}
+
+extension OutgoingMigration {
+    /// Asks a destination that fell silent after COMMIT whether it started, a few times; after that an operator must settle it.
+    private func askAgain() {
+        guard address.canReconnect else { return }
+        let attempt = settleAttempts.withLock { attempts in
+            attempts += 1
+            return attempts
+        }
+        guard attempt <= Self.settleAttemptLimit else { return }
+        startThread("migration-ask") { [self] in
+            Clock.sleep(nanoseconds: UInt64(attempt) * 500_000_000)
+            if isUnsettled { post(.settle(.askDestination)) }
+        }
+    }
+}
+
+extension MigrationAddress {
+    /// Whether the destination still listens there after a connection was lost.
+    fileprivate var canReconnect: Bool {
+        switch self {
+        case .tcp, .unix: true
+        case .descriptor, .exec, .file: false
+        }
     }
 }
 

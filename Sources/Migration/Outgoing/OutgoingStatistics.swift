@@ -52,6 +52,7 @@ final class OutgoingStatistics: Sendable {
             case .completed, .cancelled, .failed, .unsettled:
                 state.isUnderWay = false
                 state.ended = Clock.monotonicNanoseconds
+                if status == .completed { state.info.ram?.setRates(over: Clock.monotonicNanoseconds - state.began) }
             default: state.isUnderWay = true
             }
         }
@@ -138,5 +139,14 @@ final class OutgoingStatistics: Sendable {
             state.lastMark = nil
             if !completed { state.info.downtime = nil }
         }
+    }
+}
+
+extension MigrationInfo.RAM {
+    /// After the end, rates are those of the whole migration, as in QEMU.
+    fileprivate mutating func setRates(over nanoseconds: UInt64) {
+        let seconds = Double(max(nanoseconds, 1)) / 1e9
+        mbps = Double(transferred) * 8 / 1e6 / seconds
+        pagesPerSecond = UInt64(Double(normal + duplicate) / seconds)
     }
 }

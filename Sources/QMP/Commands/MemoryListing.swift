@@ -62,7 +62,7 @@ struct MemoryListing: Equatable {
         while left > 0 {
             let byteCount = min(left, Self.lineBytes)
             let head = Self.padded(String(position, radix: 16), to: 16, with: "0") + ":"
-            guard let bytes = try? memory.readWithoutTouchingHoles(at: GuestPhysicalAddress(position), count: byteCount)
+            guard let bytes = try? memory.read(at: GuestPhysicalAddress(position), count: byteCount)
             else {
                 lines.append(head + " Cannot access memory")
                 break
@@ -107,23 +107,5 @@ struct MemoryListing: Equatable {
         case 32...126: "'\(Character(UnicodeScalar(byte)))'"
         default: "'\\x" + padded(String(byte, radix: 16), to: 2, with: "0") + "'"
         }
-    }
-}
-
-extension GuestMemory {
-    /// Bytes of guest memory; never-touched pages read as zeroes and stay untouched. - Throws: `AccessError`.
-    fileprivate func readWithoutTouchingHoles(
-        at address: GuestPhysicalAddress, count: Int
-    ) throws(AccessError) -> [UInt8] {
-        var bytes: [UInt8] = []
-        try forEachPiece(
-            at: address, byteCount: UInt64(count),
-            { (block, offset, count) throws(AccessError) in
-                var piece = [UInt8](repeating: 0, count: count)
-                // SAFETY: the buffer is the array's own storage, as long as the piece.
-                unsafe piece.withUnsafeMutableBytes { unsafe block.copy(offset: offset, to: $0) }
-                bytes += piece
-            }, orThrow: { $0 })
-        return bytes
     }
 }

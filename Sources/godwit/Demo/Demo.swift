@@ -12,7 +12,7 @@ struct Demo: ParsableCommand {
     @Option(
         help: ArgumentHelp("RAM of the VM.", valueName: "size"),
         transform: { try ByteSize($0) })
-    var memory = ByteSize(bytes: 512 << 20)
+    var memory = ByteSize(bytes: 256 << 20)
 
     @Option(help: ArgumentHelp("Virtual CPUs.", valueName: "n"))
     var cpus = 2
