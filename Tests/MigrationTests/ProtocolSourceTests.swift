@@ -32,7 +32,7 @@ private struct Driver {
         .hello(version: 1, features: .all, instance: MigrationIdentifier(high: 3, low: 4)))
     static let pong = SourceEvent.received(.pong(Wire.godwitPing))
     static let cpu = DeviceSection(name: "cpu", version: 1, body: [1, 2, 3])
-    static let round = SourceEvent.roundSent(RoundReport(pages: 256, bytes: 1 << 20, nanoseconds: 1_000_000))
+    static let round = SourceEvent.roundSent(RoundReport(pages: 256, bytes: 60_000, nanoseconds: 1_000_000))
 
     /// Up to the first round under way.
     mutating func reachRound(godwit: Bool = true) {
@@ -83,6 +83,29 @@ private struct Driver {
 
 @Suite("Source core")
 struct ProtocolSourceTests {
+    @Test("the guest is stopped only when the destination has taken what the kernel still held")
+    func drains() {
+        var driver = Driver()
+        driver.reachRound()
+        let large = SourceEvent.roundSent(RoundReport(pages: 256, bytes: 1 << 20, nanoseconds: 1_000_000))
+        let asked = driver.feed(large, .collected(remainingPages: 3))
+        #expect(!asked.contains(.stopGuest))
+        #expect(driver.core.phase == .draining)
+        #expect(driver.feed(.received(.pong(2))).contains(.collect(final: false)))
+        #expect(driver.feed(.collected(remainingPages: 5)).contains(.stopGuest))
+    }
+
+    @Test("a destination that does not take what was sent ends the migration, with the guest running")
+    func drainDeadline() {
+        var driver = Driver()
+        driver.reachRound()
+        driver.feed(.roundSent(RoundReport(pages: 256, bytes: 1 << 20, nanoseconds: 1_000_000)))
+        driver.feed(.collected(remainingPages: 3))
+        driver.feed(driver.deadline)
+        #expect(driver.outcome == .failed("the destination does not take what was sent"))
+        #expect(!driver.actions.contains(.stopGuest))
+    }
+
     @Test("between two Godwits the stream is the one the wire file draws")
     func twoPhaseStream() throws {
         var driver = Driver()

@@ -22,7 +22,8 @@ final class OutgoingMigration: Sendable {
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
-    private let connecting: CancelToken
+    /// Ends the attempt to connect that is under way.
+    private let connecting = Mutex<CancelToken?>(nil)
 
     private struct Inbox {
         var events: [SourceEvent] = []
@@ -30,8 +31,7 @@ final class OutgoingMigration: Sendable {
         var isOver = false
     }
     private let inbox = Monitor(Inbox())
-    /// The moment the guest's last instruction was behind us, while it stands still for the switch.
-    private let channel = Mutex<Channel?>(nil)
+    private let channelIsOpen = Mutex(false)
     private let refusal = Mutex<String?>(nil)
     private let settleAttempts = Mutex(0)
     private static let settleAttemptLimit = 5
@@ -56,7 +56,6 @@ final class OutgoingMigration: Sendable {
             catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
         statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
         do throws(SystemError) {
-            connecting = try CancelToken()
             sender = try StreamSender(machine.memory, blocks: blocks, statistics: statistics)
         } catch { throw MigrationError(error.description) }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
@@ -153,7 +152,7 @@ final class OutgoingMigration: Sendable {
         case .regainRightToRun: break
         case .saveState: saveState()
         case .flush: sender.enqueue(.flush)
-        case .close: sender.enqueue(.close)
+        case .close: close()
         case .setTimer(let timer, let nanoseconds):
             inbox.withLock { $0.timers[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
         case .cancelTimer(let kind): inbox.withLock { $0.timers[kind] = nil }
@@ -174,11 +173,14 @@ final class OutgoingMigration: Sendable {
 
     private func connect() {
         let connector = Connector(descriptors: descriptors)
-        let (address, token) = (address, connecting)
+        let address = address
+        let token: CancelToken
+        do throws(SystemError) { token = try CancelToken() } catch { return post(.connectFailed(error.description)) }
+        connecting.withLock { $0 = token }
         startThread("migration-conn") { [self] in
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
-                self.channel.withLock { $0 = channel }
+                channelIsOpen.withLock { $0 = true }
                 sender.attach(channel) { [self] in post($0) }
                 let answers = channel.kind == .socket
                 if answers { startThread("migration-return") { [self] in readAnswers(channel) } }
@@ -187,6 +189,15 @@ final class OutgoingMigration: Sendable {
                 post(.connectFailed(error.description))
             }
         }
+    }
+
+    /// What is queued goes out first; an attempt to connect is given up.
+    private func close() {
+        let wasOpen = channelIsOpen.withLock { open in
+            defer { open = false }
+            return open
+        }
+        if wasOpen { sender.enqueue(.close) } else { connecting.withLock { $0 }?.cancel() }
     }
 
     private func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
@@ -249,7 +260,7 @@ final class OutgoingMigration: Sendable {
         case .failed(let sentence), .unsettled(let sentence): statistics.end(error: sentence)
         }
         if case .unsettled = outcome { return askAgain() }
-        connecting.cancel()
+        connecting.withLock { $0 }?.cancel()
         inbox.withLock { $0.isOver = true }
     }
 }

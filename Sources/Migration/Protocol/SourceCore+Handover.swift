@@ -115,6 +115,7 @@ extension SourceCore {
         if case .switchoverAcknowledged = message { return }
         switch phase {
         case .greeting: greeted(message, &actions)
+        case .draining: drained(message, &actions)
         case .preparing:
             if case .ready = message { commit(&actions) } else { outOfTurn(message, &actions) }
         case .committed: answered(message, &actions)

@@ -78,6 +78,7 @@ extension SourceCore {
         case .collecting:
             switch configuration.switchover.decide(remainingPages: pages) {
             case .iterate: sendRound(final: false, &actions)
+            case .switchOver where direction == .bothWays && undrainedBytes > Self.drainLimitBytes: drain(&actions)
             case .switchOver:
                 stopWasAsked = true
                 actions.append(.stopGuest)
@@ -86,6 +87,18 @@ extension SourceCore {
         case .finalCollecting: sendRound(final: true, &actions)
         default: break
         }
+    }
+
+    /// The kernel took the last round, but the destination may be megabytes behind: the guest need not stand still for those.
+    private mutating func drain(_ actions: inout [SourceAction]) {
+        send(&actions) { $0.command(.ping(Self.drainPing)) }
+        enter(.draining, deadline: configuration.deadlines.stall, &actions)
+    }
+
+    mutating func drained(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        guard message == .pong(Self.drainPing) else { return outOfTurn(message, &actions) }
+        undrainedBytes = 0
+        collect(&actions)
     }
 
     private mutating func sendRound(final: Bool, _ actions: inout [SourceAction]) {
@@ -103,6 +116,7 @@ extension SourceCore {
     mutating func roundSent(_ round: RoundReport, _ actions: inout [SourceAction]) {
         guard roundIsUnderWay else { return }
         roundIsUnderWay = false
+        undrainedBytes += round.bytes
         switch phase {
         case .sendingRound:
             configuration.switchover.sent(round)

@@ -9,6 +9,8 @@ public enum SourcePhase: Int, Comparable, Sendable {
     case startingTracking
     case collecting
     case sendingRound
+    /// PING was said before the guest is stopped, PONG is awaited: what stands in socket buffers arrives while the guest runs.
+    case draining
     case stoppingGuest
     /// The operator wants to be asked before the switch.
     case preSwitchover
@@ -56,6 +58,10 @@ public struct SourceCore: Sendable {
     public internal(set) var configuration: SourceConfiguration
 
     static let ramSectionID: UInt32 = 2
+    /// The PING of `draining`.
+    static let drainPing: UInt32 = 2
+    /// So little in flight is not waited for.
+    static let drainLimitBytes: UInt64 = 64 << 10
 
     var timers = TimerLedger()
     var writer = StreamWriter()
@@ -67,6 +73,8 @@ public struct SourceCore: Sendable {
     var stopWasAsked = false
     var isTracking = false
     var unansweredPings: UInt64 = 0
+    /// What the destination may not have taken yet: sent since its last PONG.
+    var undrainedBytes: UInt64 = 0
     var guestWasRunning = true
     /// All that is sent behind RAM.
     var sections: [DeviceSection] = []
@@ -152,6 +160,7 @@ public struct SourceCore: Sendable {
         case .startingTracking: "dirty page tracking did not start in time"
         case .collecting, .finalCollecting: "the dirty pages were not collected in time"
         case .sendingRound, .finalSending, .flushingState, .handingOver: "the destination takes no more data"
+        case .draining: "the destination does not take what was sent"
         case .stoppingGuest: "the guest did not stop in time"
         case .savingState: "the device state was not saved in time"
         case .preparing: "the destination did not become ready in time"
