@@ -124,7 +124,7 @@ final class Workbench {
         }
 
         /// Waits until the log has the words.
-        func waitForLog(_ words: String, seconds: UInt64 = 10) -> Bool {
+        func waitForLog(_ words: String, seconds: UInt64 = 30) -> Bool {
             let deadline = Deadline.after(seconds: seconds)
             while !log.contains(words) {
                 if deadline.hasPassed { return false }
