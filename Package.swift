@@ -54,8 +54,8 @@ let package = Package(
         .executableTarget(
             name: "godwit",
             dependencies: [
-                "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", "Transport", "CommandLineKit",
-                argumentParser, logging,
+                "Accelerator", "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", "Transport",
+                "CommandLineKit", argumentParser, logging,
             ],
             swiftSettings: house),
 

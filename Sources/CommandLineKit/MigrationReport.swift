@@ -56,9 +56,9 @@ public struct MigrationReport: Sendable {
         return lines
     }
 
-    /// The last round's; the mean of the whole migration where that is not told.
+    /// While it goes on the last round's; of a whole migration the mean, as its last round is next to nothing.
     private var throughput: Double {
-        guard reading.megabitsPerSecond == 0, let time = reading.totalMilliseconds, time > 0 else {
+        guard reading.status == "completed", let time = reading.totalMilliseconds, time > 0 else {
             return reading.megabitsPerSecond
         }
         return Double(reading.transferredBytes) * 8 / Double(time) / 1000

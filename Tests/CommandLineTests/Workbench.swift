@@ -34,9 +34,15 @@ final class Workbench {
 
     deinit {
         for child in children where child.poll() == nil { child.end(graceMilliseconds: 3000) }
-        for name in (try? FileSystem.names(inFolder: runtime)) ?? [] { Descriptor.remove("\(runtime)/\(name)") }
-        unsafe rmdir(runtime)
-        for name in (try? FileSystem.names(inFolder: folder)) ?? [] { Descriptor.remove("\(folder)/\(name)") }
+        Self.remove(folder)
+    }
+
+    /// Removes a folder of ours and all in it.
+    private static func remove(_ folder: String) {
+        for name in (try? FileSystem.names(inFolder: folder)) ?? [] {
+            let path = "\(folder)/\(name)"
+            if (try? FileSystem.status(of: path))?.kind == .folder { remove(path) } else { Descriptor.remove(path) }
+        }
         unsafe rmdir(folder)
     }
 
@@ -118,7 +124,7 @@ final class Workbench {
         }
 
         /// Waits until the log has the words.
-        func waitForLog(_ words: String, seconds: UInt64 = 10) -> Bool {
+        func waitForLog(_ words: String, seconds: UInt64 = 30) -> Bool {
             let deadline = Deadline.after(seconds: seconds)
             while !log.contains(words) {
                 if deadline.hasPassed { return false }

@@ -10,7 +10,7 @@ struct Demo: ParsableCommand {
             """)
 
     @Option(
-        help: ArgumentHelp("RAM of the VM.", valueName: "size"),
+        help: ArgumentHelp("RAM of the VM. (default: 256M)", valueName: "size"),
         transform: { try ByteSize($0) })
     var memory = ByteSize(bytes: 256 << 20)
 

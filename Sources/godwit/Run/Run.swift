@@ -22,7 +22,7 @@ struct Run: ParsableCommand {
     var name: VMName?
 
     @Option(
-        help: ArgumentHelp("RAM: a multiple of 4K such as 512M or 4G.", valueName: "size"),
+        help: ArgumentHelp("RAM: a multiple of 4K such as 512M or 4G. (default: 256M)", valueName: "size"),
         transform: { try ByteSize($0) })
     var memory = ByteSize(bytes: 256 << 20)
 

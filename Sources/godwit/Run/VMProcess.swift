@@ -1,3 +1,4 @@
+import Accelerator
 import CommandLineKit
 import Glibc
 import Host
@@ -79,6 +80,10 @@ final class VMProcess: Sendable {
         if case .address(let address) = plan.incoming {
             try migrator.acceptMigration(on: address, startsGuest: !plan.startsPaused)
         }
+        let memory = Amount.memory(machine.configuration.memoryByteCount)
+        let cpus = machine.configuration.cpuCount
+        log.info(
+            "\(memory), \(cpus) \(cpus == 1 ? "vCPU" : "vCPUs"), accelerator \(machine.accelerator?.name ?? "none")")
         for socket in server.sockets { log.info("QMP at \(socket.path)") }
         switch plan.incoming {
         case .address:
