@@ -59,9 +59,27 @@ public final class HostThread: Sendable {
         // SAFETY: `context` is the retained entry of `init`; this takes over that reference.
         let entry = unsafe Unmanaged<Entry>.fromOpaque(context!).takeRetainedValue()
         _ = unsafe gw_thread_set_name(entry.name)
+        unblockInterruptSignal()
         entry.started(gw_gettid())
         entry.body()
         return nil
+    }
+
+    /// A thread inherits what its creator blocks (libdispatch's workers block nearly all), and a process what its parent does:
+    /// either would make `interrupt` go unheard.
+    private static func unblockInterruptSignal() {
+        var signals = sigset_t()
+        unsafe sigemptyset(&signals)
+        unsafe sigaddset(&signals, interruptSignal)
+        unsafe pthread_sigmask(SIG_UNBLOCK, &signals, nil)
+    }
+
+    /// A thread nobody can join any more cleans up after itself; its stack would stay otherwise.
+    deinit {
+        joined.withLock { done in
+            if !done { pthread_detach(handle) }
+            done = true
+        }
     }
 
     /// The kernel's thread id, as in /proc/PID/task.

@@ -148,7 +148,8 @@ import Glibc
     /// Source: mincore(2). A page that is not resident is a hole of the file, or swapped out.
     public func residentPrefix(at offset: Int, count: Int) throws(SystemError) -> Int {
         check(offset, count)
-        var marks = [UInt8](repeating: 0, count: min(16384, (count + 4095) / 4096))
+        // The kernel looks at all pages it is asked about: ask about few at first, or short prefixes would cost like long ones.
+        var marks = [UInt8](repeating: 0, count: 32)
         var done = 0
         while done < count {
             let piece = min(count - done, marks.count * 4096)
@@ -160,6 +161,7 @@ import Glibc
             let pages = (piece + 4095) / 4096
             if let gap = marks[..<pages].firstIndex(where: { $0 & 1 == 0 }) { return done + gap * 4096 }
             done += piece
+            if marks.count < 16384 { marks = [UInt8](repeating: 0, count: marks.count * 8) }
         }
         return count
     }

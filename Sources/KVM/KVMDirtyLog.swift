@@ -45,7 +45,9 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     }
 
     func start() throws(AcceleratorError) {
-        precondition(!isOn, "tracking starts once")
+        guard !isOn else {
+            throw AcceleratorError("dirty page tracking is still on for an earlier migration; try again when that has ended")
+        }
         logs = Array(repeating: .untouched, count: slots.count)
         memory.hostWrites.setRecording(true)
         isOn = true

@@ -1,3 +1,4 @@
+import Glibc
 import Host
 import Synchronization
 import Testing
@@ -98,6 +99,58 @@ import Testing
         thread.join()
         #expect(name.withLock { $0 } == "reaper\n")
         #expect(thread.identifier > 0)
+    }
+}
+
+@Suite struct InterruptTests {
+    @Test("an interrupt reaches a thread whose creator blocks the signal")
+    func blocked() async {
+        await #expect(processExitsWith: .success) {
+            try HostThread.installInterruptSignal()
+            var signals = sigset_t()
+            unsafe sigemptyset(&signals)
+            unsafe sigaddset(&signals, HostThread.interruptSignal)
+            unsafe pthread_sigmask(SIG_BLOCK, &signals, nil)
+            let result = Mutex<CInt>(0)
+            let (reader, writer) = try Descriptor.pipe()
+            let thread = try HostThread(name: "reader") {
+                var byte: UInt8 = 0
+                // SAFETY: one byte into a local byte.
+                let count = unsafe Glibc.read(reader.number, &byte, 1)
+                result.withLock { $0 = count < 0 ? errno : 0 }
+            }
+            // The thread may not have reached its read yet: again until it has ended.
+            for _ in 0..<2000 where result.withLock({ $0 }) == 0 {
+                thread.interrupt()
+                Clock.sleep(nanoseconds: 5_000_000)
+            }
+            guard result.withLock({ $0 }) == EINTR else { _exit(1) }
+            withExtendedLifetime(writer) {}
+        }
+    }
+
+    @Test("threads that nobody joins leave no stack behind when they end")
+    func stacks() async {
+        await #expect(processExitsWith: .success) {
+            func mappedKiB() throws -> Int {
+                let status = String(decoding: try Descriptor.contents(of: "/proc/self/status"), as: UTF8.self)
+                let line = status.split(separator: "\n").first { $0.hasPrefix("VmSize:") }
+                return line.flatMap { Int($0.split { !$0.isNumber }.joined()) } ?? 0
+            }
+            func startMany() throws {
+                for _ in 0..<200 {
+                    let ended = Monitor(false)
+                    _ = try HostThread(name: "short") { ended.withLock { $0 = true } }
+                    ended.wait { $0 ? () : nil }
+                    Clock.sleep(nanoseconds: 200_000)
+                }
+            }
+            try startMany()
+            let before = try mappedKiB()
+            try startMany()
+            // 200 stacks of 1 MiB, had they stayed.
+            guard try mappedKiB() - before < 100 << 10 else { _exit(1) }
+        }
     }
 }
 

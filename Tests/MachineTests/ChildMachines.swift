@@ -1,0 +1,137 @@
+import Glibc
+import GuestMemory
+import GuestPrograms
+import Host
+import Machine
+import Synchronization
+import Testing
+
+/// Whether virtual machines can run here; tests that need them say so where they cannot.
+let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
+let needsKVM: Comment = "this machine has no /dev/kvm which this user may open"
+
+/// What a test does in a process of its own, because a virtual machine lasts as long as its process.
+enum Child {
+    /// Runs `body` and ends the process: with success if it comes back, else with a sentence on standard error.
+    static func run(seconds: UInt64, _ body: () throws -> Void) {
+        _ = try? HostThread(name: "alarm") {
+            Clock.sleep(nanoseconds: seconds * 1_000_000_000)
+            fail("the test was not done after \(seconds) seconds")
+        }
+        do { try body() } catch { fail("\(error)") }
+        _exit(0)
+    }
+
+    static func fail(_ sentence: String) -> Never {
+        Issue.record("\(sentence)")
+        _ = try? Descriptor.standard(2, name: "standard error").writeAll(Array((sentence + "\n").utf8))
+        _exit(1)
+    }
+}
+
+/// Ends a child process with `sentence` unless `holds`.
+func claim(_ holds: Bool, _ sentence: @autoclosure () -> String) {
+    if !holds { Child.fail(sentence()) }
+}
+
+/// Waits until `condition` holds.
+func waitFor(_ what: String, seconds: UInt64 = 20, _ condition: () throws -> Bool) throws {
+    let deadline = Deadline.after(seconds: seconds)
+    while try !condition() {
+        if deadline.hasPassed { Child.fail("waited \(seconds) seconds for \(what)") }
+        Clock.sleep(nanoseconds: 1_000_000)
+    }
+}
+
+extension VirtualMachine {
+    /// A machine with a built-in guest, not started.
+    static func guest(
+        _ program: String, mebibytes: UInt64 = 64, cpus: Int = 1, serial: SerialPort? = nil
+    ) throws -> VirtualMachine {
+        try VirtualMachine(
+            MachineConfiguration(
+                memoryByteCount: mebibytes << 20, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: program))),
+            serial: try serial ?? SerialPort(.none))
+    }
+
+    /// A machine that boots `image`, not started.
+    static func bootSector(
+        _ image: [UInt8], cpus: Int = 1, serial: SerialPort? = nil
+    ) throws -> VirtualMachine {
+        try VirtualMachine(
+            MachineConfiguration(
+                memoryByteCount: 2 << 20, cpuCount: cpus,
+                boot: .plan(try BootSector(file: "test", image: image).plan)), serial: try serial ?? SerialPort(.none))
+    }
+
+    /// A machine like this one which waits for its guest.
+    func destination(serial: SerialPort? = nil) throws -> VirtualMachine {
+        try VirtualMachine(
+            MachineConfiguration(
+                memoryByteCount: configuration.memoryByteCount, cpuCount: configuration.cpuCount, isIncoming: true),
+            serial: try serial ?? SerialPort(.none))
+    }
+
+    func awaitReady(seconds: UInt64 = 20) throws {
+        try waitFor("the guest to be ready", seconds: seconds) { try guestStatus().isReady }
+    }
+
+    /// Ends the test unless the guest's memory is what the guest wrote.
+    func claimVerified(_ when: String) throws {
+        let check = try checkGuest()
+        claim(check.isVerified, "\(when): \(check)")
+    }
+
+    /// Copies every allocated page to `other`; holes stay holes.
+    func copyMemory(to other: VirtualMachine) throws {
+        for (block, target) in zip(memory.blocks, other.memory.blocks) {
+            try block.forEachAllocatedRun { pages in
+                let offset = Int(pages.lowerBound.offset.value)
+                let count = Int(pages.upperBound.offset.value) - offset
+                target.mapping.write(block.mapping.read(at: offset, count: count), at: offset)
+            }
+        }
+    }
+}
+
+extension RAMBlock {
+    /// Visits the runs of allocated pages, cut to at most 1 MiB.
+    func forEachAllocatedRun(_ body: (Range<PageIndex>) throws -> Void) throws {
+        var page = PageIndex(0)
+        while let run = try nextAllocatedRun(from: page, to: PageIndex(pageCount)) {
+            page = min(run.upperBound, run.lowerBound.advanced(by: 256))
+            try body(run.lowerBound..<page)
+        }
+    }
+}
+
+/// What a guest sends on its serial line, as it comes out of a unix socket.
+final class SerialLine: Sendable {
+    private let descriptor: Descriptor
+    private let received = Monitor<[UInt8]>([])
+
+    /// Connects to a serial port that listens at `path`.
+    init(path: String) throws {
+        let descriptor = try Socket.connect(unix: path)
+        self.descriptor = descriptor
+        let received = received
+        _ = try HostThread(name: "serial line") {
+            while let bytes = try? descriptor.read(upTo: 4096), !bytes.isEmpty { received.withLock { $0 += bytes } }
+        }
+    }
+
+    var text: String { received.withLock { String(decoding: $0, as: UTF8.self) } }
+
+    func send(_ text: String) throws { try descriptor.writeAll(Array(text.utf8)) }
+    func close() { Socket.shutdown(descriptor) }
+
+    func awaitText(_ what: String, seconds: UInt64 = 20, _ condition: (String) -> Bool) {
+        let found: Void? = received.wait(deadline: .after(seconds: seconds)) {
+            condition(String(decoding: $0, as: UTF8.self)) ? () : nil
+        }
+        claim(found != nil, "waited \(seconds) seconds for \(what); the serial line said \"\(text)\"")
+    }
+}
+
+/// A path nobody else uses.
+func temporaryPath(_ name: String) -> String { "/tmp/godwit-test-\(getpid())-\(name)" }

@@ -1,0 +1,260 @@
+import Accelerator
+import GuestMemory
+import GuestPrograms
+import Host
+import Machine
+import Synchronization
+import Testing
+
+@Suite("dirty log", .serialized, .enabled(if: hasKVM, needsKVM))
+struct DirtyLogTests {
+    @Test(
+        "no page a guest writes is ever lost: a copy kept by the log alone is guest memory", .timeLimit(.minutes(1)),
+        arguments: [
+            ("dirty,working-set=24M", 1), ("dirty,working-set=24M,random", 2), ("dirty,working-set=16M,heartbeat=0", 4),
+            ("dirty,working-set=40M,fill=48M,random,stride=3", 4), ("probe,write,working-set=8M", 2),
+        ])
+    func keepsUp(guest: String, cpus: Int) async {
+        await #expect(processExitsWith: .success) { [guest, cpus] in
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest(guest, cpus: cpus)
+                try machine.resume()
+                try machine.awaitReady()
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                let before = try machine.guestStatus().touches
+                for _ in 0..<8 {
+                    try shadow.round()
+                    Clock.sleep(nanoseconds: 3_000_000)
+                }
+                try shadow.finish()
+                claim(try machine.guestStatus().touches > before, "the guest wrote nothing meanwhile")
+                shadow.tracker.stop()
+            }
+        }
+    }
+
+    @Test(
+        "pages that appear while the guest fills its memory are not lost either", .timeLimit(.minutes(1)),
+        arguments: [1, 2, 4])
+    func filling(cpus: Int) async {
+        await #expect(processExitsWith: .success) { [cpus] in
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest("idle,words=512,heartbeat=1ms", cpus: cpus)
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                try shadow.round()
+                try machine.resume()
+                var rounds = 0
+                while try !machine.guestStatus().isReady {
+                    try shadow.round()
+                    rounds += 1
+                }
+                claim(rounds > 2, "the guest was ready after \(rounds) rounds: nothing appeared while the log was read")
+                try shadow.finish()
+            }
+        }
+    }
+
+    @Test("the test can fail: a copy that leaves out one reported range is found to be wrong", .timeLimit(.minutes(1)))
+    func plantedBug() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest("dirty,working-set=16M,random")
+                try machine.resume()
+                try machine.awaitReady()
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                try shadow.round()
+                Clock.sleep(nanoseconds: 50_000_000)
+                machine.pause()
+                try shadow.collect()
+                shadow.losesOneRange = true
+                try shadow.copy()
+                guard let lost = shadow.lost else { Child.fail("nothing was collected") }
+                claim(try !shadow.differences().isEmpty, "the comparison does not see that \(lost) was left out")
+                // Where the guest's status itself was left out, its memory contradicts it or is no guest's.
+                let check = try? shadow.check()
+                claim(check?.isVerified != true, "the checker does not see that \(lost) was left out")
+            }
+        }
+    }
+
+    @Test(
+        "the first collect reports the allocated pages exactly, later ones what is written, and never a hole",
+        .timeLimit(.minutes(1)))
+    func idle() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest("idle,fill=24M,heartbeat=10ms", mebibytes: 256)
+                try machine.resume()
+                try machine.awaitReady()
+                machine.pause()
+                let block = machine.memory.blocks[0]
+                let allocated = try block.allocatedPages()
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                let first = try shadow.collect()
+                claim(first == allocated, "\(first) pages reported first, \(allocated) are allocated")
+                try block.forEachAllocatedRun { pages in
+                    for page in pages { claim(shadow.bitmap.contains(page), "\(page) is allocated and not reported") }
+                }
+                try machine.resume()
+                try shadow.copy()
+                for round in 1...6 {
+                    Clock.sleep(nanoseconds: 20_000_000)
+                    let pages = try shadow.round()
+                    claim(pages <= 24, "an idle guest wrote \(pages) pages in round \(round)")
+                }
+                try shadow.finish()
+                let now = try block.allocatedPages()
+                claim(now <= allocated + 8, "tracking allocated \(now - allocated) pages")
+                try block.forEachAllocatedRun { pages in shadow.everReported.clear(pages) }
+                claim(shadow.everReported.isEmpty, "\(shadow.everReported.count) pages were reported and never touched")
+            }
+        }
+    }
+
+    @Test("tracking that was stopped starts afresh and misses nothing", .timeLimit(.minutes(1)))
+    func again() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest("dirty,working-set=16M,random", cpus: 2)
+                try machine.resume()
+                try machine.awaitReady()
+                for _ in 0..<3 {
+                    let shadow = try ShadowMemory(of: machine)
+                    try shadow.tracker.start()
+                    for _ in 0..<3 { try shadow.round() }
+                    try shadow.finish()
+                    shadow.tracker.stop()
+                    try machine.resume()
+                    Clock.sleep(nanoseconds: 20_000_000)
+                }
+            }
+        }
+    }
+
+    @Test("a second start while tracking is on is refused with a sentence", .timeLimit(.minutes(1)))
+    func startedTwice() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let tracker = try VirtualMachine.guest("idle,fill=none").accelerator!.dirtyTracker
+                try tracker.start()
+                do {
+                    try tracker.start()
+                    Child.fail("tracking was started twice")
+                } catch { claim("\(error)".contains("dirty page tracking"), "it says: \(error)") }
+                tracker.stop()
+                try tracker.start()
+            }
+        }
+    }
+
+    @Test("memory with more holes than are worth looking into is tracked as well", .timeLimit(.minutes(1)))
+    func fragmented() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest("dirty,working-set=40M,random", mebibytes: 64, cpus: 2)
+                let block = machine.memory.blocks[0]
+                for page in stride(from: 768, to: Int(block.pageCount), by: 2) {
+                    block.mapping.store(UInt8(0), at: page * 4096)
+                }
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                try machine.resume()
+                var rounds = 0
+                while try rounds < 8 || !machine.guestStatus().isReady {
+                    try shadow.round()
+                    rounds += 1
+                }
+                for _ in 0..<4 { try shadow.round() }
+                try shadow.finish()
+            }
+        }
+    }
+
+    @Test("what this process writes into guest memory is tracked like the guest's own writes", .timeLimit(.minutes(1)))
+    func hostWrites() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest("dirty,working-set=8M,fill=8M", mebibytes: 64)
+                try machine.resume()
+                try machine.awaitReady()
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                let isOver = Atomic(false)
+                let writes = Atomic(0)
+                let memory = machine.memory
+                let writer = try HostThread(name: "writer") {
+                    var random = SplitMix64(state: 7)
+                    while !isOver.load(ordering: .relaxed) {
+                        // Behind what the guest uses: across page borders, and pages that were holes.
+                        let address = GuestPhysicalAddress((32 << 20) + random.next() % (24 << 20))
+                        if random.next() % 4 == 0 {
+                            try? memory.zero(at: address, byteCount: 5000)
+                        } else {
+                            try? memory.write([UInt8](repeating: UInt8(random.next() % 255 + 1), count: 300), at: address)
+                        }
+                        writes.add(1, ordering: .relaxed)
+                    }
+                }
+                for _ in 0..<10 { try shadow.round() }
+                isOver.store(true, ordering: .relaxed)
+                writer.join()
+                claim(writes.load(ordering: .relaxed) > 100, "the writer hardly ran")
+                try shadow.finish()
+            }
+        }
+    }
+
+    @Test("a guest with RAM on both sides of the hole below 4 GiB is tracked in both", .timeLimit(.minutes(1)))
+    func aboveFourGibibytes() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest(
+                    "probe,fill=none,write,stride=499,random", mebibytes: 5 << 10, cpus: 2)
+                try Self.trackSparse(machine, above: PageIndex((3 << 30) / 4096), rounds: 6)
+            }
+        }
+    }
+
+    @Test("a guest of 512 GiB costs what it has touched", .timeLimit(.minutes(1)))
+    func halfATebibyte() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest(
+                    "probe,fill=none,write,stride=65521", mebibytes: 512 << 10)
+                try Self.trackSparse(machine, above: PageIndex((500 << 30) / 4096), rounds: 2)
+            }
+        }
+    }
+
+    /// A guest that walks over all its RAM in large steps, from before its first page is touched.
+    private static func trackSparse(_ machine: VirtualMachine, above high: PageIndex, rounds: Int) throws {
+        let shadow = try ShadowMemory(of: machine)
+        try shadow.tracker.start()
+        try shadow.round()
+        try machine.resume()
+        try machine.awaitReady()
+        for _ in 0..<rounds { try shadow.round() }
+        try waitFor("the guest to have walked over all its memory") { try machine.guestStatus().passes >= 2 }
+        try shadow.finish()
+        let highRun = shadow.everReported.nextRun(from: high, limit: 1)
+        claim(highRun != nil, "nothing was reported above \(high)")
+        let allocated = try machine.memory.blocks[0].allocatedPages()
+        claim(shadow.everReported.count <= allocated, "more pages were reported than ever touched")
+    }
+}
+
+/// A seeded generator, so that a failure can be replayed.
+struct SplitMix64: RandomNumberGenerator {
+    var state: UInt64
+    mutating func next() -> UInt64 {
+        state &+= 0x9e37_79b9_7f4a_7c15
+        var mixed = state
+        mixed = (mixed ^ (mixed >> 30)) &* 0xbf58_476d_1ce4_e5b9
+        mixed = (mixed ^ (mixed >> 27)) &* 0x94d0_49bb_1331_11eb
+        return mixed ^ (mixed >> 31)
+    }
+}
