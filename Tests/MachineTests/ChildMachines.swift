@@ -97,10 +97,13 @@ extension VirtualMachine {
 extension RAMBlock {
     /// Visits the runs of allocated pages, cut to at most 1 MiB.
     func forEachAllocatedRun(_ body: (Range<PageIndex>) throws -> Void) throws {
-        var page = PageIndex(0)
-        while let run = try nextAllocatedRun(from: page, to: PageIndex(pageCount)) {
-            page = min(run.upperBound, run.lowerBound.advanced(by: 256))
-            try body(run.lowerBound..<page)
+        for run in try allocatedRuns(in: pages) {
+            var page = run.lowerBound
+            while page < run.upperBound {
+                let end = min(run.upperBound, page.advanced(by: 256))
+                try body(page..<end)
+                page = end
+            }
         }
     }
 }

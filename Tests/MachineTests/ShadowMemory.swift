@@ -94,7 +94,7 @@ import Machine
     private func isEqual(_ one: RAMBlock, _ other: RAMBlock, _ page: PageIndex) -> Bool {
         let offset = Int(page.offset.value)
         // A hole is not read through the mapping: that would allocate it.
-        guard (try? other.file.nextData(from: page.offset.value)) == page.offset.value else {
+        guard (try? other.isAllocated(in: page..<page.advanced(by: 1))) == true else {
             return one.mapping.isZero(at: offset, count: 4096)
         }
         return unsafe one.mapping.withBytes(at: offset, count: 4096) { left in
