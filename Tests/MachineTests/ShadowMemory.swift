@@ -126,8 +126,6 @@ import Machine
 extension RAMBlock {
     /// Pages that take memory, by the file's own account.
     func allocatedPages() throws -> UInt64 {
-        var status = stat()
-        guard unsafe fstat(file.descriptor.number, &status) == 0 else { throw SystemError.last("stat") }
-        return UInt64(status.st_blocks) * 512 / 4096
+        try allocatedRuns(in: pages).reduce(0) { $0 + $1.upperBound.value - $1.lowerBound.value }
     }
 }

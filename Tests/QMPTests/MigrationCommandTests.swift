@@ -47,7 +47,9 @@ import Transport
         #expect(info["ram"]?["remaining"] == 0)
         #expect(info["ram"]?["page-size"] == 4096)
         // 2 pages were written, all others are holes.
-        #expect(info["ram"]?["x-hole"] == 4094)
+        let holes = info["ram"]?["x-hole"]?.integerValue(as: Int.self) ?? 0
+        // Each of the two pages may have come with a huge page around it.
+        #expect((4096 - 2 * 512...4094).contains(holes))
     }
 
     /// QEMU's order, but for the pass that follows the last status.

@@ -140,7 +140,10 @@ final class IncomingMigration: Sendable {
         state.withLock { state in
             var events = [event]
             while !events.isEmpty {
-                for action in state.core.handle(events.removeFirst()) {
+                let actions = state.core.handle(events.removeFirst())
+                // Whoever sees the status "failed" finds the reason beside it.
+                for case .finished(.failed(let sentence)) in actions { statistics.end(error: sentence) }
+                for action in actions {
                     if let answer = perform(action, &state) { events.append(answer) }
                 }
             }

@@ -104,7 +104,10 @@ final class OutgoingMigration: Sendable {
     private func run() {
         var core = SourceCore(configuration)
         while let event = nextEvent() {
-            for action in core.handle(event) { perform(action) }
+            let actions = core.handle(event)
+            // Whoever sees the status "failed" finds the reason beside it.
+            for case .finished(let outcome) in actions { statistics.end(error: outcome.sentence) }
+            for action in actions { perform(action) }
             inbox.withLock { inbox in
                 if !inbox.events.isEmpty { inbox.events.removeFirst() }
                 sender.eventsWait = inbox.events.contains { $0 != .progressed }
@@ -254,11 +257,6 @@ final class OutgoingMigration: Sendable {
     }
 
     private func finish(_ outcome: SourceOutcome) {
-        switch outcome {
-        case .completed: break
-        case .cancelled: statistics.end(error: nil)
-        case .failed(let sentence), .unsettled(let sentence): statistics.end(error: sentence)
-        }
         if case .unsettled = outcome { return askAgain() }
         connecting.withLock { $0 }?.cancel()
         inbox.withLock { $0.isOver = true }
@@ -277,6 +275,16 @@ extension OutgoingMigration {
         startThread("migration-ask") { [self] in
             Clock.sleep(nanoseconds: UInt64(attempt) * 500_000_000)
             if isUnsettled { post(.settle(.askDestination)) }
+        }
+    }
+}
+
+extension SourceOutcome {
+    /// Why it is not `completed`; `nil` where that needs no words.
+    fileprivate var sentence: String? {
+        switch self {
+        case .completed, .cancelled: nil
+        case .failed(let sentence), .unsettled(let sentence): sentence
         }
     }
 }

@@ -64,10 +64,10 @@ struct Run: ParsableCommand {
 
     func run() throws {
         if dieWithParent { try ChildProcess.dieWithParent() }
-        // Before the VM stands there is nothing to clean up, and a signal ends the process where it is.
+        // A VM that is just being made is waited for, so that its sockets go with it.
         let vm = Monitor<VMProcess?>(nil)
         try SignalWatch.start { signal in
-            guard let process = vm.withLock(\.self) else { Glibc._exit(128 + signal) }
+            guard let process = vm.wait(deadline: .after(seconds: 10), until: { $0 }) else { Glibc._exit(128 + signal) }
             process.end(.signal(signal))
         }
         let name = try self.name ?? VMName("vm-\(getpid())")
