@@ -23,6 +23,8 @@ final class IncomingMigration: Sendable {
         var isOver = false
     }
     private let state: Mutex<State>
+    /// How long an arrived guest's process answers where the migration came in.
+    private static let answeringNanoseconds: UInt64 = 60_000_000_000
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
 
     init(
@@ -176,13 +178,23 @@ final class IncomingMigration: Sendable {
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):
             switch outcome {
-            case .completed: break
+            case .completed: stopListeningLater()
             case .waitsForAnother(let sentence), .failed(let sentence):
                 statistics.end(error: sentence)
                 report(.notice(sentence))
             }
         }
         return nil
+    }
+
+    /// A source that lost its connection after COMMIT may come back and ask; then the address is free for others.
+    private func stopListeningLater() {
+        do throws(SystemError) {
+            _ = try HostThread(name: "migration-end") { [self] in
+                Clock.sleep(nanoseconds: Self.answeringNanoseconds)
+                listener.close()
+            }
+        } catch { report(.notice("the migration address stays in use: \(error.description)")) }
     }
 
     private func load(_ sections: [DeviceSection]) -> DestinationEvent {
