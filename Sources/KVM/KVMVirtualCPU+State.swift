@@ -18,6 +18,8 @@ extension KVMVirtualCPU {
     /// (little-endian, as in Documentation/virt/kvm/api.rst), CPUID and MSRs as (index, value) tables.
     func save() throws(AcceleratorError) -> [UInt8] {
         var body = PartList()
+        // First: asking for the run state makes the kernel take a pending INIT or SIPI, which changes registers.
+        let runState = unsafe try get("KVM_GET_MP_STATE", kvm_mp_state()) { unsafe gw_kvm_get_mp_state($0, $1) }
         body.append(Part.cpuid.rawValue, Self.bytes(of: cpuid.table))
         body.append(
             Part.segments.rawValue, unsafe try get("KVM_GET_SREGS", kvm_sregs()) { unsafe gw_kvm_get_sregs($0, $1) })
@@ -42,9 +44,7 @@ extension KVMVirtualCPU {
         body.append(
             Part.events.rawValue,
             unsafe try get("KVM_GET_VCPU_EVENTS", kvm_vcpu_events()) { unsafe gw_kvm_get_vcpu_events($0, $1) })
-        body.append(
-            Part.runState.rawValue,
-            unsafe try get("KVM_GET_MP_STATE", kvm_mp_state()) { unsafe gw_kvm_get_mp_state($0, $1) })
+        body.append(Part.runState.rawValue, runState)
         return body.bytes
     }
 
@@ -139,6 +139,12 @@ extension KVMVirtualCPU {
         entries.sort { rank($0.index) < rank($1.index) }
         entries = entries.map { $0.index == tscIndex ? ($0.index, $0.value &+ advance) : $0 }
         guard !entries.isEmpty else { return }
+        if index == 0, let counter = entries.first, counter.index == tscIndex {
+            // KVM takes a counter within a second of the present one for an attempt to synchronise vCPUs, and keeps the present
+            // one: right for the other vCPUs, wrong for the first. So it is moved far away before (kvm_synchronize_tsc).
+            var away = MSRTable([(tscIndex, counter.value &+ 1 << 50)])
+            try kvm(away.set(descriptor), "KVM_SET_MSRS")
+        }
         var table = MSRTable(entries)
         let count = try kvm(table.set(descriptor), "KVM_SET_MSRS")
         guard Int(count) == entries.count else {

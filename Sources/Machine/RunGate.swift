@@ -7,6 +7,8 @@ final class RunGate: Sendable {
         var isOpen = false
         /// Threads between `enter` and `leave`.
         var inside = 0
+        /// How often the gate was closed.
+        var closings: UInt64 = 0
     }
 
     private let state = Monitor(State())
@@ -25,9 +27,16 @@ final class RunGate: Sendable {
         }
     }
 
-    func waitUntilClosed() { state.wait { $0.isOpen ? nil : () } }
+    /// - Returns: how often the gate had been closed by then, for `waitUntilClosed`.
+    func leave() -> UInt64 {
+        state.withLock { state in
+            state.inside -= 1
+            return state.closings
+        }
+    }
 
-    func leave() { state.withLock { $0.inside -= 1 } }
+    /// Waits until the gate is closed, or has been closed since `leave` returned `closings`: it may be open again by now.
+    func waitUntilClosed(since closings: UInt64) { state.wait { !$0.isOpen || $0.closings > closings ? () : nil } }
 
     func open() {
         state.withLock {
@@ -39,6 +48,7 @@ final class RunGate: Sendable {
     /// Closes the gate; `kick` makes the threads look. Returns when none is inside.
     func close(kick: () -> Void) {
         state.withLock {
+            if $0.isOpen { $0.closings += 1 }
             $0.isOpen = false
             closing.store(true, ordering: .sequentiallyConsistent)
         }

@@ -20,11 +20,11 @@ final class VirtualCPUThread: Sendable {
             let reason = runUntilStopped()
             // The answer to the last access must be in the registers before anybody saves them.
             cpu.completePendingAccess()
-            gate.leave()
+            let closings = gate.leave()
             if let reason {
                 ended(reason)
                 // What ends a vCPU stops the machine: wait until that has closed the gate.
-                gate.waitUntilClosed()
+                gate.waitUntilClosed(since: closings)
             }
         }
     }

@@ -83,15 +83,11 @@ extension VirtualMachine {
     /// - Throws: `MachineError` naming the section that is unknown or does not fit. The machine cannot be started then.
     public func loadState(_ states: [DeviceState]) throws(MachineError) {
         guard let accelerator, let board else { return }
+        try check(states, cpuCount: accelerator.cpus.count)
         let advance = try Self.clockAdvance(since: states.first { $0.name == Self.clockSection })
         do {
             for state in states where state.name != Self.clockSection {
                 if state.name == Self.cpuSection {
-                    guard Int(state.instance) < accelerator.cpus.count else {
-                        throw MachineError(
-                            "section \(state.name) instance \(state.instance): this machine has \(accelerator.cpus.count) vCPUs; "
-                                + "start both sides with the same --cpus")
-                    }
                     try accelerator.cpus[Int(state.instance)].load(state.body, clock: advance)
                 } else if accelerator.systemSections.contains(where: { $0.name == state.name }) {
                     try accelerator.loadSystem(
@@ -100,13 +96,35 @@ extension VirtualMachine {
                     $0.sectionName == state.name && $0.instance == state.instance
                 }) {
                     try device.loadState(state.body, version: state.version)
-                } else {
-                    throw MachineError(
-                        "section \(state.name) instance \(state.instance): this machine has no such device")
                 }
             }
         } catch {
             throw MachineError("\(error)")
+        }
+    }
+
+    /// Each section of this machine must be there once, in the version it knows, and no other.
+    private func check(_ states: [DeviceState], cpuCount: Int) throws(MachineError) {
+        let known = sections
+        var seen: Set<DeviceSectionName> = []
+        for state in states {
+            let object = "section \(state.name) instance \(state.instance)"
+            guard let section = known.first(where: { $0.name == state.name && $0.instance == state.instance }) else {
+                guard state.name != Self.cpuSection else {
+                    throw MachineError(
+                        "\(object): this machine has \(cpuCount) vCPUs; start both sides with the same --cpus")
+                }
+                throw MachineError("\(object): this machine has no such device")
+            }
+            guard section.version == state.version else {
+                throw MachineError(
+                    "\(object): version \(state.version) is not known here, only \(section.version); "
+                        + "use the same release of Godwit on both sides")
+            }
+            guard seen.insert(section).inserted else { throw MachineError("\(object): it comes twice") }
+        }
+        for section in known where section.isRequired && !seen.contains(section) {
+            throw MachineError("section \(section.name) instance \(section.instance): it is missing")
         }
     }
 

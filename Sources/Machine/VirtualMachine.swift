@@ -28,6 +28,8 @@ public final class VirtualMachine: Sendable {
     private let control: RunControl
     private let observers = Mutex<[@Sendable (MachineEvent) -> Void]>([])
     private let requests = Monitor<[Board.Request]>([])
+    /// A guest may ask in a loop until it is heard.
+    private static let requestLimit = 16
 
     /// Makes a machine, its memory filled as the boot plan says; no vCPU runs yet.
     ///
@@ -58,7 +60,7 @@ public final class VirtualMachine: Sendable {
             memory: memory, layout: layout,
             bootDiskImage: configuration.isIncoming ? [] : bootPlan?.bootDiskImage ?? [], serial: serial,
             interrupts: { [weak kvm] line, level in kvm?.setInterruptLine(line, level: level) },
-            request: { request in requests.withLock { $0.append(request) } })
+            request: { request in requests.withLock { if $0.count < Self.requestLimit { $0.append(request) } } })
         if !configuration.isIncoming { try powerOn() }
         try startThreads()
     }
@@ -134,11 +136,13 @@ public final class VirtualMachine: Sendable {
     private func serveRequests() {
         while let request = requests.wait(until: { $0.isEmpty ? nil : $0.removeFirst() }) {
             switch request {
-            case .reset: try? reset(byGuest: true)
+            case .reset: resetForGuest()
             case .shutdown(let status):
                 let happened = control.withLock { state in
-                    guard state == .running else { return false }
+                    // A guest that was paused just behind its last word has said it all the same.
+                    guard state == .running || state == .paused else { return false }
                     pauseCPUs()
+                    forgetRequests()
                     state = .shutdown
                     return true
                 }
@@ -146,6 +150,25 @@ public final class VirtualMachine: Sendable {
             }
         }
     }
+
+    /// A guest that cannot be reset has nothing to go on with.
+    private func resetForGuest() {
+        do throws(MachineError) { try reset(byGuest: true) } catch {
+            let happened = control.withLock { state in
+                guard state == .running else { return false }
+                pauseCPUs()
+                state = .internalError
+                return true
+            }
+            guard happened else { return }
+            report(.internalError(error.description))
+            report(.stopped)
+        }
+    }
+
+    /// What the guest asked for before a reset or its end, while it was not heard yet, is not asked of what comes after. Call while
+    /// no vCPU runs.
+    private func forgetRequests() { requests.withLock { $0.removeAll() } }
 
     /// A vCPU thread came out of its loop with something it cannot answer.
     private func vcpuEnded(_ reason: ExitReason) {
@@ -218,8 +241,13 @@ public final class VirtualMachine: Sendable {
                 throw MachineError("system_reset: not while the machine is \(state.rawValue)")
             case .running, .paused, .prelaunch, .shutdown, .internalError: break
             }
+            guard bootPlan != nil || accelerator == nil else {
+                throw MachineError(
+                    "reset: this machine was not told what to boot; start it with --boot-sector, --kernel or --guest")
+            }
             let wasRunning = state == .running
             pauseCPUs()
+            forgetRequests()
             do throws(MachineError) {
                 try powerOn()
             } catch {
@@ -245,11 +273,7 @@ public final class VirtualMachine: Sendable {
 
     /// Carries out the boot plan. Call while no vCPU runs.
     private func powerOn() throws(MachineError) {
-        guard let accelerator, let board else { return }
-        guard let boot = bootPlan else {
-            throw MachineError(
-                "reset: this machine was not told what to boot; start it with --boot-sector, --kernel or --guest")
-        }
+        guard let accelerator, let board, let boot = bootPlan else { return }
         board.reset()
         do {
             try accelerator.resetSystem()

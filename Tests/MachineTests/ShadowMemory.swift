@@ -113,11 +113,12 @@ import Machine
     }
 
     /// Stops the guest, copies what is left, and ends the test unless the copy is guest memory.
-    func finish() throws {
+    func finish(checks: Bool = true) throws {
         machine.pause()
         try round()
         let wrong = try differences()
         claim(wrong.isEmpty, "\(wrong.count) pages of the copy are not guest memory, the first is \(wrong.first!)")
+        guard checks else { return }
         let check = try check()
         claim(check.isVerified, "the copy is \(check)")
     }
