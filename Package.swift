@@ -17,8 +17,8 @@ func room(_ name: String, standsOn: [Target.Dependency] = [], resources: [Resour
     .target(name: name, dependencies: standsOn, resources: resources, swiftSettings: house)
 }
 
-func tests(_ name: String, of rooms: [Target.Dependency]) -> Target {
-    .testTarget(name: name, dependencies: rooms, swiftSettings: house)
+func tests(_ name: String, of rooms: [Target.Dependency], besides files: [String] = []) -> Target {
+    .testTarget(name: name, dependencies: rooms, exclude: files, swiftSettings: house)
 }
 
 let argumentParser: Target.Dependency = .product(name: "ArgumentParser", package: "swift-argument-parser")
@@ -70,7 +70,11 @@ let package = Package(
         tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),
-        tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream"]),
-        tests("Conformance", of: ["QMP", "Host", "MigrationStream"]),
+        // Tests that start real processes.
+        .target(name: "TestSupport", dependencies: ["Host", "QMP"], path: "Tests/Support", swiftSettings: house),
+        tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream", "TestSupport"]),
+        tests(
+            "Conformance", of: ["QMP", "Host", "MigrationStream", "TestSupport"], besides: ["drive_migration.py"]),
+        tests("FaultInjection", of: ["QMP", "Host", "TestSupport"]),
     ]
 )

@@ -1,6 +1,7 @@
 import Host
 import MigrationStream
 import QMP
+import TestSupport
 import Testing
 
 @Suite("A waiting destination stands what strangers send", .serialized, .timeLimit(.minutes(2)))

@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import QMP
+import TestSupport
 import Testing
 
 @Suite(

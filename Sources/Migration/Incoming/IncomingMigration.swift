@@ -108,6 +108,9 @@ final class IncomingMigration: Sendable {
                         lastProgress = now
                         post(.progressed(id))
                     }
+                case .ramSetup:
+                    post(.item(id, item))
+                    receiver.isCounted = state.withLock { $0.core.acceptsPages(on: id) }
                 case .vmDescription: try receiver.skipPayload()
                 default: post(.item(id, item))
                 }

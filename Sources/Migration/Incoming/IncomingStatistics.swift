@@ -31,6 +31,13 @@ final class IncomingStatistics: Sendable {
         state.withLock { state in
             state.info.status = status
             switch status {
+            case .setup:
+                // What an earlier attempt left does not count.
+                let total = state.info.ram?.total
+                state.info.ram = MigrationInfo.RAM()
+                state.info.ram?.total = total ?? 0
+                state.info.errorDescription = nil
+                (state.began, state.ended) = (nil, nil)
             case .active where state.began == nil: state.began = Clock.monotonicNanoseconds
             case .completed, .failed: state.ended = Clock.monotonicNanoseconds
             default: break

@@ -17,7 +17,11 @@ struct PageReceiver: ~Copyable {
     /// The stream carries batches: read little ahead, so that most page contents go to guest memory without a stop here.
     private var hasBatches = false
     private var vector = IOVector()
-    private var pending = (bytes: UInt64(0), normal: UInt64(0), duplicate: UInt64(0))
+    private var pending = (normal: UInt64(0), duplicate: UInt64(0))
+    /// Whether this connection is the source's: a stranger's bytes do not count.
+    var isCounted = false
+    /// Bytes of the stream that were told to `statistics`.
+    private var countedBytes: UInt64 = 0
 
     private static let bulkBytes = 512 << 10
     private static let batchAheadBytes = 4 << 10
@@ -48,6 +52,7 @@ struct PageReceiver: ~Copyable {
             count(force: true)
             if try fill() == 0 {
                 decoder.inputHasEnded = true
+                defer { count(force: true) }
                 do throws(StreamError) {
                     if let item = try decoder.next(from: &buffer) { return item }
                     try decoder.checkEnd(buffer)
@@ -71,11 +76,9 @@ struct PageReceiver: ~Copyable {
         case .page(let block, let offset):
             try place(block, offset: offset, count: Wire.pageSize)
             mark(block, offset: offset, pages: 1)
-            pending.bytes += 4104
             pending.normal += 1
         case .zeroPage(let block, let offset):
             clear(block, offset: offset, pages: 1)
-            pending.bytes += 9
             pending.duplicate += 1
         case .pageBatch(let block, let runs): try place(block, runs)
         default: break
@@ -84,9 +87,12 @@ struct PageReceiver: ~Copyable {
     }
 
     private mutating func count(force: Bool) {
-        guard force || pending.normal + pending.duplicate >= 256 else { return }
-        statistics.received(bytes: pending.bytes, normal: pending.normal, duplicate: pending.duplicate)
-        pending = (0, 0, 0)
+        guard isCounted, force || pending.normal + pending.duplicate >= 256 else { return }
+        let position = decoder.position
+        statistics.received(
+            bytes: position - countedBytes, normal: pending.normal, duplicate: pending.duplicate)
+        countedBytes = position
+        pending = (0, 0)
     }
 
     /// Payload nobody wants.
@@ -139,7 +145,6 @@ struct PageReceiver: ~Copyable {
         }
         if vector.byteCount > 0 { try channel.receive(&vector) }
         decoder.payloadConsumed(total)
-        pending.bytes += UInt64(total + 12 * runs.count + 12)
     }
 
     /// A run that fills a whole huge page is worth one: the first touch costs a sixth per page then.

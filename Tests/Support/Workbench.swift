@@ -1,34 +1,44 @@
+//! The Support room: what tests that start real processes share.
+//!
+//! `Workbench` is the folder such a test works in, and the owner of the processes it starts: `godwit` as it was built, and QEMU
+//! (`QEMU.swift`). `VM` is the handle of a running one, `CuttingProxy` the network between two of them.
+
 import Glibc
-import Host
+public import Host
 import QMP
-import Testing
+
+/// What keeps a test from going on, as one sentence. A test that meets one fails.
+public struct TestObstacle: Error, CustomStringConvertible {
+    public let description: String
+    public init(_ description: String) { self.description = description }
+}
 
 /// Where a test runs the built `godwit`: a folder of its own, which is also the runtime folder of the VMs it starts.
 ///
 /// Every process it starts has a deadline and dies with the test run; what is left is ended and removed at the end.
-final class Workbench {
+public final class Workbench {
     /// What a finished process left.
-    struct Outcome: CustomStringConvertible {
-        let status: ChildProcess.ExitStatus?
-        let output: String
-        let errors: String
+    public struct Outcome: CustomStringConvertible {
+        public let status: ChildProcess.ExitStatus?
+        public let output: String
+        public let errors: String
 
-        var description: String { "\(status.map { "\($0)" } ?? "still running")\n\(output)\n\(errors)" }
+        public var description: String { "\(status.map { "\($0)" } ?? "still running")\n\(output)\n\(errors)" }
         /// The error output as lines, without the hint where to read on.
-        var errorLines: [Substring] { errors.split(separator: "\n").filter { !$0.hasPrefix("See '") } }
-        var lastErrorLine: String { errorLines.last.map(String.init) ?? "" }
+        public var errorLines: [Substring] { errors.split(separator: "\n").filter { !$0.hasPrefix("See '") } }
+        public var lastErrorLine: String { errorLines.last.map(String.init) ?? "" }
     }
 
-    let folder: String
+    public let folder: String
     private var children: [ChildProcess] = []
     private var counter = 0
 
-    static var hasKVM: Bool { unsafe access("/dev/kvm", R_OK | W_OK) == 0 }
+    public static var hasKVM: Bool { unsafe access("/dev/kvm", R_OK | W_OK) == 0 }
 
-    init() throws {
+    public init() throws {
         var template = Array("/tmp/godwit-test-XXXXXX".utf8CString)
         // SAFETY: mkdtemp changes the six X of the terminated text in place.
-        try #require(unsafe mkdtemp(&template) != nil)
+        guard unsafe mkdtemp(&template) != nil else { throw TestObstacle("no folder under /tmp could be made") }
         folder = String(decoding: template.dropLast().map { UInt8(bitPattern: $0) }, as: UTF8.self)
     }
 
@@ -47,10 +57,10 @@ final class Workbench {
     }
 
     /// The folder of the sockets.
-    var runtime: String { "\(folder)/godwit" }
+    public var runtime: String { "\(folder)/godwit" }
 
     /// The binary beside the test bundle.
-    static let binary: String = {
+    public static let binary: String = {
         var buffer = [UInt8](repeating: 0, count: 4096)
         // SAFETY: readlink fills at most the buffer's count and tells how much.
         let count = unsafe buffer.withUnsafeMutableBytes {
@@ -61,7 +71,7 @@ final class Workbench {
     }()
 
     /// Runs `godwit` to its end. - Parameter through: a program and its arguments that start it.
-    func run(
+    public func run(
         _ arguments: [String], input: String = "", through: [String] = [], seconds: UInt64 = 20
     ) throws -> Outcome {
         let child = try start(arguments, input: input, through: through)
@@ -69,20 +79,27 @@ final class Workbench {
     }
 
     /// Waits for the end of what `start` started.
-    func finish(_ child: (process: ChildProcess, stem: String), seconds: UInt64 = 20) -> Outcome {
+    public func finish(_ child: (process: ChildProcess, stem: String), seconds: UInt64 = 20) -> Outcome {
         let status = child.process.wait(deadline: .after(seconds: seconds))
         if status == nil { child.process.end(graceMilliseconds: 100) }
         return Outcome(status: status, output: text(child.stem + ".out"), errors: text(child.stem + ".err"))
     }
 
-    func start(
+    public func start(
         _ arguments: [String], input: String = "", through: [String] = []
+    ) throws -> (process: ChildProcess, stem: String) {
+        try start(command: through + [Self.binary] + arguments, input: input)
+    }
+
+    /// Starts any program, with its output in files of the folder.
+    public func start(
+        command: [String], input: String = ""
     ) throws -> (process: ChildProcess, stem: String) {
         counter += 1
         let stem = "\(folder)/\(counter)"
         try Descriptor.create(stem + ".in").writeAll(Array(input.utf8))
         let process = try ChildProcess(
-            ["env", "XDG_RUNTIME_DIR=\(folder)", "TMPDIR=\(folder)"] + through + [Self.binary] + arguments,
+            ["env", "XDG_RUNTIME_DIR=\(folder)", "TMPDIR=\(folder)"] + command,
             input: Descriptor.open(stem + ".in", O_RDONLY), output: Descriptor.create(stem + ".out"),
             error: Descriptor.create(stem + ".err"))
         children.append(process)
@@ -90,55 +107,26 @@ final class Workbench {
     }
 
     /// Starts a VM and waits until it takes commands.
-    func startVM(_ name: String, _ options: [String]) throws -> VM {
+    public func startVM(_ name: String, _ options: [String]) throws -> VM {
         let child = try start(["run", "--name", name, "--die-with-parent", "--serial", "none"] + options)
-        let path = "\(runtime)/\(name).qmp"
+        return try attach(name, to: child, monitor: "\(runtime)/\(name).qmp")
+    }
+
+    /// Waits until a VM's monitor answers at `path`.
+    func attach(_ name: String, to child: (process: ChildProcess, stem: String), monitor path: String) throws -> VM {
         let deadline = Deadline.after(seconds: 20)
         while true {
             if let client = try? QMPClient(path: path) {
                 return VM(name: name, process: child.process, stem: child.stem, client: client)
             }
-            try #require(child.process.poll() == nil && !deadline.hasPassed, "\(finish(child, seconds: 0))")
+            guard child.process.poll() == nil, !deadline.hasPassed else {
+                throw TestObstacle("\(name) does not answer: \(finish(child, seconds: 0))")
+            }
             Clock.sleep(nanoseconds: 5_000_000)
         }
     }
 
     private func text(_ path: String) -> String {
         String(decoding: (try? Descriptor.contents(of: path)) ?? [], as: UTF8.self)
-    }
-
-    /// A VM that a test started.
-    struct VM {
-        let name: String
-        let process: ChildProcess
-        let stem: String
-        let client: QMPClient
-
-        var log: String { String(decoding: (try? Descriptor.contents(of: stem + ".err")) ?? [], as: UTF8.self) }
-
-        func status() throws -> String? { try client.execute("query-status")["status"]?.stringValue }
-
-        /// Where it waits for a migration.
-        func port() throws -> String {
-            try #require(try client.execute("query-migrate")["socket-address"]?[0]?["port"]?.stringValue)
-        }
-
-        /// Waits until the log has the words.
-        func waitForLog(_ words: String, seconds: UInt64 = 30) -> Bool {
-            let deadline = Deadline.after(seconds: seconds)
-            while !log.contains(words) {
-                if deadline.hasPassed { return false }
-                Clock.sleep(nanoseconds: 5_000_000)
-            }
-            return true
-        }
-
-        func waitForGuest() throws {
-            let deadline = Deadline.after(seconds: 30)
-            while (try? client.execute("x-query-guest"))?["ready"] != true {
-                try #require(!deadline.hasPassed, "the guest did not fill its memory")
-                Clock.sleep(nanoseconds: 10_000_000)
-            }
-        }
     }
 }
