@@ -21,7 +21,9 @@ public final class PageMap: Sendable {
     ///
     /// Pages that were only read (the kernel's common zero page) are not touched; pages swapped out are.
     /// - Returns: the ranges, and up to where the search came.
-    public func touched(in mapping: Mapping, _ range: Range<Int>, limit: Int = 512) throws(SystemError)
+    public func touched(
+        in mapping: Mapping, _ range: Range<Int>, limit: Int = 512
+    ) throws(SystemError)
         -> (ranges: [Range<Int>], searchedTo: Int)
     {
         mapping.check(range.lowerBound, range.count)
@@ -29,7 +31,8 @@ public final class PageMap: Sendable {
         return canScan ? try scan(mapping, range, limit) : try read(mapping, range, limit)
     }
 
-    private func scan(_ mapping: Mapping, _ range: Range<Int>, _ limit: Int) throws(SystemError) -> ([Range<Int>], Int) {
+    private func scan(_ mapping: Mapping, _ range: Range<Int>, _ limit: Int) throws(SystemError) -> ([Range<Int>], Int)
+    {
         let base = UInt64(mapping.hostAddress(at: 0))
         var regions = [gw_page_region](repeating: gw_page_region(), count: limit)
         var request = gw_pm_scan_arg()
@@ -52,7 +55,8 @@ public final class PageMap: Sendable {
         return (ranges, Int(request.walk_end - base))
     }
 
-    private func read(_ mapping: Mapping, _ range: Range<Int>, _ limit: Int) throws(SystemError) -> ([Range<Int>], Int) {
+    private func read(_ mapping: Mapping, _ range: Range<Int>, _ limit: Int) throws(SystemError) -> ([Range<Int>], Int)
+    {
         let pageBytes = 4096
         var ranges: [Range<Int>] = []
         var entries = [UInt64](repeating: 0, count: 8192)
@@ -60,7 +64,9 @@ public final class PageMap: Sendable {
         while position < range.upperBound {
             let count = min(entries.count, (range.upperBound - position + pageBytes - 1) / pageBytes)
             let place = (Int(mapping.hostAddress(at: 0)) + position) / pageBytes * 8
-            let status = unsafe entries.withUnsafeMutableBytes { unsafe pread(file.number, $0.baseAddress!, count * 8, place) }
+            let status = unsafe entries.withUnsafeMutableBytes {
+                unsafe pread(file.number, $0.baseAddress!, count * 8, place)
+            }
             guard status == count * 8 else { throw .last("read", file.name) }
             for entry in entries[..<count] {
                 // Bit 63: present, bit 62: swapped.

@@ -46,7 +46,8 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
 
     func start() throws(AcceleratorError) {
         guard !isOn else {
-            throw AcceleratorError("dirty page tracking is still on for an earlier migration; try again when that has ended")
+            throw AcceleratorError(
+                "dirty page tracking is still on for an earlier migration; try again when that has ended")
         }
         logs = Array(repeating: .untouched, count: slots.count)
         memory.hostWrites.setRecording(true)
@@ -204,7 +205,9 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         }
     }
 
-    private func allocatedRuns(_ slot: KVMSlots.Slot, in pages: Range<PageIndex>) throws(AcceleratorError) -> [Range<PageIndex>] {
+    private func allocatedRuns(
+        _ slot: KVMSlots.Slot, in pages: Range<PageIndex>
+    ) throws(AcceleratorError) -> [Range<PageIndex>] {
         do throws(SystemError) { return try memory.blocks[slot.block].allocatedRuns(in: pages) } catch {
             throw AcceleratorError(error.description)
         }

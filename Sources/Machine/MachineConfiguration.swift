@@ -25,7 +25,8 @@ public struct MachineConfiguration: Sendable {
     public static let maximumCPUs = 64
 
     public init(
-        kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil, backing: RAMBacking = .anonymous,
+        kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil,
+        backing: RAMBacking = .anonymous,
         isIncoming: Bool = false
     ) {
         self.kind = kind

@@ -75,7 +75,8 @@ public final class VirtualMachine: Sendable {
     private static func makeMemory(_ configuration: MachineConfiguration) throws(MachineError) -> GuestMemory {
         do throws(SystemError) {
             guard configuration.kind == .pc else {
-                let block = try RAMBlock(name: "ram", byteCount: configuration.memoryByteCount, backing: configuration.backing)
+                let block = try RAMBlock(
+                    name: "ram", byteCount: configuration.memoryByteCount, backing: configuration.backing)
                 return GuestMemory(
                     blocks: [block],
                     view: FlatView([
@@ -88,7 +89,8 @@ public final class VirtualMachine: Sendable {
             do throws(MachineError) { layout = try Self.layout(configuration) } catch {
                 throw SystemError(error.description, code: 22)
             }
-            let block = try RAMBlock(name: "ram", byteCount: configuration.memoryByteCount, backing: configuration.backing)
+            let block = try RAMBlock(
+                name: "ram", byteCount: configuration.memoryByteCount, backing: configuration.backing)
             var offset: UInt64 = 0
             let ranges = layout.ranges.map { range in
                 defer { offset += UInt64(range.count) }

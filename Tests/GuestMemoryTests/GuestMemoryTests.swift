@@ -107,7 +107,9 @@ import Testing
         let page = PageIndex((300 << 30) >> 12)
         #expect(try block.allocatedRuns(in: block.pages) == [page..<page.advanced(by: 1)])
         _ = block.mapping.load(at: 100 << 30, as: UInt64.self)
-        if backing == .anonymous { #expect(try block.allocatedRuns(in: block.pages).count == 1, "reading touches nothing") }
+        if backing == .anonymous {
+            #expect(try block.allocatedRuns(in: block.pages).count == 1, "reading touches nothing")
+        }
         #expect(try block.allocatedRuns(in: page.advanced(by: 1)..<PageIndex(block.pageCount)).isEmpty)
     }
 }

@@ -194,7 +194,8 @@ struct DirtyLogTests {
                         if random.next() % 4 == 0 {
                             try? memory.zero(at: address, byteCount: 5000)
                         } else {
-                            try? memory.write([UInt8](repeating: UInt8(random.next() % 255 + 1), count: 300), at: address)
+                            try? memory.write(
+                                [UInt8](repeating: UInt8(random.next() % 255 + 1), count: 300), at: address)
                         }
                         writes.add(1, ordering: .relaxed)
                     }

@@ -13,7 +13,8 @@ public enum BootSource: Sendable {
         case .plan(let plan): return plan
         case .guest(let program):
             let image = try program.image(
-                memoryBytes: layout.byteCount, lowMemoryBytes: layout.lowBytes, cpus: cpuCount, tscKilohertz: tscKilohertz)
+                memoryBytes: layout.byteCount, lowMemoryBytes: layout.lowBytes, cpus: cpuCount,
+                tscKilohertz: tscKilohertz)
             return BootPlan(
                 segments: image.segments.map { BootPlan.Segment(address: $0.physicalAddress, bytes: $0.bytes[...]) },
                 cpu: .protected32(entry: UInt32(image.entryAddress), ebx: 0))
