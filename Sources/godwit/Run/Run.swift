@@ -1,6 +1,7 @@
 import ArgumentParser
 import CommandLineKit
 import Glibc
+import GuestMemory
 import Host
 import Logging
 import Machine
@@ -35,6 +36,12 @@ struct Run: ParsableCommand {
 
     @Option(help: "pc, or none: RAM without vCPUs and devices, as QEMU's -M none.")
     var machine = MachineOption.pc
+
+    @Option(
+        help: ArgumentHelp(
+            "What stands behind RAM: private memory with huge pages, or a memfd, which another process can be given.",
+            valueName: "kind"))
+    var memoryBacking: MemoryBackingOption = .anonymous
 
     @OptionGroup(title: "What to boot") var boot: BootOptions
 
@@ -74,7 +81,8 @@ struct Run: ParsableCommand {
         let log = Logger(label: "godwit", factory: { _ in StandardErrorLog(name: name.text) })
         let configuration = MachineConfiguration(
             kind: machine.kind, memoryByteCount: memory.bytes, cpuCount: cpus,
-            boot: try boot.source(memoryByteCount: memory.bytes), isIncoming: incoming != nil)
+            boot: try boot.source(memoryByteCount: memory.bytes), backing: memoryBacking.backing,
+            isIncoming: incoming != nil)
         let plan = VMProcess.Plan(
             name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
             startsPaused: paused)
@@ -98,6 +106,13 @@ enum MachineOption: String, ExpressibleByArgument, CaseIterable {
     case pc, none
 
     var kind: MachineConfiguration.Kind { self == .pc ? .pc : .none }
+}
+
+/// `--memory-backing`.
+enum MemoryBackingOption: String, ExpressibleByArgument, CaseIterable {
+    case anonymous, memfd
+
+    var backing: RAMBacking { self == .memfd ? .memfd : .anonymous }
 }
 
 /// `--accel`.
