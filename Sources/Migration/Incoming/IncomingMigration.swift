@@ -143,7 +143,10 @@ final class IncomingMigration: Sendable {
         state.withLock { state in
             var events = [event]
             while !events.isEmpty {
-                for action in state.core.handle(events.removeFirst()) {
+                let actions = state.core.handle(events.removeFirst())
+                // Whoever sees the last status sees the reason, too.
+                for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
+                for action in actions {
                     if let answer = perform(action, &state) { events.append(answer) }
                 }
             }
@@ -175,12 +178,7 @@ final class IncomingMigration: Sendable {
         case .agreed(let rule, _): statistics.agreed(rule)
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):
-            switch outcome {
-            case .completed: break
-            case .waitsForAnother(let sentence), .failed(let sentence):
-                statistics.end(error: sentence)
-                report(.notice(sentence))
-            }
+            if let reason = outcome.reason { report(.notice(reason)) }
         }
         return nil
     }
@@ -192,5 +190,14 @@ final class IncomingMigration: Sendable {
                 sections.map { DeviceState(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body) })
             return .stateLoaded(nanoseconds: Clock.monotonicNanoseconds - began)
         } catch { return .loadFailed(error.description) }
+    }
+}
+
+extension DestinationOutcome {
+    fileprivate var reason: String? {
+        switch self {
+        case .completed: nil
+        case .waitsForAnother(let sentence), .failed(let sentence): sentence
+        }
     }
 }

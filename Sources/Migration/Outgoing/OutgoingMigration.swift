@@ -104,7 +104,10 @@ final class OutgoingMigration: Sendable {
     private func run() {
         var core = SourceCore(configuration)
         while let event = nextEvent() {
-            for action in core.handle(event) { perform(action) }
+            let actions = core.handle(event)
+            // Whoever sees the last status sees the reason, too.
+            for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
+            for action in actions { perform(action) }
             inbox.withLock { inbox in
                 if !inbox.events.isEmpty { inbox.events.removeFirst() }
                 sender.eventsWait = inbox.events.contains { $0 != .progressed }
@@ -254,11 +257,6 @@ final class OutgoingMigration: Sendable {
     }
 
     private func finish(_ outcome: SourceOutcome) {
-        switch outcome {
-        case .completed: break
-        case .cancelled: statistics.end(error: nil)
-        case .failed(let sentence), .unsettled(let sentence): statistics.end(error: sentence)
-        }
         if case .unsettled = outcome { return askAgain() }
         connecting.withLock { $0 }?.cancel()
         inbox.withLock { $0.isOver = true }
@@ -277,6 +275,15 @@ extension OutgoingMigration {
         startThread("migration-ask") { [self] in
             Clock.sleep(nanoseconds: UInt64(attempt) * 500_000_000)
             if isUnsettled { post(.settle(.askDestination)) }
+        }
+    }
+}
+
+extension SourceOutcome {
+    fileprivate var reason: String? {
+        switch self {
+        case .completed, .cancelled: nil
+        case .failed(let sentence), .unsettled(let sentence): sentence
         }
     }
 }
