@@ -75,6 +75,6 @@ let package = Package(
         tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream", "TestSupport"]),
         tests(
             "Conformance", of: ["QMP", "Host", "MigrationStream", "TestSupport"], besides: ["drive_migration.py"]),
-        tests("FaultInjection", of: ["QMP", "Host", "TestSupport"]),
+        tests("FaultInjection", of: ["QMP", "Host", "MigrationStream", "TestSupport"]),
     ]
 )

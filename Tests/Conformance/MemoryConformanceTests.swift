@@ -59,40 +59,6 @@ struct MemoryConformanceTests {
         try expectFigures(of: sentOn, image: image, receiver: fourth)
     }
 
-    @Test("pages that QEMU's guest rewrites during the migration arrive as they were last, zeroes too")
-    func rewrittenPages() throws {
-        let byteCount: UInt64 = 16 << 20
-        let image = try MemoryImage("\(bench.folder)/image", byteCount: byteCount, content: .data, seed: 3)
-        let path = "\(bench.folder)/qtest"
-        let source = try bench.startQEMU(
-            "source", byteCount: byteCount, ram: image.path,
-            ["-accel", "qtest", "-qtest", "unix:\(path),server=on,wait=off", "-qtest-log", "/dev/null"])
-        let trip = Case(mebibytes: 16, content: .data, transport: "tcp")
-        let destination = try startGodwit("destination", trip)
-        let guest = try Socket.connect(unix: path)
-        try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(12 << 20)])
-        try source.migrate(to: uri(destination, trip))
-        try source.waitForMigration("active")
-        // A guest's stores: pages become zero, zero pages become data, across the whole of RAM, while it is sent.
-        var random = SeededRandom(seed: 11)
-        var rewrites = 0
-        while try source.migrationStatus() == "active", rewrites < 300 {
-            let page = random.next() % (byteCount / 4096)
-            let pages = min(1 + random.next() % 4, byteCount / 4096 - page)
-            let value = random.next() % 2 == 0 ? 0 : random.next() % 256
-            try guest.writeAll(Array("memset \(page * 4096) \(pages * 4096) \(value)\n".utf8))
-            _ = try guest.read(upTo: 256)
-            rewrites += 1
-            Clock.sleep(nanoseconds: 2_000_000)
-        }
-        let sent = try source.waitForMigration("completed")
-        #expect(rewrites > 50, "the migration was over too soon to rewrite pages: \(rewrites)")
-        #expect((sent["ram"]?["dirty-sync-count"]?.integerValue() ?? 0) > 2)
-        // The file is QEMU's RAM, as the guest left it.
-        try destination.waitForMigration("completed")
-        try expectEqual(image, destination)
-    }
-
     // MARK: Steps
 
     private let incoming = ["-incoming", "defer"]

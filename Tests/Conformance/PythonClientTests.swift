@@ -64,7 +64,7 @@ struct PythonClientTests {
     private func pythonWithClient() throws -> [String]? {
         let find = ["python3", "-c", "import qemu.qmp"]
         guard let there = try? bench.start(command: find), bench.finish(there).status == .exited(0) else {
-            let folder = "\(bench.folder)-python"
+            let folder = "\(bench.folder)/python"
             let install = try bench.start(command: [
                 "python3", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--retries",
                 "0", "--timeout", "10", "--target", folder, "qemu.qmp",

@@ -7,6 +7,7 @@ than its deadline.
 """
 
 import asyncio
+import contextlib
 import json
 import sys
 
@@ -81,7 +82,8 @@ async def drive(source_path: str, destination_path: str) -> dict:
         answer["refusal"] = [type(refusal).__name__, str(refusal)]
     for vm in (destination, source):
         await vm.execute("quit")
-        await vm.client.disconnect()
+        with contextlib.suppress(EOFError):  # The VM may be gone first.
+            await vm.client.disconnect()
     return answer
 
 

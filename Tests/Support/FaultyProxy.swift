@@ -66,6 +66,11 @@ public final class FaultyProxy: Sendable {
     /// Bytes that passed on all connections.
     public var passed: (forward: Int, backward: Int) { state.withLock { ($0.forward, $0.backward) } }
 
+    /// Bytes from the source since the destination had said what `forwardAfter` waits for.
+    public var passedSinceAnswer: Int {
+        state.withLock { state in state.forward - (state.forwardWhenAnswered ?? state.forward) }
+    }
+
     public var hasStruck: Bool { state.withLock { $0.isStruck } }
 
     // MARK: What a strike can do

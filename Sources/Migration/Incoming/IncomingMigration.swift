@@ -146,8 +146,8 @@ final class IncomingMigration: Sendable {
             var events = [event]
             while !events.isEmpty {
                 let actions = state.core.handle(events.removeFirst())
-                // Whoever sees the status "failed" finds the reason beside it.
-                for case .finished(.failed(let sentence)) in actions { statistics.end(error: sentence) }
+                // Whoever sees the last status sees the reason, too.
+                for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
                 for action in actions {
                     if let answer = perform(action, &state) { events.append(answer) }
                 }
@@ -180,12 +180,8 @@ final class IncomingMigration: Sendable {
         case .agreed(let rule, _): statistics.agreed(rule)
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):
-            switch outcome {
-            case .completed: stopListeningLater()
-            case .waitsForAnother(let sentence), .failed(let sentence):
-                statistics.end(error: sentence)
-                report(.notice(sentence))
-            }
+            if let reason = outcome.reason { report(.notice(reason)) }
+            if outcome == .completed { stopListeningLater() }
         }
         return nil
     }
@@ -207,5 +203,14 @@ final class IncomingMigration: Sendable {
                 sections.map { DeviceState(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body) })
             return .stateLoaded(nanoseconds: Clock.monotonicNanoseconds - began)
         } catch { return .loadFailed(error.description) }
+    }
+}
+
+extension DestinationOutcome {
+    fileprivate var reason: String? {
+        switch self {
+        case .completed: nil
+        case .waitsForAnother(let sentence), .failed(let sentence): sentence
+        }
     }
 }

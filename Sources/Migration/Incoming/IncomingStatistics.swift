@@ -47,7 +47,7 @@ final class IncomingStatistics: Sendable {
 
     func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
 
-    func end(error: String) { state.withLock { $0.info.errorDescription = error } }
+    func end(error: String?) { state.withLock { $0.info.errorDescription = error } }
 
     func received(bytes: UInt64, normal: UInt64, duplicate: UInt64) {
         state.withLock { state in

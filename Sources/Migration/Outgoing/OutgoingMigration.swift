@@ -105,8 +105,8 @@ final class OutgoingMigration: Sendable {
         var core = SourceCore(configuration)
         while let event = nextEvent() {
             let actions = core.handle(event)
-            // Whoever sees the status "failed" finds the reason beside it.
-            for case .finished(let outcome) in actions { statistics.end(error: outcome.sentence) }
+            // Whoever sees the last status sees the reason, too.
+            for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
             for action in actions { perform(action) }
             inbox.withLock { inbox in
                 if !inbox.events.isEmpty { inbox.events.removeFirst() }
@@ -280,8 +280,7 @@ extension OutgoingMigration {
 }
 
 extension SourceOutcome {
-    /// Why it is not `completed`; `nil` where that needs no words.
-    fileprivate var sentence: String? {
+    fileprivate var reason: String? {
         switch self {
         case .completed, .cancelled: nil
         case .failed(let sentence), .unsettled(let sentence): sentence
