@@ -14,8 +14,12 @@ enum HouseRules {
         files.filter { !$0.isGenerated }.flatMap { file in
             file.lines.indices.compactMap { start -> String? in
                 guard isFunctionHead(file.lines[start]) else { return nil }
-                let margin = file.lines[start].prefix { $0 == " " } + "}"
-                guard let end = file.lines[start...].firstIndex(where: { $0.hasPrefix(margin) }) else { return nil }
+                let margin = file.lines[start].prefix { $0 == " " }
+                // What follows a head stands deeper; a requirement of a protocol has nothing that follows.
+                guard start + 1 < file.lines.count, file.lines[start + 1].hasPrefix(margin + " ") else { return nil }
+                guard let end = file.lines[start...].firstIndex(where: { $0.hasPrefix(margin + "}") }) else {
+                    return nil
+                }
                 let count = end - start + 1
                 guard count > longestFunction else { return nil }
                 return "\(file.path):\(start + 1): a function of \(count) lines, at most \(longestFunction)"
@@ -30,7 +34,7 @@ enum HouseRules {
         guard let place = words.firstIndex(where: { $0 == "func" || $0.hasPrefix("init(") || $0.hasPrefix("init<") }),
             words[..<place].allSatisfy({ $0.hasPrefix("@") || modifiers.contains($0) })
         else { return false }
-        // A function of one line, or a requirement of a protocol, has no body to measure.
+        // A function of one line has no body to measure.
         return !(code.contains("{") && code.hasSuffix("}"))
             && (code.hasSuffix("{") || code.hasSuffix("(") || code.hasSuffix(")") || code.hasSuffix(","))
     }
