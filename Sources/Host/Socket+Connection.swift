@@ -112,14 +112,15 @@ extension Socket {
 
     /// Connects before the deadline. - Returns: a blocking socket; `nil` when `wake` was raised first.
     public static func connect(
-        to address: SocketAddress, name: String, wake: EventDescriptor, deadline: Deadline
+        to address: SocketAddress, name: String, wake: EventDescriptor?, deadline: Deadline
     ) throws(SystemError) -> Descriptor? {
         let socket = try open(address.family, name)
+        let wakes = wake.map { [($0.descriptor, Readiness.readable)] } ?? []
         while unsafe address.withKernelAddress({ unsafe Glibc.connect(socket.number, $0, $1) }) != 0 {
             switch errno {
             case EINPROGRESS, EALREADY:
-                let ready = try poll([(socket, .writable), (wake.descriptor, .readable)], deadline: deadline)
-                if !ready[1].isEmpty { return nil }
+                let ready = try poll([(socket, .writable)] + wakes, deadline: deadline)
+                if ready.dropFirst().contains(where: { !$0.isEmpty }) { return nil }
                 guard !ready[0].isEmpty else { throw SystemError("connect to", name, code: ETIMEDOUT) }
                 let failure = try option(socket, SOL_SOCKET, SO_ERROR)
                 guard failure == 0 else { throw SystemError("connect to", name, code: failure) }
@@ -129,7 +130,7 @@ extension Socket {
                 // A unix listener's queue is full, which no poll reports the end of.
                 if deadline.hasPassed { throw SystemError("connect to", name, code: ETIMEDOUT) }
                 let pause = min(Deadline.after(milliseconds: 10), deadline)
-                if !(try poll([(wake.descriptor, .readable)], deadline: pause))[0].isEmpty { return nil }
+                if try poll(wakes, deadline: pause).contains(where: { !$0.isEmpty }) { return nil }
                 continue
             default: throw .last("connect to", name)
             }

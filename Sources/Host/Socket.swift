@@ -11,122 +11,56 @@ public enum Socket {
         return (Descriptor(owning: ends[0], name: "socket pair"), Descriptor(owning: ends[1], name: "socket pair"))
     }
 
-    // MARK: Unix
+    // MARK: By name
 
     /// The longest path of a unix socket, in bytes (sun_path less its terminator).
     public static let longestUnixPath = 107
 
     /// Listens on a path; mode 0600 from the first moment. A stale file is not removed here.
     public static func listen(unix path: String) throws(SystemError) -> Descriptor {
-        var address = try unixAddress(path)
-        let socket = try make(AF_UNIX, "unix:\(path)")
-        let mask = umask(0o177)
-        defer { umask(mask) }
-        guard unsafe withSocketAddress(&address, { unsafe bind(socket.number, $0, $1) }) == 0 else {
-            throw .last("listen on", "unix:\(path)")
-        }
-        guard Glibc.listen(socket.number, 64) == 0 else { throw .last("listen on", "unix:\(path)") }
-        return socket
+        try listen(on: .unix(path: path), name: "unix:\(path)")
     }
 
-    public static func connect(unix path: String) throws(SystemError) -> Descriptor {
-        var address = try unixAddress(path)
-        let socket = try make(AF_UNIX, "unix:\(path)")
-        while unsafe withSocketAddress(&address, { unsafe Glibc.connect(socket.number, $0, $1) }) != 0 {
-            if errno == EINTR { continue }
-            throw .last("connect to", "unix:\(path)")
+    public static func connect(
+        unix path: String, deadline: Deadline = .after(seconds: 30)
+    ) throws(SystemError)
+        -> Descriptor
+    {
+        let name = "unix:\(path)"
+        guard let socket = try connect(to: .unix(path: path), name: name, wake: nil, deadline: deadline) else {
+            throw SystemError("connect to", name, code: ECANCELED)
         }
         return socket
     }
 
-    private static func unixAddress(_ path: String) throws(SystemError) -> sockaddr_un {
-        let bytes = Array(path.utf8)
-        guard !bytes.isEmpty, bytes.count <= longestUnixPath, !bytes.contains(0) else {
-            throw SystemError(
-                "use socket path", path, code: bytes.isEmpty ? ENOENT : ENAMETOOLONG,
-                remedy: "a unix socket's path has 1 to \(longestUnixPath) bytes")
-        }
-        var address = sockaddr_un()
-        address.sun_family = sa_family_t(AF_UNIX)
-        unsafe withUnsafeMutableBytes(of: &address.sun_path) { unsafe $0.copyBytes(from: bytes) }
-        return address
-    }
-
-    private static func withSocketAddress(
-        _ address: inout sockaddr_un, _ body: (UnsafePointer<sockaddr>, socklen_t) -> CInt
-    ) -> CInt {
-        // SAFETY: the socket calls take any address structure through this type, with its true length.
-        unsafe withUnsafeBytes(of: &address) {
-            unsafe body($0.baseAddress!.assumingMemoryBound(to: sockaddr.self), socklen_t($0.count))
-        }
-    }
-
-    private static func make(_ family: CInt, _ name: String) throws(SystemError) -> Descriptor {
-        let number = socket(family, CInt(SOCK_STREAM.rawValue) | CInt(SOCK_CLOEXEC.rawValue), 0)
-        guard number >= 0 else { throw .last("socket", name) }
-        return Descriptor(owning: number, name: name)
-    }
-
-    // MARK: TCP
-
-    /// Listens on a TCP address; port "0" lets the kernel choose (`localPort` tells which).
+    /// Listens on the first address of a host; port "0" lets the kernel choose (`localPort` tells which).
     public static func listen(host: String, port: String) throws(SystemError) -> Descriptor {
-        let name = "tcp:\(host):\(port)"
-        return unsafe try eachAddress(host, port, name, passive: true) {
-            (socket, address, length) throws(SystemError) in
-            var on: CInt = 1
-            unsafe setsockopt(socket.number, SOL_SOCKET, SO_REUSEADDR, &on, socklen_t(MemoryLayout<CInt>.size))
-            guard unsafe bind(socket.number, address, length) == 0, Glibc.listen(socket.number, 64) == 0 else {
-                throw .last("listen on", name)
-            }
+        try firstThatWorks(host, port, passive: true) { (address, name) throws(SystemError) in
+            try listen(on: address, name: name)
         }
     }
 
     /// Connects before the deadline. - Throws: `SystemError` naming the address.
     public static func connect(host: String, port: String, deadline: Deadline) throws(SystemError) -> Descriptor {
-        let name = "tcp:\(host):\(port)"
-        return unsafe try eachAddress(host, port, name, passive: false) {
-            (socket, address, length) throws(SystemError) in
-            try socket.setNonBlocking(true)
-            if unsafe Glibc.connect(socket.number, address, length) != 0 {
-                guard errno == EINPROGRESS || errno == EINTR else { throw .last("connect to", name) }
-                try socket.wait(for: .writable, deadline: deadline, operation: "connect to")
-                var status: CInt = 0
-                var size = socklen_t(MemoryLayout<CInt>.size)
-                unsafe getsockopt(socket.number, SOL_SOCKET, SO_ERROR, &status, &size)
-                guard status == 0 else { throw SystemError("connect to", name, code: status) }
+        let socket = try firstThatWorks(host, port, passive: false) { (address, name) throws(SystemError) in
+            guard let socket = try connect(to: address, name: name, wake: nil, deadline: deadline) else {
+                throw SystemError("connect to", name, code: ECANCELED)
             }
-            try socket.setNonBlocking(false)
-            setNoDelay(socket)
+            return socket
         }
+        tuneForMessages(socket)
+        return socket
     }
 
-    /// Tries each address a name stands for; the first that works wins, the last error is thrown.
-    private static func eachAddress(
-        _ host: String, _ port: String, _ name: String, passive: Bool,
-        _ attempt: (Descriptor, UnsafePointer<sockaddr>, socklen_t) throws(SystemError) -> Void
+    /// Tries each address a name stands for; if none works, the last error is thrown.
+    private static func firstThatWorks(
+        _ host: String, _ port: String, passive: Bool,
+        _ attempt: (SocketAddress, String) throws(SystemError) -> Descriptor
     ) throws(SystemError) -> Descriptor {
-        var hints = unsafe addrinfo()
-        unsafe hints.ai_family = AF_UNSPEC
-        unsafe hints.ai_socktype = CInt(SOCK_STREAM.rawValue)
-        unsafe hints.ai_flags = passive ? AI_PASSIVE : 0
-        var list: UnsafeMutablePointer<addrinfo>?
-        let status = unsafe getaddrinfo(host.isEmpty ? nil : host, port, &hints, &list)
-        guard status == 0 else {
-            let words = unsafe String(cString: gai_strerror(status))
-            throw SystemError("resolve", name, code: EINVAL, remedy: "the resolver says: \(words)")
-        }
-        // SAFETY: the list is getaddrinfo's and is freed once, after its last use.
-        defer { unsafe freeaddrinfo(list) }
+        let name = "tcp:\(host):\(port)"
         var failure = SystemError("resolve", name, code: EADDRNOTAVAIL)
-        var entry = unsafe list
-        while let current = unsafe entry {
-            do throws(SystemError) {
-                let socket = try make(unsafe current.pointee.ai_family, name)
-                unsafe try attempt(socket, current.pointee.ai_addr, current.pointee.ai_addrlen)
-                return socket
-            } catch { failure = error }
-            unsafe entry = current.pointee.ai_next
+        for address in try SocketAddress.resolve(host: host, port: port, passive: passive) {
+            do throws(SystemError) { return try attempt(address, name) } catch { failure = error }
         }
         throw failure
     }
@@ -149,7 +83,7 @@ public enum Socket {
             if number >= 0 {
                 _ = gw_fcntl_int(number, F_SETFD, FD_CLOEXEC)
                 let socket = Descriptor(owning: number, name: "connection to \(listener.name)")
-                setNoDelay(socket)
+                tuneForMessages(socket)
                 return socket
             }
             if errno != EINTR && errno != ECONNABORTED && errno != EAGAIN { throw .last("accept on", listener.name) }
@@ -158,16 +92,7 @@ public enum Socket {
 
     /// The port a TCP listener was given; `nil` for other sockets.
     public static func localPort(of socket: Descriptor) -> UInt16? {
-        var storage = sockaddr_in6()
-        var length = socklen_t(MemoryLayout<sockaddr_in6>.size)
-        // SAFETY: getsockname writes at most `length` bytes; both families keep the port at the same place.
-        let status = unsafe withUnsafeMutableBytes(of: &storage) {
-            unsafe getsockname(socket.number, $0.baseAddress!.assumingMemoryBound(to: sockaddr.self), &length)
-        }
-        guard status == 0, CInt(storage.sin6_family) == AF_INET || CInt(storage.sin6_family) == AF_INET6 else {
-            return nil
-        }
-        return UInt16(bigEndian: storage.sin6_port)
+        (try? localAddress(of: socket))?.numeric.flatMap { UInt16($0.port) }
     }
 
     /// Ends both directions: a thread blocked on the socket returns at once.
@@ -176,18 +101,6 @@ public enum Socket {
     /// The user id of a unix socket's peer.
     public static func peerUserID(_ socket: Descriptor) throws(SystemError) -> UInt32 {
         UInt32(try checked(gw_peer_uid(socket.number), "SO_PEERCRED", socket.name))
-    }
-
-    /// Blocking calls on the socket return after this long without progress; 0 is never.
-    public static func setTimeouts(_ socket: Descriptor, milliseconds: UInt64) {
-        var time = timeval(tv_sec: Int(milliseconds / 1000), tv_usec: Int(milliseconds % 1000) * 1000)
-        unsafe setsockopt(socket.number, SOL_SOCKET, SO_RCVTIMEO, &time, socklen_t(MemoryLayout<timeval>.size))
-        unsafe setsockopt(socket.number, SOL_SOCKET, SO_SNDTIMEO, &time, socklen_t(MemoryLayout<timeval>.size))
-    }
-
-    private static func setNoDelay(_ socket: Descriptor) {
-        var on: CInt = 1
-        unsafe setsockopt(socket.number, CInt(IPPROTO_TCP), TCP_NODELAY, &on, socklen_t(MemoryLayout<CInt>.size))
     }
 
     /// Receives bytes and at most one passed descriptor. - Returns: no bytes at the end; `nil` if it would block.

@@ -46,7 +46,8 @@ struct RawClient {
 
     init(path: String, negotiating: Bool = true) throws {
         socket = try Socket.connect(unix: path)
-        Socket.setTimeouts(socket, milliseconds: 10_000)
+        try Socket.setReceiveTimeout(socket, milliseconds: 10_000)
+        try Socket.setSendTimeout(socket, milliseconds: 10_000)
         if negotiating {
             _ = try line()
             try send("{\"execute\":\"qmp_capabilities\",\"arguments\":{\"enable\":[\"oob\"]}}\n")
