@@ -94,7 +94,8 @@ public protocol Accelerator: AnyObject, Sendable {
     var cpus: [any VirtualCPU] { get }
     /// Raises or lowers an interrupt line of the board (ISA numbers).
     func setInterruptLine(_ line: UInt32, level: Bool)
-    /// Writes of the guest, for migration.
+    /// A tracker of the guest's writes for one client, such as one migration. The client that starts last has the tracking: it
+    /// ends that of an earlier one.
     var dirtyTracker: any DirtyTracker { get }
     /// State that belongs to no single CPU: interrupt controllers, timer, clock.
     func saveSystem() throws(AcceleratorError) -> [SystemState]

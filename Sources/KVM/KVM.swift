@@ -14,10 +14,10 @@ import Host
 public final class KVMAccelerator: Accelerator {
     public let name = "kvm"
     public let cpus: [any VirtualCPU]
-    public let dirtyTracker: any DirtyTracker
     /// The frequency of the guest's time stamp counter, in kHz.
     public let tscKilohertz: UInt64
     let machine: Descriptor
+    private let makeTracker: @Sendable () -> KVMDirtyLog
     /// The system's state after creation, to which a reset returns.
     let powerOn: [SystemState]
 
@@ -42,8 +42,11 @@ public final class KVMAccelerator: Accelerator {
         cpus = made
         tscKilohertz = try made[0].tscKilohertz()
         powerOn = try Self.systemState(of: machine)
-        dirtyTracker = KVMDirtyLog(machine: machine, slots: slots, memory: memory, system.dirtyLogMode(machine))
+        let (machine, mode, owner) = (machine, system.dirtyLogMode(machine), KVMDirtyLog.Owner())
+        makeTracker = { KVMDirtyLog(machine: machine, slots: slots, memory: memory, mode, owner: owner) }
     }
+
+    public var dirtyTracker: any DirtyTracker { makeTracker() }
 
     private static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.

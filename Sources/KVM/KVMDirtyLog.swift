@@ -3,22 +3,32 @@ import CLinux
 import Glibc
 import GuestMemory
 import Host
+import Synchronization
 
 /// Dirty tracking by KVM's dirty log: a bitmap per memory slot.
 ///
 /// Slots whose memory file is a hole cost nothing: nobody can have written there. When a page appears in one, its log is turned
 /// on first and everything found in it afterwards counts as written. In manual mode (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with
 /// INITIALLY_SET) starting freezes nobody: all pages of a slot begin as dirty, and are write-protected only as they are sent.
+///
+/// Each client has a tracker of its own, and there is one log: who starts later has it. An earlier client, such as a cancelled
+/// migration whose sender still hangs on a dead connection, can neither clear the log of the next one nor turn it off.
 final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     enum Mode { case manual, automatic }
 
     let method = "log"
+    /// Who has the log of a machine; held during every use of it.
+    typealias Turn = Mutex<KVMDirtyLog?>
+
+    /// A machine's `Turn`, for its trackers to share.
+    final class Owner: Sendable { let turn = Turn(nil) }
+
+    private let owner: Owner
     private let machine: Descriptor
     private let memory: GuestMemory
     private let mode: Mode
     private let slots: [KVMSlots.Slot]
     private var logs: [State]
-    private var isOn = false
     /// A slot's log as the kernel gives it; kept, because a fresh one costs as much as reading the log.
     private var words: [UInt64] = []
 
@@ -36,7 +46,8 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     /// So many holes in a slot, and looking into them each time costs more than clearing their bits once.
     private static let fragmentedHoles = 1024
 
-    init(machine: Descriptor, slots: KVMSlots, memory: GuestMemory, _ mode: Mode) {
+    init(machine: Descriptor, slots: KVMSlots, memory: GuestMemory, _ mode: Mode, owner: Owner) {
+        self.owner = owner
         self.machine = machine
         self.memory = memory
         self.mode = mode
@@ -45,18 +56,23 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     }
 
     func start() throws(AcceleratorError) {
-        guard !isOn else {
-            throw AcceleratorError(
-                "dirty page tracking is still on for an earlier migration; try again when that has ended")
+        try owner.turn.withLock { (current) throws(AcceleratorError) in
+            guard current !== self else { throw AcceleratorError("dirty page tracking is on already for this client") }
+            current?.turnOff()
+            memory.hostWrites.setRecording(true)
+            current = self
         }
-        logs = Array(repeating: .untouched, count: slots.count)
-        memory.hostWrites.setRecording(true)
-        isOn = true
     }
 
     func stop() {
-        guard isOn else { return }
-        isOn = false
+        owner.turn.withLock { current in
+            guard current === self else { return }
+            turnOff()
+            current = nil
+        }
+    }
+
+    private func turnOff() {
         memory.hostWrites.setRecording(false)
         for (slot, state) in zip(slots, logs) where state.isLogged {
             // Turning logging off only drops the bitmap; the slot itself was accepted before.
@@ -65,7 +81,20 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         logs = Array(repeating: .untouched, count: slots.count)
     }
 
+    private func whileOn<R>(_ body: () throws(AcceleratorError) -> R) throws(AcceleratorError) -> R {
+        try owner.turn.withLock { (current) throws(AcceleratorError) -> R in
+            guard current === self else {
+                throw AcceleratorError("dirty page tracking was stopped, or a later client has taken it over")
+            }
+            return try body()
+        }
+    }
+
     func collect(into bitmaps: [DirtyBitmap]) throws(AcceleratorError) {
+        try whileOn { () throws(AcceleratorError) in try collectAll(into: bitmaps) }
+    }
+
+    private func collectAll(into bitmaps: [DirtyBitmap]) throws(AcceleratorError) {
         memory.hostWrites.collect(memory.blocks, into: bitmaps)
         for index in slots.indices {
             let slot = slots[index]
@@ -167,6 +196,10 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
 
     func willSend(_ pages: Range<PageIndex>, of block: Int, marked bitmap: DirtyBitmap) throws(AcceleratorError) {
         guard mode == .manual else { return }
+        try whileOn { () throws(AcceleratorError) in try watch(pages, of: block, marked: bitmap) }
+    }
+
+    private func watch(_ pages: Range<PageIndex>, of block: Int, marked bitmap: DirtyBitmap) throws(AcceleratorError) {
         for (slot, state) in zip(slots, logs) where slot.block == block && state.isLogged {
             let part = pages.clamped(to: slot.pages)
             guard !part.isEmpty else { continue }

@@ -10,6 +10,13 @@ import Testing
 let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
 let needsKVM: Comment = "this machine has no /dev/kvm which this user may open"
 
+/// Whether guests in real and 32-bit mode run on the processor itself; where KVM emulates them, it cannot emulate all faults.
+let hasHardwareVirtualization: Bool = {
+    let text = String(decoding: (try? Descriptor.contents(of: "/proc/cpuinfo")) ?? [], as: UTF8.self)
+    let flags = text.split(separator: "\n").first { $0.hasPrefix("flags") }?.split(separator: " ") ?? []
+    return flags.contains("vmx") || flags.contains("svm")
+}()
+
 /// What a test does in a process of its own, because a virtual machine lasts as long as its process.
 enum Child {
     /// Runs `body` and ends the process: with success if it comes back, else with a sentence on standard error.
@@ -46,12 +53,12 @@ func waitFor(_ what: String, seconds: UInt64 = 20, _ condition: () throws -> Boo
 extension VirtualMachine {
     /// A machine with a built-in guest, not started.
     static func guest(
-        _ program: String, mebibytes: UInt64 = 64, cpus: Int = 1, serial: SerialPort? = nil
+        _ program: String, mebibytes: UInt64 = 64, cpus: Int = 1, backing: RAMBacking = .anonymous
     ) throws -> VirtualMachine {
         try VirtualMachine(
             MachineConfiguration(
-                memoryByteCount: mebibytes << 20, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: program))),
-            serial: try serial ?? SerialPort(.none))
+                memoryByteCount: mebibytes << 20, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: program)),
+                backing: backing), serial: SerialPort(.none))
     }
 
     /// A machine that boots `image`, not started.

@@ -36,11 +36,12 @@ struct DirtyLogTests {
 
     @Test(
         "pages that appear while the guest fills its memory are not lost either", .timeLimit(.minutes(1)),
-        arguments: [1, 2, 4])
-    func filling(cpus: Int) async {
-        await #expect(processExitsWith: .success) { [cpus] in
+        arguments: [(1, "anonymous"), (2, "anonymous"), (2, "memfd"), (4, "memfd")])
+    func filling(cpus: Int, backing: String) async {
+        await #expect(processExitsWith: .success) { [cpus, backing] in
             Child.run(seconds: 15) {
-                let machine = try VirtualMachine.guest("idle,words=512,heartbeat=1ms", cpus: cpus)
+                let machine = try VirtualMachine.guest(
+                    "idle,words=512,heartbeat=1ms", cpus: cpus, backing: RAMBacking(rawValue: backing)!)
                 let shadow = try ShadowMemory(of: machine)
                 try shadow.tracker.start()
                 try shadow.round()
@@ -91,7 +92,7 @@ struct DirtyLogTests {
                 try machine.awaitReady()
                 machine.pause()
                 let block = machine.memory.blocks[0]
-                let allocated = try block.allocatedPages()
+                let allocated = try block.pagesByPageTables()
                 let shadow = try ShadowMemory(of: machine)
                 try shadow.tracker.start()
                 let first = try shadow.collect()
@@ -107,7 +108,7 @@ struct DirtyLogTests {
                     claim(pages <= 24, "an idle guest wrote \(pages) pages in round \(round)")
                 }
                 try shadow.finish()
-                let now = try block.allocatedPages()
+                let now = try block.pagesByPageTables()
                 claim(now <= allocated + 8, "tracking allocated \(now - allocated) pages")
                 try block.forEachAllocatedRun { pages in shadow.everReported.clear(pages) }
                 claim(shadow.everReported.isEmpty, "\(shadow.everReported.count) pages were reported and never touched")
@@ -135,27 +136,44 @@ struct DirtyLogTests {
         }
     }
 
-    @Test("a second start while tracking is on is refused with a sentence", .timeLimit(.minutes(1)))
-    func startedTwice() async {
+    @Test("a client that starts later takes over: what an earlier one still does is refused and loses nothing",
+        .timeLimit(.minutes(1)))
+    func takesOver() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 15) {
-                let tracker = try VirtualMachine.guest("idle,fill=none").accelerator!.dirtyTracker
-                try tracker.start()
-                do {
-                    try tracker.start()
-                    Child.fail("tracking was started twice")
-                } catch { claim("\(error)".contains("dirty page tracking"), "it says: \(error)") }
-                tracker.stop()
-                try tracker.start()
+                func refused(_ what: String, _ command: () throws -> Void) {
+                    do { try command() } catch { return claim("\(error)".contains("dirty page tracking"), "\(error)") }
+                    Child.fail("\(what) was not refused")
+                }
+                let machine = try VirtualMachine.guest("dirty,working-set=8M,fill=16M,random")
+                try machine.resume()
+                try machine.awaitReady()
+                let earlier = try ShadowMemory(of: machine)
+                try earlier.tracker.start()
+                refused("a second start of the same client") { try earlier.tracker.start() }
+                try earlier.round()
+                try earlier.collect()
+                let later = try ShadowMemory(of: machine)
+                try later.tracker.start()
+                try later.round()
+                Clock.sleep(nanoseconds: 20_000_000)
+                refused("an earlier client's willSend") { try earlier.copy() }
+                refused("an earlier client's collect") { try earlier.collect() }
+                earlier.tracker.stop()
+                try later.round()
+                try later.finish()
             }
         }
     }
 
-    @Test("memory with more holes than are worth looking into is tracked as well", .timeLimit(.minutes(1)))
-    func fragmented() async {
-        await #expect(processExitsWith: .success) {
+    @Test(
+        "memory with more holes than are worth looking into is tracked as well", .timeLimit(.minutes(1)),
+        arguments: ["anonymous", "memfd"])
+    func fragmented(backing: String) async {
+        await #expect(processExitsWith: .success) { [backing] in
             Child.run(seconds: 15) {
-                let machine = try VirtualMachine.guest("dirty,working-set=40M,random", mebibytes: 64, cpus: 2)
+                let machine = try VirtualMachine.guest(
+                    "dirty,working-set=40M,random", cpus: 2, backing: RAMBacking(rawValue: backing)!)
                 let block = machine.memory.blocks[0]
                 for page in stride(from: 768, to: Int(block.pageCount), by: 2) {
                     block.mapping.store(UInt8(0), at: page * 4096)
@@ -214,7 +232,7 @@ struct DirtyLogTests {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 15) {
                 let machine = try VirtualMachine.guest(
-                    "probe,fill=none,write,stride=499,random", mebibytes: 5 << 10, cpus: 2)
+                    "probe,fill=none,write,stride=499,random", mebibytes: 5 << 10, cpus: 2, backing: .memfd)
                 try Self.trackSparse(machine, above: PageIndex((3 << 30) / 4096), rounds: 6)
             }
         }
