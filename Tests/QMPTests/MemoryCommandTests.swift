@@ -84,8 +84,8 @@ import Testing
         try vm.run("pmemsave", ["val": 0, "size": JSON(256 << 20), "filename": .string(folder["mem"])])
         let milliseconds = (Clock.monotonicNanoseconds - began) / 1_000_000
         print("pmemsave of 256 MiB: \(milliseconds) ms")
-        // Ten times what is meant: other work shares the processors here.
-        #expect(milliseconds < 1000)
+        // What is meant is a tenth of a second; a page-by-page copy in debug would take far longer than this.
+        #expect(milliseconds < 10_000)
         #expect(allocatedBytes(folder["mem"]) >= 256 << 20)
     }
 }
