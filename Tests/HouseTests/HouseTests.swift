@@ -83,6 +83,7 @@ struct RoomTests {
             room(
                 "Higher",
                 standsOn: ["High"]),
+            .target(name: "TestSupport", dependencies: ["Low"], path: "Tests/Support"),
             """))
 
     @Test("arrows in Package.swift point down only")
@@ -91,6 +92,7 @@ struct RoomTests {
         #expect(plan.rooms.count >= 14)
         #expect(plan.standsOn("KVM") == ["CLinux", "Host", "GuestMemory", "Accelerator"])
         #expect(plan.upwardArrows == [])
+        #expect(Self.planted.rooms.map(\.name) == ["Low", "High", "Higher"])
         #expect(Self.planted.upwardArrows == ["Package.swift: High stands on Higher, which is not below it"])
     }
 

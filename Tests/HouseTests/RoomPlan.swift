@@ -12,8 +12,8 @@ struct RoomPlan {
         while let start = calls.compactMap({ rest.firstRange(of: $0) }).min(by: { $0.lowerBound < $1.lowerBound }) {
             rest = rest[start.upperBound...]
             let strings = Self.strings(in: rest.prefix { $0 != ")" })
-            // The declaration of the functions themselves has no name in quotes.
-            guard let name = strings.first, name != "name" else { continue }
+            // The functions' own declarations have no name in quotes; a target with a path of its own is no room.
+            guard let name = strings.first, !strings.contains(where: { $0.contains("/") }) else { continue }
             rooms.append((name, Array(strings.dropFirst())))
         }
     }
