@@ -49,16 +49,19 @@ let package = Package(
             "Migration",
             standsOn: ["Host", "GuestMemory", "MigrationStream", "Transport", "Accelerator", "Machine"]),
         // Control.
-        room("QMP", standsOn: ["Host", "GuestMemory", "Machine", "Migration", "Transport"]),
+        room(
+            "QMP",
+            standsOn: ["Host", "GuestMemory", "Accelerator", "GuestPrograms", "Machine", "Migration", "Transport"]),
         room("CommandLineKit", standsOn: ["CLinux", "Host", "QMP"]),
         .executableTarget(
             name: "godwit",
             dependencies: [
-                "Accelerator", "Host", "GuestPrograms", "MigrationStream", "Machine", "Migration", "QMP", "Transport",
-                "CommandLineKit", argumentParser, logging,
+                "Accelerator", "Host", "GuestMemory", "GuestPrograms", "MigrationStream", "Machine", "Migration",
+                "QMP", "Transport", "CommandLineKit", argumentParser, logging,
             ],
             swiftSettings: house),
 
+        tests("HouseTests", of: ["Host"]),
         tests("HostTests", of: ["Host"]),
         tests("GuestMemoryTests", of: ["GuestMemory", "Host"]),
         tests("MigrationStreamTests", of: ["MigrationStream"]),

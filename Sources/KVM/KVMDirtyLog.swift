@@ -7,7 +7,7 @@ import Synchronization
 
 /// Dirty tracking by KVM's dirty log: a bitmap per memory slot.
 ///
-/// Slots whose memory file is a hole cost nothing: nobody can have written there. When a page appears in one, its log is turned
+/// Slots in which nothing is allocated cost nothing: nobody can have written there. When a page appears in one, its log is turned
 /// on first and everything found in it afterwards counts as written. In manual mode (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with
 /// INITIALLY_SET) starting freezes nobody: all pages of a slot begin as dirty, and are write-protected only as they are sent.
 ///

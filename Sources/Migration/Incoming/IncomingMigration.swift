@@ -189,7 +189,7 @@ final class IncomingMigration: Sendable {
     /// A source that lost its connection after COMMIT may come back and ask; then the address is free for others.
     private func stopListeningLater() {
         do throws(SystemError) {
-            _ = try HostThread(name: "migration-end") { [self] in
+            _ = try HostThread(name: "migration-free") { [self] in
                 Clock.sleep(nanoseconds: Self.answeringNanoseconds)
                 listener.close()
             }

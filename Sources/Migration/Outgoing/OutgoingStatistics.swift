@@ -3,8 +3,8 @@ import Synchronization
 
 /// What is counted during an outgoing migration. Written by its threads, read by anybody.
 final class OutgoingStatistics: Sendable {
-    /// The parts of the standstill, in order.
-    enum Part: String, CaseIterable, Sendable { case stop, collect, send, state, load, start }
+    /// The parts of the standstill, in order. `hold` is the operator's, with pause-before-switchover.
+    enum Part: String, CaseIterable, Sendable { case stop, hold, collect, send, state, load, start }
 
     private struct State {
         var info = MigrationInfo()
@@ -43,6 +43,7 @@ final class OutgoingStatistics: Sendable {
     }
 
     func enter(_ status: MigrationStatus) {
+        if status == .device, self.status == .preSwitchover { mark(.hold) }
         state.withLock { state in
             state.info.status = status
             if status == .active, state.info.setupNanoseconds == nil {
@@ -92,7 +93,9 @@ final class OutgoingStatistics: Sendable {
             let now = Clock.monotonicNanoseconds
             guard var ram = state.info.ram else { return 0 }
             let pages = ram.normal + ram.duplicate
-            if let before = state.collectedAt, now > before {
+            if state.lastMark != nil {
+                // The guest stands still: its rates are those of before.
+            } else if let before = state.collectedAt, now > before {
                 let seconds = Double(now - before) / 1e9
                 ram.mbps = Double(ram.transferred - state.bytesAtCollect) * 8 / 1e6 / seconds
                 ram.pagesPerSecond = UInt64(Double(pages - state.pagesAtCollect) / seconds)
