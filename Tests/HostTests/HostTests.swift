@@ -169,3 +169,16 @@ import Testing
         #expect(error?.description == "start /nonexistent/program: no such file or directory")
     }
 }
+
+@Suite struct ResidentPrefixTests {
+    @Test(
+        "the prefix ends at the first page that is not there, however far away",
+        arguments: [0, 1, 31, 32, 33, 300, 20_000])
+    func ends(pages: Int) throws {
+        let file = try MemoryFile(name: "test", byteCount: 100 << 20)
+        let mapping = try Mapping(file.descriptor, byteCount: 100 << 20)
+        for page in 0..<pages { mapping.store(UInt8(1), at: (5 + page) * 4096) }
+        #expect(try mapping.residentPrefix(at: 5 * 4096, count: 90 << 20) == pages * 4096)
+        #expect(try mapping.residentPrefix(at: 5 * 4096, count: min(pages, 10) * 4096) == min(pages, 10) * 4096)
+    }
+}

@@ -136,7 +136,8 @@ struct DirtyLogTests {
         }
     }
 
-    @Test("a client that starts later takes over: what an earlier one still does is refused and loses nothing",
+    @Test(
+        "a client that starts later takes over: what an earlier one still does is refused and loses nothing",
         .timeLimit(.minutes(1)))
     func takesOver() async {
         await #expect(processExitsWith: .success) {

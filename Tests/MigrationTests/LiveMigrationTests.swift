@@ -111,8 +111,8 @@ struct LiveMigrationTests {
                 }
                 claim(source.info().status == .active, "the migration was over too early")
                 claim(rate <= Double(limit) * 1.05, "\(UInt64(rate)) bytes/s are more than the limit of \(limit)")
-                // A loaded machine may be slower, not by far.
-                claim(rate >= Double(limit) * 0.6, "\(UInt64(rate)) bytes/s are far below the limit of \(limit)")
+                // A loaded machine is slower: what a late sender missed it may not send at once.
+                claim(rate >= Double(limit) * 0.2, "\(UInt64(rate)) bytes/s are far below the limit of \(limit)")
                 parameters.maxBandwidthBytesPerSecond = 0
                 try source.set(parameters)
                 try source.claimArrival(at: destination, "with a limit")
