@@ -31,10 +31,12 @@ final class OutgoingMigration: Sendable {
         var isOver = false
     }
     private let inbox = Monitor(Inbox())
-    private let channelIsOpen = Mutex(false)
+    private let open = Mutex<Channel?>(nil)
     private let refusal = Mutex<String?>(nil)
     private let settleAttempts = Mutex(0)
     private static let settleAttemptLimit = 5
+    /// How long a peer may take for the last bytes of a migration that has ended.
+    private static let farewellNanoseconds: UInt64 = 3_000_000_000
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
@@ -56,7 +58,7 @@ final class OutgoingMigration: Sendable {
             catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
         statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
         do throws(SystemError) {
-            sender = try StreamSender(machine.memory, blocks: blocks, statistics: statistics)
+            sender = try StreamSender(machine.memory, blocks: blocks, tracker: tracker, statistics: statistics)
         } catch { throw MigrationError(error.description) }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -107,7 +109,7 @@ final class OutgoingMigration: Sendable {
             let actions = core.handle(event)
             // Whoever sees the last status sees the reason, too.
             for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
-            for action in actions { perform(action) }
+            for action in actions { perform(action, core.phase) }
             inbox.withLock { inbox in
                 if !inbox.events.isEmpty { inbox.events.removeFirst() }
                 sender.eventsWait = inbox.events.contains { $0 != .progressed }
@@ -131,7 +133,7 @@ final class OutgoingMigration: Sendable {
         }
     }
 
-    private func perform(_ action: SourceAction) {
+    private func perform(_ action: SourceAction, _ phase: SourcePhase) {
         switch action {
         case .connect: connect()
         case .send(let bytes): sender.enqueue(.bytes(bytes))
@@ -155,7 +157,8 @@ final class OutgoingMigration: Sendable {
         case .regainRightToRun: break
         case .saveState: saveState()
         case .flush: sender.enqueue(.flush)
-        case .close: close()
+        // A one-way reader may need long for what it was given; nobody else is waited for.
+        case .close: close(patiently: phase == .closing)
         case .setTimer(let timer, let nanoseconds):
             inbox.withLock { $0.timers[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
         case .cancelTimer(let kind): inbox.withLock { $0.timers[kind] = nil }
@@ -183,7 +186,7 @@ final class OutgoingMigration: Sendable {
         startThread("migration-conn") { [self] in
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
-                channelIsOpen.withLock { $0 = true }
+                open.withLock { $0 = channel }
                 sender.attach(channel) { [self] in post($0) }
                 let answers = channel.kind == .socket
                 if answers { startThread("migration-return") { [self] in readAnswers(channel) } }
@@ -194,13 +197,19 @@ final class OutgoingMigration: Sendable {
         }
     }
 
-    /// What is queued goes out first; an attempt to connect is given up.
-    private func close() {
-        let wasOpen = channelIsOpen.withLock { open in
-            defer { open = false }
-            return open
+    /// What is queued goes out first, but for a round, which ends at its next batch; an attempt to connect is given up.
+    private func close(patiently: Bool) {
+        guard let channel = open.withLock({ $0.take() }) else {
+            connecting.withLock { $0 }?.cancel()
+            return
         }
-        if wasOpen { sender.enqueue(.close) } else { connecting.withLock { $0 }?.cancel() }
+        sender.interruptRound()
+        sender.enqueue(.close)
+        guard !patiently else { return }
+        startThread("migration-bye") {
+            Clock.sleep(nanoseconds: Self.farewellNanoseconds)
+            channel.cancel()
+        }
     }
 
     private func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
@@ -236,7 +245,7 @@ final class OutgoingMigration: Sendable {
 
     private func collect(final: Bool) {
         do throws(AcceleratorError) {
-            let pages = try sender.collect(with: tracker)
+            let pages = try sender.collect()
             if final { statistics.mark(.collect) }
             report(.pass(statistics.collected(remainingPages: pages)))
             post(.collected(remainingPages: pages))

@@ -6,7 +6,7 @@ struct Pacer: Sendable {
     let bytesPerSecond: UInt64
     private var nextNanoseconds: UInt64 = 0
     /// What a late sender may catch up with.
-    private static let slackNanoseconds: UInt64 = 2_000_000
+    private static let slackNanoseconds: UInt64 = 20_000_000
 
     init(bytesPerSecond: UInt64) { self.bytesPerSecond = bytesPerSecond }
 

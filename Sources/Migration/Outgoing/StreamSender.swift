@@ -20,13 +20,17 @@ final class StreamSender: Sendable {
     }
     private let queue = Monitor(Queue())
     private let round: Mutex<RoundSender>
-    private let tracker = Mutex<(any DirtyTracker)?>(nil)
+    private let tracker: (any DirtyTracker)?
     private let statistics: OutgoingStatistics
     private let interrupted = Atomic<Bool>(false)
     private let waiting = Atomic<Bool>(false)
     private let bandwidth = Atomic<UInt64>(0)
 
-    init(_ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics) throws(SystemError) {
+    init(
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
+        statistics: OutgoingStatistics
+    ) throws(SystemError) {
+        self.tracker = tracker
         self.statistics = statistics
         round = Mutex(try RoundSender(memory, blocks: blocks))
     }
@@ -46,9 +50,8 @@ final class StreamSender: Sendable {
     /// Merges what the tracker reports into what is to be sent; without a tracker all allocated pages are dirty, once.
     ///
     /// Called while no round is under way. - Returns: the pages to be sent.
-    func collect(with tracker: (any DirtyTracker)?) throws(AcceleratorError) -> UInt64 {
-        self.tracker.withLock { $0 = tracker }
-        return try round.withLock { (round) throws(AcceleratorError) in try round.collect(with: tracker) }
+    func collect() throws(AcceleratorError) -> UInt64 {
+        try round.withLock { (round) throws(AcceleratorError) in try round.collect(with: tracker) }
     }
 
     /// Starts the thread; `post` gets what the core wants to know.
@@ -69,7 +72,7 @@ final class StreamSender: Sendable {
                     statistics.sent(bytes: UInt64(bytes.count))
                 case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
                 case .flush: post(.flushed)
-                case .stopTracking: tracker.withLock { $0 }?.stop()
+                case .stopTracking: tracker?.stop()
                 case .close:
                     end(channel, post)
                     return
@@ -91,7 +94,6 @@ final class StreamSender: Sendable {
         let began = Clock.monotonicNanoseconds
         var progress = Progress(post: post)
         var failure: ChannelError?
-        let tracker = tracker.withLock { $0 }
         var report = round.withLock { round -> RoundReport in
             do throws(RoundSender.Failure) {
                 return try round.send(
@@ -146,7 +148,7 @@ final class StreamSender: Sendable {
             case .bytes: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
             case .flush: break
-            case .stopTracking: tracker.withLock { $0 }?.stop()
+            case .stopTracking: tracker?.stop()
             case .close:
                 channel.cancel()
                 post(.closed(error: nil))
