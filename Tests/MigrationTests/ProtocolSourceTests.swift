@@ -298,6 +298,20 @@ struct ProtocolSourceTests {
         #expect(lost.actions.contains(.resumeGuest))
     }
 
+    @Test("an operator's verdict does not wait for a destination that is being asked", arguments: [false, true])
+    func verdictWhileAsking(isConnected: Bool) {
+        var driver = Driver()
+        driver.reachSavedState()
+        driver.feed(.received(.ready(nanoseconds: 5)), .disconnected("reset"), .settle(.askDestination))
+        if isConnected { driver.feed(.connected(.bothWays)) }
+        #expect(driver.feed(.settle(.askDestination)).isEmpty)
+        let actions = driver.feed(.settle(.resumeHere))
+        #expect(actions.contains(.close) && actions.contains(.resumeGuest))
+        #expect(driver.reports.last == .failed)
+        // What comes late changes nothing.
+        #expect(driver.feed(.connected(.bothWays), .received(.verdict(.neverStarted))).allSatisfy { $0 == .close })
+    }
+
     @Test("FAILURE after COMMIT means that the guest never starts there")
     func failureAfterCommit() {
         var driver = Driver()

@@ -261,14 +261,16 @@ extension Simulator {
         doubts += 1
         schedule(after: millisecond, 60 * second) { [self] in
             guard source.phase == .unsettled else { return }
-            if doubts <= 4, source.rule == .twoPhase { return feedSource(.settle(.askDestination)) }
-            operatorLooks()
+            guard doubts <= 4, source.rule == .twoPhase else { return operatorLooks() }
+            feedSource(.settle(.askDestination))
+            // An impatient one does not wait for the answer.
+            schedule(after: millisecond, 2 * second) { [self] in operatorLooks() }
         }
     }
 
     /// The operator goes and looks at the destination, as often as it takes.
     private func operatorLooks() {
-        guard sourceIsAlive, source.phase == .unsettled else { return }
+        guard sourceIsAlive, source.status == .unsettled else { return }
         if destinationIsAlive, destination.phase == .started { return feedSource(.settle(.startedThere)) }
         // Without two phases the destination may wait on a silent connection for good: it is ended by hand.
         if plan.rule != .twoPhase { feedDestination(.giveUp) }

@@ -99,8 +99,10 @@ final class IncomingMigration: Sendable {
                 switch item {
                 case .page, .zeroPage, .pageBatch:
                     guard state.withLock({ $0.core.acceptsPages(on: id) }) else {
+                        // Nobody wants these pages: the core says why, and the connection ends.
                         post(.item(id, item))
-                        continue
+                        post(.rejected(id, "it sends pages that nobody waits for"))
+                        return hangUp(channel, id)
                     }
                     try receiver.place(item)
                     let now = Clock.monotonicNanoseconds
@@ -114,6 +116,8 @@ final class IncomingMigration: Sendable {
                 case .vmDescription: try receiver.skipPayload()
                 default: post(.item(id, item))
                 }
+                // What the core closed is not read any further.
+                guard state.withLock({ $0.channels[id] != nil }) else { return }
             }
             post(
                 receiver.failure.map { .rejected(id, $0.description) }
@@ -122,6 +126,11 @@ final class IncomingMigration: Sendable {
             post(.disconnected(id, "\(error)"))
         }
         state.withLock { _ = $0.channels.removeValue(forKey: id) }
+    }
+
+    private func hangUp(_ channel: Channel, _ id: ConnectionID) {
+        state.withLock { _ = $0.channels.removeValue(forKey: id) }
+        channel.cancel()
     }
 
     private func serveTimers() {

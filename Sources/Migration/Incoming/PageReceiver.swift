@@ -42,7 +42,7 @@ struct PageReceiver: ~Copyable {
 
     /// The next item; `nil` at the end of the stream, or when `failure` was found. - Throws: when the connection fails.
     mutating func next() throws(ChannelError) -> StreamItem? {
-        while true {
+        while failure == nil {
             do throws(StreamError) {
                 if let item = try decoder.next(from: &buffer) { return item }
             } catch {
@@ -60,6 +60,7 @@ struct PageReceiver: ~Copyable {
                 return nil
             }
         }
+        return nil
     }
 
     private mutating func fill() throws(ChannelError) -> Int {
@@ -95,10 +96,13 @@ struct PageReceiver: ~Copyable {
         pending = (0, 0)
     }
 
-    /// Payload nobody wants.
+    /// Payload nobody wants. It may be cut off: then nothing comes after it.
     mutating func skipPayload() throws(ChannelError) {
         while decoder.payloadBytes > 0 {
-            if buffer.isEmpty, try fill() == 0 { return }
+            if buffer.isEmpty, try fill() == 0 {
+                failure = StreamError(.truncated(inside: "the description of the machine"), position: decoder.position)
+                return
+            }
             let count = min(buffer.count, decoder.payloadBytes)
             buffer.consume(count)
             decoder.payloadConsumed(count)

@@ -189,8 +189,9 @@ final class OutgoingMigration: Sendable {
                 open.withLock { $0 = channel }
                 sender.attach(channel) { [self] in post($0) }
                 let answers = channel.kind == .socket
-                if answers { startThread("migration-return") { [self] in readAnswers(channel) } }
                 post(.connected(answers ? .bothWays : .oneWay))
+                // Only now: a connection that ends at once must not end before it began.
+                if answers { startThread("migration-return") { [self] in readAnswers(channel) } }
             } catch {
                 post(.connectFailed(error.description))
             }

@@ -112,14 +112,20 @@ extension SourceCore {
     }
 
     mutating func settle(_ settlement: Settlement, _ actions: inout [SourceAction]) {
-        guard phase == .unsettled else {
+        guard status == .unsettled else {
             actions.append(.refused("there is nothing to settle, the migration's status is \(status.rawValue)"))
             return
         }
         switch settlement {
-        case .startedThere: complete(&actions)
-        case .resumeHere: takeBack("the operator settled that the guest goes on here", &actions)
+        case .startedThere:
+            stopAsking(&actions)
+            complete(&actions)
+        case .resumeHere:
+            stopAsking(&actions)
+            takeBack("the operator settled that the guest goes on here", &actions)
         case .askDestination:
+            // It is being asked already.
+            guard phase == .unsettled else { return }
             guard rule == .twoPhase else {
                 actions.append(.refused("this destination cannot be asked; find out whether it runs the guest"))
                 return
@@ -127,6 +133,11 @@ extension SourceCore {
             actions.append(.connect)
             enter(.reconnecting, deadline: configuration.deadlines.connect, &actions)
         }
+    }
+
+    /// The operator need not wait for a destination that does not answer.
+    private mutating func stopAsking(_ actions: inout [SourceAction]) {
+        if phase == .reconnecting { actions.append(.close) }
     }
 
     mutating func ask(_ actions: inout [SourceAction]) {
