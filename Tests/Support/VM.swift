@@ -14,11 +14,14 @@ public struct VM {
 
     public func status() throws -> String? { try client.execute("query-status")["status"]?.stringValue }
 
-    /// Where it waits for a migration.
+    /// Where it waits for a migration. Its monitor may answer a moment before it does.
     public func port() throws -> String {
-        guard let port = try client.execute("query-migrate")["socket-address"]?[0]?["port"]?.stringValue else {
-            throw TestObstacle("\(name) does not wait for a migration on a port")
+        var port: String?
+        let isThere = try wait(seconds: 10) {
+            port = try migration()["socket-address"]?[0]?["port"]?.stringValue
+            return port != nil
         }
+        guard isThere, let port else { throw TestObstacle("\(name) does not wait for a migration on a port: \(log)") }
         return port
     }
 
