@@ -44,7 +44,11 @@ struct PageReceiver: ~Copyable {
     mutating func next() throws(ChannelError) -> StreamItem? {
         while failure == nil {
             do throws(StreamError) {
-                if let item = try decoder.next(from: &buffer) { return item }
+                if let item = try decoder.next(from: &buffer) {
+                    // Whoever acts on the end of a round, or of all, has seen its pages counted.
+                    if case .ramSectionEnded = item { count(force: true) }
+                    return item
+                }
             } catch {
                 failure = error
                 return nil
