@@ -8,13 +8,13 @@ struct Blow: Sendable {
     private let fault: Fault
     private let source: ChildProcess
     private let destination: ChildProcess
-    private let operator_: QMPClient
+    private let sourceMonitor: QMPClient
 
     init(_ fault: Fault, source: VM, destination: VM) {
         self.fault = fault
         self.source = source.process
         self.destination = destination.process
-        operator_ = source.client
+        sourceMonitor = source.client
     }
 
     /// Where the proxy strikes by itself.
@@ -26,7 +26,7 @@ struct Blow: Sendable {
     /// For moments that no byte marks: waits, and strikes. A migration that is over meanwhile is not struck.
     func waitForMoment(_ proxy: FaultyProxy) throws {
         guard case .afterStop(let nanoseconds) = fault.moment else { return }
-        try operator_.waitForEvent("STOP", deadline: .after(seconds: 20))
+        try sourceMonitor.waitForEvent("STOP", deadline: .after(seconds: 20))
         Clock.sleep(nanoseconds: nanoseconds)
         proxy.strikeNow()
     }
@@ -42,7 +42,7 @@ struct Blow: Sendable {
             proxy.hold()
             Clock.sleep(nanoseconds: 20_000_000)
             // Too late for it, once the destination may start: then only the stall's end by a cut remains.
-            _ = try? operator_.execute("migrate_cancel")
+            _ = try? sourceMonitor.execute("migrate_cancel")
             proxy.cut()
         case .holdAndGoOn:
             proxy.hold()
