@@ -136,35 +136,36 @@ public final class VirtualMachine: Sendable {
 
     /// What devices ask for is done here: a vCPU thread cannot wait for itself to stop.
     private func serveRequests() {
-        while let request = requests.wait(until: { $0.isEmpty ? nil : $0.removeFirst() }) {
-            switch request {
-            case .reset: resetForGuest()
-            case .shutdown(let status):
-                let happened = control.withLock { state in
-                    // A guest that was paused just behind its last word has said it all the same.
-                    guard state == .running || state == .paused else { return false }
-                    pauseCPUs()
-                    forgetRequests()
-                    state = .shutdown
-                    return true
-                }
-                if happened { report(.shutdown(exitStatus: status)) }
-            }
+        while requests.wait(until: { $0.isEmpty ? nil : () }) != nil {
+            // Taken under the lock: whoever holds it, such as a migration that stops the guest, sees what is not dealt with yet.
+            let events = control.withLock { state in nextRequest().map { serve($0, &state, goesOn: true) } ?? [] }
+            events.forEach(report)
         }
     }
 
-    /// A guest that cannot be reset has nothing to go on with.
-    private func resetForGuest() {
-        do throws(MachineError) { try reset(byGuest: true) } catch {
-            let happened = control.withLock { state in
-                guard state == .running else { return false }
+    private func nextRequest() -> Board.Request? { requests.withLock { $0.isEmpty ? nil : $0.removeFirst() } }
+
+    /// - Parameter goesOn: whether a running guest runs on after a reset. - Returns: what happened.
+    private func serve(_ request: Board.Request, _ state: inout RunState, goesOn: Bool) -> [MachineEvent] {
+        switch request {
+        case .reset:
+            do throws(MachineError) {
+                try restart(&state, goesOn: goesOn)
+                return [.reset(byGuest: true)]
+            } catch {
+                // A guest that cannot be reset has nothing to go on with.
+                guard state == .running else { return [] }
                 pauseCPUs()
                 state = .internalError
-                return true
+                return [.internalError(error.description), .stopped]
             }
-            guard happened else { return }
-            report(.internalError(error.description))
-            report(.stopped)
+        case .shutdown(let status):
+            // A guest that was paused just behind its last word has said it all the same.
+            guard state == .running || state == .paused else { return [] }
+            pauseCPUs()
+            forgetRequests()
+            state = .shutdown
+            return [.shutdown(exitStatus: status)]
         }
     }
 
@@ -237,30 +238,32 @@ public final class VirtualMachine: Sendable {
 
     /// Starts the machine afresh with what it was booted with (`system_reset`).
     public func reset(byGuest: Bool = false) throws(MachineError) {
-        try control.withLock { (state) throws(MachineError) in
-            switch state {
-            case .inMigrate, .finishMigrate, .postMigrate:
-                throw MachineError("system_reset: not while the machine is \(state.rawValue)")
-            case .running, .paused, .prelaunch, .shutdown, .internalError: break
-            }
-            guard bootPlan != nil || accelerator == nil else {
-                throw MachineError(
-                    "reset: this machine was not told what to boot; start it with --boot-sector, --kernel or --guest")
-            }
-            let wasRunning = state == .running
-            pauseCPUs()
-            forgetRequests()
-            do throws(MachineError) {
-                try powerOn()
-            } catch {
-                state = .internalError
-                report(.internalError(error.description))
-                throw error
-            }
-            if state == .shutdown || state == .internalError { state = .paused }
-            if wasRunning { gate.open() }
-        }
+        try control.withLock { (state) throws(MachineError) in try restart(&state, goesOn: true) }
         report(.reset(byGuest: byGuest))
+    }
+
+    private func restart(_ state: inout RunState, goesOn: Bool) throws(MachineError) {
+        switch state {
+        case .inMigrate, .finishMigrate, .postMigrate:
+            throw MachineError("system_reset: not while the machine is \(state.rawValue)")
+        case .running, .paused, .prelaunch, .shutdown, .internalError: break
+        }
+        guard bootPlan != nil || accelerator == nil else {
+            throw MachineError(
+                "reset: this machine was not told what to boot; start it with --boot-sector, --kernel or --guest")
+        }
+        let wasRunning = state == .running
+        pauseCPUs()
+        forgetRequests()
+        do throws(MachineError) {
+            try powerOn()
+        } catch {
+            state = .internalError
+            report(.internalError(error.description))
+            throw error
+        }
+        if state == .shutdown || state == .internalError { state = .paused }
+        if wasRunning, goesOn { gate.open() }
     }
 
     /// Runs `body` while no vCPU runs; a running guest runs on afterwards. For looks at vCPU state.
@@ -301,15 +304,23 @@ public final class VirtualMachine: Sendable {
     // MARK: Run state for migration
 
     /// Stops the guest for the end of an outgoing migration. - Returns: whether it ran.
-    public func stopForMigration() -> Bool {
-        let wasRunning = control.withLock { state in
-            let was = state == .running
-            if was { pauseCPUs() }
+    ///
+    /// - Throws: `MachineError` when the guest has come to its end, and there is nothing to migrate.
+    public func stopForMigration() throws(MachineError) -> Bool {
+        var events: [MachineEvent] = []
+        defer { events.forEach(report) }
+        return try control.withLock { (state) throws(MachineError) in
+            let wasRunning = state == .running
+            if wasRunning { pauseCPUs() }
+            // What the guest asked for just before is done now: nobody at the destination would know of it.
+            while let request = nextRequest() { events += serve(request, &state, goesOn: false) }
+            guard state != .shutdown, state != .internalError else {
+                throw MachineError("the guest came to its end before it was handed over (\(state.rawValue))")
+            }
             state = .finishMigrate
-            return was
+            if wasRunning { events.append(.stopped) }
+            return wasRunning
         }
-        if wasRunning { report(.stopped) }
-        return wasRunning
     }
 
     /// Undoes `stopForMigration` after a migration that failed or was cancelled.

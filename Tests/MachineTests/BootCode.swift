@@ -38,6 +38,8 @@ enum BootCode {
 
     /// `mov $0x3f8,%dx; 1: mov $0xfd,%dl; in %dx,%al; test $1,%al; jz 1b; mov $0xf8,%dl; in %dx,%al; out %al,%dx; jmp 1b`
     static let echo = bytes("baf803b2fdeca80174f9b2f8eceeebf3")
+    /// Leaves at once: `out %al,$0xf4; 1: jmp 1b`
+    static let leave = bytes("e6f4ebfe")
     /// `1: incl 0x9000; jmp 1b`
     static let count = bytes("66ff060090ebf9")
     /// `mov $0x3f8,%dx; mov $'a',%al; 1: out %al,%dx; incl 0x9000; jmp 1b`

@@ -125,6 +125,45 @@ struct RunningMachineTests {
         }
     }
 
+    @Test("a guest's last word is heard, also when a migration stops the guest at that moment", .timeLimit(.minutes(1)))
+    func lastWord() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 50) {
+                let machine = try VirtualMachine.bootSector(BootCode.leave)
+                let ends = Monitor(0)
+                machine.observe { if case .shutdown = $0 { ends.withLock { $0 += 1 } } }
+                var random = SplitMix64(state: 20_261_121)
+                var refusals = 0
+                // How long the guest needs to its end, on this host.
+                var typical: UInt64 = 0
+                for trial in 1...500 {
+                    let began = Clock.monotonicNanoseconds
+                    try machine.resume()
+                    if trial <= 20 {
+                        while ends.withLock({ $0 }) < trial {}
+                        typical = trial == 1 ? .max : min(typical, Clock.monotonicNanoseconds - began)
+                        try machine.reset()
+                        continue
+                    }
+                    let end = began + random.next() % (typical + typical / 4)
+                    while Clock.monotonicNanoseconds < end, ends.withLock({ $0 }) < trial {}
+                    do {
+                        let wasRunning = try machine.stopForMigration()
+                        claim(ends.withLock { $0 } < trial, "trial \(trial): a guest that has left is migrated")
+                        machine.resumeAfterMigration(wasRunning: wasRunning)
+                    } catch {
+                        refusals += 1
+                        claim("\(error)".contains("came to its end"), "trial \(trial): \(error)")
+                    }
+                    try waitFor("the end of the guest in trial \(trial)") { ends.withLock { $0 } == trial }
+                    claim(machine.runState == .shutdown, "trial \(trial): the machine is \(machine.runState)")
+                    try machine.reset()
+                }
+                claim(refusals > 0, "no migration met the end of the guest; it needs \(typical) ns")
+            }
+        }
+    }
+
     @Test("every command that does not fit the run state is refused with a sentence and changes nothing")
     func runStates() async {
         await #expect(processExitsWith: .success) {
@@ -149,14 +188,14 @@ struct RunningMachineTests {
                 expect(.running, machine)
                 machine.startAfterMigration(running: false)
                 expect(.running, machine)
-                claim(machine.stopForMigration(), "the guest ran and that was not said")
+                claim(try machine.stopForMigration(), "the guest ran and that was not said")
                 expect(.finishMigrate, machine)
                 machine.pause()
                 refused("a migration is about to finish", machine) { try machine.resume() }
                 refused("system_reset: not while", machine) { try machine.reset() }
                 machine.resumeAfterMigration(wasRunning: true)
                 expect(.running, machine)
-                _ = machine.stopForMigration()
+                _ = try machine.stopForMigration()
                 machine.handOver()
                 expect(.postMigrate, machine)
                 machine.pause()

@@ -78,6 +78,31 @@ struct FailedMigrationTests {
     }
 
     @Test(
+        "a destination that never stops talking costs no memory and keeps neither a cancel nor a deadline waiting",
+        .timeLimit(.minutes(1)), arguments: [false, true])
+    func chatter(isCancelled: Bool) async {
+        await #expect(processExitsWith: .success) { [isCancelled] in
+            Child.run(seconds: 40) {
+                let source = try Migrator.source("idle,fill=2M", mebibytes: 16)
+                let (sourceEnd, farEnd) = try Socket.pair()
+                source.keep(sourceEnd, as: "out")
+                // PONGs to a PING nobody sent.
+                let pongs = [[UInt8]](repeating: [0, 2, 0, 4, 0, 0, 0, 7], count: 8192).flatMap { $0 }
+                let sent = Monitor(0)
+                _ = try HostThread(name: "chatter") {
+                    while (try? farEnd.writeAll(pongs)) != nil { sent.withLock { $0 += pongs.count } }
+                }
+                try source.migrate(to: .descriptor("out"))
+                try waitFor("four megabytes of chatter") { sent.withLock { $0 } > 4 << 20 }
+                // Without a cancel, the deadline for the destination's first words ends it.
+                if isCancelled { try source.cancel() }
+                try source.awaitEnd(isCancelled ? .cancelled : .failed, "after chatter")
+                try source.claimGuestRuns("after chatter")
+            }
+        }
+    }
+
+    @Test(
         "a migration whose peer stopped taking data is cancelled, and the next one completes", .timeLimit(.minutes(1)))
     func stalled() async {
         await #expect(processExitsWith: .success) {

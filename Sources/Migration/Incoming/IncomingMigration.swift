@@ -18,11 +18,16 @@ final class IncomingMigration: Sendable {
 
     private struct State {
         var core: DestinationCore
-        var channels: [ConnectionID: Channel] = [:]
         var connectionCount: UInt64 = 0
         var isOver = false
     }
     private let state: Mutex<State>
+    /// Under a lock of their own: they can be cancelled while the core is busy sending to one of them.
+    private let channels = Mutex<[ConnectionID: Channel]>([:])
+    /// How long a peer may keep the end of the process waiting, by not taking what it is told.
+    private static let farewellNanoseconds: UInt64 = 1_000_000_000
+    /// Until a listener that lacks descriptors or memory tries again.
+    private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     /// How long an arrived guest's process answers where the migration came in.
     private static let answeringNanoseconds: UInt64 = 60_000_000_000
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
@@ -65,6 +70,10 @@ final class IncomingMigration: Sendable {
 
     /// The process ends: the guest will never start here.
     func giveUp() {
+        _ = try? HostThread.detached(name: "migration-bye") { [self] in
+            Clock.sleep(nanoseconds: Self.farewellNanoseconds)
+            for channel in channels.withLock({ Array($0.values) }) { channel.cancel() }
+        }
         post(.giveUp)
         listener.close()
     }
@@ -72,19 +81,31 @@ final class IncomingMigration: Sendable {
     // MARK: Threads
 
     private func acceptConnections() {
-        while let channel = try? listener.accept() {
+        while let channel = nextChannel() {
             let id = state.withLock { state in
                 state.connectionCount += 1
-                let id = ConnectionID(state.connectionCount)
-                state.channels[id] = channel
-                return id
+                return ConnectionID(state.connectionCount)
             }
+            channels.withLock { $0[id] = channel }
             post(.accepted(id, answers: channel.kind == .socket))
             do throws(SystemError) {
                 _ = try HostThread(name: "migration-recv") { [self] in read(channel, id) }
             } catch {
                 post(.disconnected(id, error.description))
                 channel.cancel()
+            }
+        }
+    }
+
+    /// `nil` when no further one can come. A process short of descriptors or memory goes on when it has some again.
+    private func nextChannel() -> Channel? {
+        var isShort = false
+        while true {
+            do throws(ChannelError) { return try listener.accept() } catch {
+                guard case .system(let cause) = error else { return nil }
+                if !isShort { report(.notice("\(cause.description); trying again")) }
+                isShort = true
+                Clock.sleep(nanoseconds: Self.acceptPauseNanoseconds)
             }
         }
     }
@@ -117,7 +138,7 @@ final class IncomingMigration: Sendable {
                 default: post(.item(id, item))
                 }
                 // What the core closed is not read any further.
-                guard state.withLock({ $0.channels[id] != nil }) else { return }
+                guard channels.withLock({ $0[id] != nil }) else { return }
             }
             post(
                 receiver.failure.map { .rejected(id, $0.description) }
@@ -125,11 +146,11 @@ final class IncomingMigration: Sendable {
         } catch {
             post(.disconnected(id, "\(error)"))
         }
-        state.withLock { _ = $0.channels.removeValue(forKey: id) }
+        channels.withLock { _ = $0.removeValue(forKey: id) }
     }
 
     private func hangUp(_ channel: Channel, _ id: ConnectionID) {
-        state.withLock { _ = $0.channels.removeValue(forKey: id) }
+        channels.withLock { _ = $0.removeValue(forKey: id) }
         channel.cancel()
     }
 
@@ -158,20 +179,20 @@ final class IncomingMigration: Sendable {
                 // Whoever sees the last status sees the reason, too.
                 for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
                 for action in actions {
-                    if let answer = perform(action, &state) { events.append(answer) }
+                    if let answer = perform(action) { events.append(answer) }
                 }
             }
         }
     }
 
     /// - Returns: the event that answers the action, if it is known at once.
-    private func perform(_ action: DestinationAction, _ state: inout State) -> DestinationEvent? {
+    private func perform(_ action: DestinationAction) -> DestinationEvent? {
         switch action {
         case .send(let id, let bytes):
-            guard let channel = state.channels[id] else { return nil }
+            guard let channel = channels.withLock({ $0[id] }) else { return nil }
             do throws(ChannelError) { try channel.send(bytes) } catch { return .disconnected(id, error.description) }
         case .close(let id):
-            guard let channel = state.channels.removeValue(forKey: id) else { return nil }
+            guard let channel = channels.withLock({ $0.removeValue(forKey: id) }) else { return nil }
             // A peer that is gone already is no news.
             if channel.kind == .socket { try? channel.finish() }
             channel.cancel()

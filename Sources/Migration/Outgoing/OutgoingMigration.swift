@@ -27,6 +27,8 @@ final class OutgoingMigration: Sendable {
 
     private struct Inbox {
         var events: [SourceEvent] = []
+        /// How many events the core has taken so far.
+        var taken: UInt64 = 0
         var timers: [ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)] = [:]
         var isOver = false
     }
@@ -35,6 +37,8 @@ final class OutgoingMigration: Sendable {
     private let refusal = Mutex<String?>(nil)
     private let settleAttempts = Mutex(0)
     private static let settleAttemptLimit = 5
+    /// So many events wait for the core at most before the destination's next word is read.
+    private static let answerBacklogLimit = 64
     /// How long a peer may take for the last bytes of a migration that has ended.
     private static let farewellNanoseconds: UInt64 = 3_000_000_000
 
@@ -88,16 +92,19 @@ final class OutgoingMigration: Sendable {
     /// Posts an operator's command and waits until the core has taken it.
     private func command(_ event: SourceEvent) throws(MigrationError) {
         refusal.withLock { $0 = nil }
-        post(event)
-        inbox.wait(deadline: .after(seconds: 10)) { $0.events.isEmpty || $0.isOver ? () : nil }
+        let turn = post(event)
+        inbox.wait(deadline: .after(seconds: 10)) { $0.taken >= turn || $0.isOver ? () : nil }
         if let sentence = refusal.withLock({ $0 }) { throw MigrationError(sentence) }
     }
 
-    private func post(_ event: SourceEvent) {
+    /// - Returns: how many events the core has taken when it has taken this one.
+    @discardableResult
+    private func post(_ event: SourceEvent) -> UInt64 {
         inbox.withLock { inbox in
             inbox.events.append(event)
             // A round looks at this between two batches; a sign of life is no reason to end it.
             if event != .progressed { sender.eventsWait = true }
+            return inbox.taken + UInt64(inbox.events.count)
         }
     }
 
@@ -111,7 +118,8 @@ final class OutgoingMigration: Sendable {
             for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
             for action in actions { perform(action, core.phase) }
             inbox.withLock { inbox in
-                if !inbox.events.isEmpty { inbox.events.removeFirst() }
+                inbox.events.removeFirst()
+                inbox.taken += 1
                 sender.eventsWait = inbox.events.contains { $0 != .progressed }
             }
         }
@@ -122,12 +130,13 @@ final class OutgoingMigration: Sendable {
         while true {
             let next = inbox.withLock { $0.timers.values.map(\.deadline).min() } ?? .never
             let event = inbox.wait(deadline: next) { inbox -> SourceEvent?? in
+                // Behind what came before, but not behind all that comes: a peer that never falls silent must not stop the clock.
+                for due in inbox.timers.values.filter(\.deadline.hasPassed) {
+                    inbox.timers[due.timer.kind] = nil
+                    inbox.events.append(.timer(due.timer))
+                }
                 if let first = inbox.events.first { return .some(first) }
-                if inbox.isOver { return .some(nil) }
-                guard let due = inbox.timers.values.first(where: { $0.deadline.hasPassed }) else { return nil }
-                inbox.timers[due.timer.kind] = nil
-                inbox.events.append(.timer(due.timer))
-                return .some(.timer(due.timer))
+                return inbox.isOver ? .some(nil) : nil
             }
             if let event { return event }
         }
@@ -144,10 +153,12 @@ final class OutgoingMigration: Sendable {
         case .interruptRound: sender.interruptRound()
         case .stopGuest:
             statistics.beginDowntime()
-            let wasRunning = machine.stopForMigration()
-            statistics.mark(.stop)
-            stoppedGuest.withLock { $0 = wasRunning }
-            post(.guestStopped(wasRunning: wasRunning))
+            do throws(MachineError) {
+                let wasRunning = try machine.stopForMigration()
+                statistics.mark(.stop)
+                stoppedGuest.withLock { $0 = wasRunning }
+                post(.guestStopped(wasRunning: wasRunning))
+            } catch { post(.stopFailed(error.description)) }
         case .resumeGuest:
             statistics.endDowntime(completed: false)
             machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
@@ -181,7 +192,10 @@ final class OutgoingMigration: Sendable {
         let connector = Connector(descriptors: descriptors)
         let address = address
         let token: CancelToken
-        do throws(SystemError) { token = try CancelToken() } catch { return post(.connectFailed(error.description)) }
+        do throws(SystemError) { token = try CancelToken() } catch {
+            post(.connectFailed(error.description))
+            return
+        }
         connecting.withLock { $0 = token }
         startThread("migration-conn") { [self] in
             do throws(ChannelError) {
@@ -224,17 +238,32 @@ final class OutgoingMigration: Sendable {
         var buffer = ReceiveBuffer(capacity: 4096)
         do {
             while true {
-                while let message = try decoder.next(from: &buffer) { post(.received(message)) }
+                while let message = try decoder.next(from: &buffer) {
+                    guard waitForRoom() else { return }
+                    post(.received(message))
+                }
                 let count = try unsafe buffer.fill(atLeast: 1024) { (room) throws(ChannelError) in
                     try unsafe channel.receive(into: room)
                 }
-                guard count > 0 else { return post(.disconnected("the destination closed the connection")) }
+                guard count > 0 else {
+                    post(.disconnected("the destination closed the connection"))
+                    return
+                }
             }
         } catch let error as StreamError {
             post(.disconnected(error.description))
         } catch {
             post(.disconnected("\(error)"))
         }
+    }
+
+    /// A destination that talks faster than the core listens waits in its socket, not in our memory; and whatever else comes, such
+    /// as a cancel, has only so much before it. - Returns: whether the migration still goes on.
+    private func waitForRoom() -> Bool {
+        inbox.wait { inbox -> Bool? in
+            if inbox.isOver { return false }
+            return inbox.events.count < Self.answerBacklogLimit ? true : nil
+        } ?? false
     }
 
     private func startTracking() {
