@@ -22,6 +22,8 @@ public final class Descriptor: Sendable {
     )
         throws(SystemError) -> Descriptor
     {
+        // The kernel would take what is before the zero byte, which is another file.
+        guard !path.utf8.contains(0) else { throw SystemError("open", path, code: EINVAL, remedy: remedy) }
         let number = unsafe Glibc.open(path, flags | O_CLOEXEC, mode)
         guard number >= 0 else { throw .last("open", path, remedy: remedy) }
         return Descriptor(owning: number, name: path)

@@ -55,6 +55,11 @@ import Testing
 }
 
 @Suite struct SocketTests {
+    @Test("a path with a zero byte is refused, and names no other file")
+    func zeroByte() {
+        #expect(throws: SystemError.self) { try Descriptor.open("/dev/null\0x", 0) }
+    }
+
     @Test("a wait ends at its deadline with a sentence that names the object")
     func deadline() throws {
         let (a, _b) = try Socket.pair()
