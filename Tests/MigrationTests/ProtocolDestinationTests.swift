@@ -222,6 +222,24 @@ struct ProtocolDestinationTests {
         #expect(driver.core.phase == .failed)
     }
 
+    @Test("where no second source can come, the end of the only connection is the end", arguments: [false, true])
+    func lastChance(isEarly: Bool) {
+        var driver = Driver()
+        driver.feed(.accepted(Driver.id, answers: false))
+        if isEarly { driver.feed(.noFurtherConnection) }
+        #expect(driver.core.phase == .waiting)
+        driver.feed(.rejected(Driver.id, "garbage"))
+        if !isEarly { driver.feed(.noFurtherConnection) }
+        #expect(driver.outcome == .failed("garbage"))
+        #expect(driver.core.status == .failed)
+
+        driver = Driver()
+        driver.open()
+        driver.feed(.noFurtherConnection)
+        driver.feed(.rejected(Driver.id, "other garbage"))
+        #expect(driver.outcome == .failed("other garbage"))
+    }
+
     @Test("a stranger does not keep the real source out")
     func strangers() {
         var driver = Driver()

@@ -102,6 +102,7 @@ final class IncomingMigration: Sendable {
         var isShort = false
         while true {
             do throws(ChannelError) { return try listener.accept() } catch {
+                if case .unusable = error { post(.noFurtherConnection) }
                 guard case .system(let cause) = error else { return nil }
                 if !isShort { report(.notice("\(cause.description); trying again")) }
                 isShort = true

@@ -101,7 +101,7 @@ extension DestinationCore {
             }
             actions.append(.close(source))
         }
-        let isSpoiled = memoryWasTouched
+        let isSpoiled = memoryWasTouched || isLastChance
         forget()
         enter(isSpoiled ? .failed : .waiting, deadline: nil, &actions)
         report(isSpoiled ? .failed : .none, &actions)

@@ -28,7 +28,21 @@ extension DestinationCore {
         guard let visitor = visitors.removeValue(forKey: connection) else { return }
         cancelTimer(.visitor(connection), &actions)
         actions.append(.close(connection))
-        if visitor.wish == .unknown { actions.append(.turnedAway(connection, reason)) }
+        guard visitor.wish == .unknown else { return }
+        actions.append(.turnedAway(connection, reason))
+        lastDismissal = reason
+        failIfForsaken(&actions)
+    }
+
+    mutating func noFurtherConnection(_ actions: inout [DestinationAction]) {
+        isLastChance = true
+        failIfForsaken(&actions)
+    }
+
+    /// Nobody is left who could become the source, and nobody can come.
+    private mutating func failIfForsaken(_ actions: inout [DestinationAction]) {
+        guard isLastChance, phase == .waiting, visitors.isEmpty else { return }
+        fail(lastDismissal ?? "no source can come any more", &actions)
     }
 
     /// A visitor names its machine: it wants to be the source.

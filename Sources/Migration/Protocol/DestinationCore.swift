@@ -53,6 +53,10 @@ public struct DestinationCore: Sendable {
 
     var timers = TimerLedger()
     var visitors: [ConnectionID: Visitor] = [:]
+    /// No connection comes after those that are here.
+    var isLastChance = false
+    /// Why the last visitor was not the source.
+    var lastDismissal: String?
     /// Migrations that were begun here and will never start, oldest first.
     var history: [MigrationIdentifier] = []
 
@@ -92,6 +96,7 @@ public struct DestinationCore: Sendable {
         case .guestStarted(let nanoseconds): guestStarted(nanoseconds, &actions)
         case .startFailed(let reason): startFailed(reason, &actions)
         case .timer(let timer): fired(timer, &actions)
+        case .noFurtherConnection: noFurtherConnection(&actions)
         case .giveUp: giveUp(&actions)
         }
         return actions

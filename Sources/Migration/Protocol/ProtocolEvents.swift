@@ -285,6 +285,8 @@ public enum DestinationEvent: Hashable, Sendable {
     /// No vCPU ever entered the guest, and none will.
     case startFailed(String)
     case timer(ProtocolTimer)
+    /// The address brings no further connection: a file, a command or a connected descriptor brings one.
+    case noFurtherConnection
     /// The operator gives up this destination (`quit`): the guest will never start here.
     case giveUp
 }
