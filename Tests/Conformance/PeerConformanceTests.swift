@@ -87,6 +87,7 @@ struct PeerConformanceTests {
     func ourOtherSize() throws {
         let source = try bench.startQEMU("source", byteCount: byteCount, ram: image.path)
         let destination = try startGodwit("destination", byteCount * 2)
+        try waitsForAnswer(source)
         try source.migrate(to: "tcp:127.0.0.1:\(destination.port())")
         #expect(destination.waitForLog("start both with the same memory size"), "\(destination.log)")
         try source.waitForMigration("failed")
@@ -98,6 +99,7 @@ struct PeerConformanceTests {
     func otherMachine() throws {
         let pc = try bench.startQEMU("pc", byteCount: byteCount, machine: "pc,accel=tcg", ["-S"])
         let destination = try startGodwit("destination")
+        try waitsForAnswer(pc)
         try pc.migrate(to: "tcp:127.0.0.1:\(destination.port())")
         #expect(destination.waitForLog("the source is a 'pc-i440fx-"), "\(destination.log)")
         #expect(destination.log.contains("this one is 'none'"))
@@ -114,6 +116,12 @@ struct PeerConformanceTests {
     }
 
     // MARK: Steps
+
+    /// Without its return path QEMU calls a migration completed once the kernel has taken the stream, read or not.
+    private func waitsForAnswer(_ qemu: VM) throws {
+        try qemu.client.execute(
+            "migrate-set-capabilities", ["capabilities": [["capability": "return-path", "state": true]]])
+    }
 
     private func startQEMU(_ name: String) throws -> VM {
         try bench.startQEMU(name, byteCount: byteCount, ["-incoming", "tcp:127.0.0.1:0"])
