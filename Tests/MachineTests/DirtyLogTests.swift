@@ -219,10 +219,14 @@ struct DirtyLogTests {
                         writes.add(1, ordering: .relaxed)
                     }
                 }
-                for _ in 0..<10 { try shadow.round() }
+                // On a busy machine ten rounds can be over before the writer was given a processor.
+                var rounds = 0
+                while rounds < 10 || writes.load(ordering: .relaxed) <= 100 {
+                    try shadow.round()
+                    rounds += 1
+                }
                 isOver.store(true, ordering: .relaxed)
                 writer.join()
-                claim(writes.load(ordering: .relaxed) > 100, "the writer hardly ran")
                 try shadow.finish()
             }
         }

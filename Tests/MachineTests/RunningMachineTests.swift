@@ -214,13 +214,8 @@ struct RunningMachineTests {
                 refused("system_reset: not while", incoming) { try incoming.reset() }
                 incoming.startAfterMigration(running: false)
                 expect(.paused, incoming)
-                try incoming.resume()
-                refused("not told what to boot", incoming) {
-                    do { try incoming.reset() } catch {
-                        claim(incoming.runState == .running, "a reset without anything to boot spoils the guest")
-                        throw error
-                    }
-                }
+                // It is not run: nothing was loaded, and its vCPU would only fail at the reset vector.
+                refused("not told what to boot", incoming) { try incoming.reset() }
 
                 let leaving = try VirtualMachine.bootSector(BootCode.loader(sector1: "", sector2: ""))
                 try leaving.resume()
