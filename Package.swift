@@ -53,11 +53,17 @@ let package = Package(
             "QMP",
             standsOn: ["Host", "GuestMemory", "Accelerator", "GuestPrograms", "Machine", "Migration", "Transport"]),
         room("CommandLineKit", standsOn: ["CLinux", "Host", "QMP"]),
+        room(
+            "Benchmarks",
+            standsOn: [
+                "Host", "GuestMemory", "Accelerator", "KVM", "GuestPrograms", "Machine", "Migration", "QMP",
+                "CommandLineKit",
+            ]),
         .executableTarget(
             name: "godwit",
             dependencies: [
                 "Accelerator", "Host", "GuestMemory", "GuestPrograms", "MigrationStream", "Machine", "Migration",
-                "QMP", "Transport", "CommandLineKit", argumentParser, logging,
+                "QMP", "Transport", "CommandLineKit", "Benchmarks", argumentParser, logging,
             ],
             swiftSettings: house),
 
@@ -73,6 +79,7 @@ let package = Package(
         tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),
+        tests("BenchmarksTests", of: ["Benchmarks"]),
         // Tests that start real processes.
         .target(name: "TestSupport", dependencies: ["Host", "QMP"], path: "Tests/Support", swiftSettings: house),
         tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream", "TestSupport"]),

@@ -94,9 +94,10 @@ public protocol Accelerator: AnyObject, Sendable {
     var cpus: [any VirtualCPU] { get }
     /// Raises or lowers an interrupt line of the board (ISA numbers).
     func setInterruptLine(_ line: UInt32, level: Bool)
-    /// A tracker of the guest's writes for one client, such as one migration. The client that starts last has the tracking: it
-    /// ends that of an earlier one.
-    var dirtyTracker: any DirtyTracker { get }
+    /// A new tracker of the guest's writes for one client, such as one migration. A later tracker of the same client ends the earlier.
+    func dirtyTracker(for client: DirtyClient) -> any DirtyTracker
+    /// Dirty rates and limits by vCPU; `nil` where tracking cannot tell vCPUs apart (without a dirty ring).
+    var dirtyRateControl: (any DirtyRateControl)? { get }
     /// State that belongs to no single CPU: interrupt controllers, timer, clock.
     func saveSystem() throws(AcceleratorError) -> [SystemState]
     /// Loads one section of `saveSystem`. - Throws: naming the section that does not fit.

@@ -4,7 +4,7 @@ public import Host
 ///
 /// Words that were never set cost neither memory nor time: the storage is untouched anonymous memory, and every walk goes by the
 /// summary. Work is done on 64 pages at a time with a masked head and tail. Not thread-safe: it belongs to one thread at a time.
-@safe public final class DirtyBitmap {
+@safe public final class DirtyBitmap: DirtyPages {
     public let pageCount: UInt64
     /// Dirty pages.
     public private(set) var count: UInt64 = 0
@@ -23,8 +23,6 @@ public import Host
         unsafe word = UnsafeMutablePointer(bitPattern: words.hostAddress(at: 0))!
         unsafe mark = UnsafeMutablePointer(bitPattern: summary.hostAddress(at: 0))!
     }
-
-    public var isEmpty: Bool { count == 0 }
 
     /// Marks a range of pages.
     public func set(_ pages: Range<PageIndex>) {
@@ -47,7 +45,7 @@ public import Host
     }
 
     /// Merges what a tracker reported: bit i of `reported` is page `first` + i. `first` is a multiple of 64.
-    public func merge(_ reported: UnsafeBufferPointer<UInt64>, at first: PageIndex) {
+    @unsafe public func merge(_ reported: UnsafeBufferPointer<UInt64>, at first: PageIndex) {
         precondition(first.value % 64 == 0, "reports start at a multiple of 64 pages")
         let start = Int(first.value / 64)
         let limit = Int((pageCount + 63) / 64)

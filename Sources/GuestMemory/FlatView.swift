@@ -4,12 +4,18 @@ public struct FlatRange: Sendable {
     public let byteCount: UInt64
     public let block: RAMBlock
     public let offset: RAMOffset
+    /// Guest writes are discarded.
+    public let isReadOnly: Bool
 
-    public init(guestAddress: GuestPhysicalAddress, byteCount: UInt64, block: RAMBlock, offset: RAMOffset) {
+    public init(
+        guestAddress: GuestPhysicalAddress, byteCount: UInt64, block: RAMBlock, offset: RAMOffset,
+        isReadOnly: Bool = false
+    ) {
         self.guestAddress = guestAddress
         self.byteCount = byteCount
         self.block = block
         self.offset = offset
+        self.isReadOnly = isReadOnly
     }
 
     public var end: GuestPhysicalAddress { guestAddress + byteCount }

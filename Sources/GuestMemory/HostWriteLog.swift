@@ -27,7 +27,7 @@ public final class HostWriteLog: Sendable {
     }
 
     /// Moves what was recorded into the bitmaps, one per block.
-    public func collect(_ blocks: [RAMBlock], into bitmaps: [DirtyBitmap]) {
+    public func collect(_ blocks: [RAMBlock], into bitmaps: [any DirtyPages]) {
         let pages = state.withLock { state in
             let pages = state.pages
             state.pages = [:]

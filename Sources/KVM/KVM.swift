@@ -17,7 +17,7 @@ public final class KVMAccelerator: Accelerator {
     /// The frequency of the guest's time stamp counter, in kHz.
     public let tscKilohertz: UInt64
     let machine: Descriptor
-    private let makeTracker: @Sendable () -> KVMDirtyLog
+    private let makeTracker: @Sendable (DirtyClient) -> KVMDirtyLog
     /// The system's state after creation, to which a reset returns.
     let powerOn: [SystemState]
 
@@ -43,10 +43,14 @@ public final class KVMAccelerator: Accelerator {
         tscKilohertz = try made[0].tscKilohertz()
         powerOn = try Self.systemState(of: machine)
         let (machine, mode, owner) = (machine, system.dirtyLogMode(machine), KVMDirtyLog.Owner())
-        makeTracker = { KVMDirtyLog(machine: machine, slots: slots, memory: memory, mode, owner: owner) }
+        makeTracker = {
+            KVMDirtyLog(machine: machine, slots: slots, memory: memory, mode, owner: owner, client: $0)
+        }
     }
 
-    public var dirtyTracker: any DirtyTracker { makeTracker() }
+    public func dirtyTracker(for client: DirtyClient) -> any DirtyTracker { makeTracker(client) }
+
+    public var dirtyRateControl: (any DirtyRateControl)? { nil }
 
     private static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.

@@ -7,6 +7,8 @@ import Synchronization
 
 /// Dirty tracking by KVM's dirty log: a bitmap per memory slot.
 ///
+/// Until slots can change, each has one piece.
+///
 /// Slots in which nothing is allocated cost nothing: nobody can have written there. When a page appears in one, its log is turned
 /// on first and everything found in it afterwards counts as written. In manual mode (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 with
 /// INITIALLY_SET) starting freezes nobody: all pages of a slot begin as dirty, and are write-protected only as they are sent.
@@ -16,7 +18,9 @@ import Synchronization
 final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     enum Mode { case manual, automatic }
 
+    let client: DirtyClient
     let method = "log"
+    let cpuNanoseconds: UInt64 = 0
     /// Who has the log of a machine; held during every use of it.
     typealias Turn = Mutex<KVMDirtyLog?>
 
@@ -27,7 +31,8 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     private let machine: Descriptor
     private let memory: GuestMemory
     private let mode: Mode
-    private let slots: [KVMSlots.Slot]
+    private let table: KVMSlots
+    private let slots: [Slot]
     private var logs: [State]
     /// A slot's log as the kernel gives it; kept, because a fresh one costs as much as reading the log.
     private var words: [UInt64] = []
@@ -46,13 +51,23 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     /// So many holes in a slot, and looking into them each time costs more than clearing their bits once.
     private static let fragmentedHoles = 1024
 
-    init(machine: Descriptor, slots: KVMSlots, memory: GuestMemory, _ mode: Mode, owner: Owner) {
+    init(machine: Descriptor, slots: KVMSlots, memory: GuestMemory, _ mode: Mode, owner: Owner, client: DirtyClient) {
+        self.client = client
         self.owner = owner
         self.machine = machine
         self.memory = memory
         self.mode = mode
+        table = slots
         self.slots = slots.slots
         logs = Array(repeating: .untouched, count: slots.slots.count)
+    }
+
+    func makePages() throws(AcceleratorError) -> [any DirtyPages] {
+        do throws(SystemError) {
+            var pages: [any DirtyPages] = []
+            for block in memory.blocks { pages.append(try DirtyBitmap(pageCount: block.pageCount)) }
+            return pages
+        } catch { throw AcceleratorError(error.description) }
     }
 
     func start() throws(AcceleratorError) {
@@ -76,7 +91,7 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         memory.hostWrites.setRecording(false)
         for (slot, state) in zip(slots, logs) where state.isLogged {
             // Turning logging off only drops the bitmap; the slot itself was accepted before.
-            try? KVMSlots.set(slot, on: machine, logging: false)
+            try? table.set(slot, logging: false)
         }
         logs = Array(repeating: .untouched, count: slots.count)
     }
@@ -90,17 +105,17 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         }
     }
 
-    func collect(into bitmaps: [DirtyBitmap]) throws(AcceleratorError) {
+    func collect(into bitmaps: [any DirtyPages]) throws(AcceleratorError) {
         try whileOn { () throws(AcceleratorError) in try collectAll(into: bitmaps) }
     }
 
-    private func collectAll(into bitmaps: [DirtyBitmap]) throws(AcceleratorError) {
+    private func collectAll(into bitmaps: [any DirtyPages]) throws(AcceleratorError) {
         memory.hostWrites.collect(memory.blocks, into: bitmaps)
         for index in slots.indices {
             let slot = slots[index]
             if case .untouched = logs[index] {
                 guard try isTouched(slot) else { continue }
-                try KVMSlots.set(slot, on: machine, logging: true)
+                try table.set(slot, logging: true)
                 logs[index] = try firstState(of: slot, into: bitmaps[slot.block])
             }
             try collect(index, into: bitmaps[slot.block])
@@ -108,13 +123,13 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     }
 
     /// After the log was turned on: what is there already counts as written.
-    private func firstState(of slot: KVMSlots.Slot, into bitmap: DirtyBitmap) throws(AcceleratorError) -> State {
+    private func firstState(of slot: Slot, into bitmap: any DirtyPages) throws(AcceleratorError) -> State {
         guard mode == .automatic else { return .masked(holes: [slot.pages]) }
         for run in try allocatedRuns(slot, in: slot.pages) { bitmap.set(run) }
         return .whole
     }
 
-    private func collect(_ index: Int, into bitmap: DirtyBitmap) throws(AcceleratorError) {
+    private func collect(_ index: Int, into bitmap: any DirtyPages) throws(AcceleratorError) {
         let slot = slots[index]
         // Holes first: a page that appears after this look keeps its bit for the next time.
         if case .masked(let holes) = logs[index] {
@@ -142,11 +157,11 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         }
     }
 
-    private static func bits(_ pages: Range<PageIndex>, of slot: KVMSlots.Slot) -> Range<UInt64> {
+    private static func bits(_ pages: Range<PageIndex>, of slot: Slot) -> Range<UInt64> {
         (pages.lowerBound.value - slot.pages.lowerBound.value)..<(pages.upperBound.value - slot.pages.lowerBound.value)
     }
 
-    private func readLog(_ slot: KVMSlots.Slot, into words: inout [UInt64]) throws(AcceleratorError) {
+    private func readLog(_ slot: Slot, into words: inout [UInt64]) throws(AcceleratorError) {
         var request = unsafe kvm_dirty_log()
         unsafe request.slot = slot.number
         // SAFETY: the kernel writes one bit per page of the slot, rounded up to words: the size of `words`.
@@ -177,7 +192,8 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     }
 
     /// Clears the bits of holes for good. A page that appears meanwhile is reported, whether its bit was cleared or not.
-    private func clear(_ holes: [Range<PageIndex>], _ index: Int, into bitmap: DirtyBitmap) throws(AcceleratorError) {
+    private func clear(_ holes: [Range<PageIndex>], _ index: Int, into bitmap: any DirtyPages) throws(AcceleratorError)
+    {
         let slot = slots[index]
         var mask = [UInt64](repeating: 0, count: Int((slot.pageCount + 63) / 64))
         for hole in holes { Self.set(&mask, Self.bits(hole, of: slot)) }
@@ -194,12 +210,13 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         logs[index] = .whole
     }
 
-    func willSend(_ pages: Range<PageIndex>, of block: Int, marked bitmap: DirtyBitmap) throws(AcceleratorError) {
+    func willSend(_ pages: Range<PageIndex>, of block: Int, marked bitmap: any DirtyPages) throws(AcceleratorError) {
         guard mode == .manual else { return }
         try whileOn { () throws(AcceleratorError) in try watch(pages, of: block, marked: bitmap) }
     }
 
-    private func watch(_ pages: Range<PageIndex>, of block: Int, marked bitmap: DirtyBitmap) throws(AcceleratorError) {
+    private func watch(_ pages: Range<PageIndex>, of block: Int, marked bitmap: any DirtyPages) throws(AcceleratorError)
+    {
         for (slot, state) in zip(slots, logs) where slot.block == block && state.isLogged {
             let part = pages.clamped(to: slot.pages)
             guard !part.isEmpty else { continue }
@@ -218,7 +235,7 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
     }
 
     private func clear(
-        _ slot: KVMSlots.Slot, first: UInt64, count: UInt64, _ words: UnsafePointer<UInt64>
+        _ slot: Slot, first: UInt64, count: UInt64, _ words: UnsafePointer<UInt64>
     )
         throws(AcceleratorError)
     {
@@ -232,17 +249,22 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
 
     // MARK: What is allocated
 
-    private func isTouched(_ slot: KVMSlots.Slot) throws(AcceleratorError) -> Bool {
+    private func isTouched(_ slot: Slot) throws(AcceleratorError) -> Bool {
         do throws(SystemError) { return try memory.blocks[slot.block].isAllocated(in: slot.pages) } catch {
             throw AcceleratorError(error.description)
         }
     }
 
     private func allocatedRuns(
-        _ slot: KVMSlots.Slot, in pages: Range<PageIndex>
+        _ slot: Slot, in pages: Range<PageIndex>
     ) throws(AcceleratorError) -> [Range<PageIndex>] {
         do throws(SystemError) { return try memory.blocks[slot.block].allocatedRuns(in: pages) } catch {
             throw AcceleratorError(error.description)
         }
     }
+}
+
+extension Slot {
+    var block: Int { pieces[0].block }
+    var pages: Range<PageIndex> { pieces[0].blockPages }
 }

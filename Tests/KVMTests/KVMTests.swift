@@ -132,7 +132,7 @@ struct KVMMachineTests {
     @Test("tracking that is not on is refused, not answered with nothing")
     func notStarted() throws {
         let memory = try memory(1 << 20)
-        let tracker = try KVMAccelerator(memory: memory, cpuCount: 1).dirtyTracker
+        let tracker = try KVMAccelerator(memory: memory, cpuCount: 1).dirtyTracker(for: .migration)
         let bitmap = try DirtyBitmap(pageCount: 256)
         #expect(throws: AcceleratorError.self) { try tracker.collect(into: [bitmap]) }
         try tracker.start()

@@ -9,7 +9,7 @@ import Machine
 @safe final class ShadowMemory {
     let machine: VirtualMachine
     let tracker: any DirtyTracker
-    let bitmap: DirtyBitmap
+    let bitmap: any DirtyPages
     let block: RAMBlock
     private(set) var reported: UInt64 = 0
     /// Every page that was ever reported.
@@ -24,9 +24,9 @@ import Machine
 
     init(of machine: VirtualMachine) throws {
         self.machine = machine
-        tracker = machine.accelerator!.dirtyTracker
+        tracker = machine.accelerator!.dirtyTracker(for: .migration)
         let source = machine.memory.blocks[0]
-        bitmap = try DirtyBitmap(pageCount: source.pageCount)
+        bitmap = try tracker.makePages()[0]
         everReported = try DirtyBitmap(pageCount: source.pageCount)
         block = try RAMBlock(name: "shadow", byteCount: source.byteCount, backing: .memfd)
     }

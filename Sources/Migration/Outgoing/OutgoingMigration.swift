@@ -52,7 +52,7 @@ final class OutgoingMigration: Sendable {
         self.descriptors = descriptors
         self.report = report
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
-        tracker = machine.accelerator?.dirtyTracker
+        tracker = machine.accelerator?.dirtyTracker(for: .migration)
         var policy = SwitchoverPolicy(downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000)
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
@@ -61,9 +61,13 @@ final class OutgoingMigration: Sendable {
             migration: .random(), machineName: machine.configuration.streamName, blocks: blocks,
             catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
         statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
-        do throws(SystemError) {
-            sender = try StreamSender(machine.memory, blocks: blocks, tracker: tracker, statistics: statistics)
-        } catch { throw MigrationError(error.description) }
+        do {
+            // A machine without vCPUs has no tracker: what is allocated is sent once.
+            let bitmaps: [any DirtyPages] =
+                try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
+            sender = try StreamSender(
+                machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics)
+        } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
 

@@ -15,7 +15,7 @@ struct RoundSender: ~Copyable {
     }
 
     private let memory: GuestMemory
-    private let bitmaps: [DirtyBitmap]
+    private let bitmaps: [any DirtyPages]
     private var encoder: RAMRecordEncoder
     private var firstCollect = true
     /// Where record heads stand while they are sent.
@@ -30,9 +30,8 @@ struct RoundSender: ~Copyable {
     /// A classic record needs two entries of the vector.
     private static let classicPages: UInt64 = 256
 
-    init(_ memory: GuestMemory, blocks: [RAMBlockDescription]) throws(SystemError) {
-        var bitmaps: [DirtyBitmap] = []
-        for block in memory.blocks { bitmaps.append(try DirtyBitmap(pageCount: block.pageCount)) }
+    /// - Parameter bitmaps: empty records of dirty pages, one per block.
+    init(_ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: [any DirtyPages]) throws(SystemError) {
         let heads = try Mapping(anonymousByteCount: 256 << 10)
         self.memory = memory
         self.bitmaps = bitmaps

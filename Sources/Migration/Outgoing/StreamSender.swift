@@ -28,11 +28,11 @@ final class StreamSender: Sendable {
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
-        statistics: OutgoingStatistics
+        bitmaps: [any DirtyPages], statistics: OutgoingStatistics
     ) throws(SystemError) {
         self.tracker = tracker
         self.statistics = statistics
-        round = Mutex(try RoundSender(memory, blocks: blocks))
+        round = Mutex(try RoundSender(memory, blocks: blocks, bitmaps: bitmaps))
     }
 
     /// Events wait for the core: a round that is not the last one ends at the next batch.

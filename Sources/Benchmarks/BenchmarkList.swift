@@ -1,0 +1,4 @@
+/// All benchmarks, in the order of `godwit bench --list`.
+public enum BenchmarkList {
+    public static let all: [any Benchmark.Type] = []
+}
