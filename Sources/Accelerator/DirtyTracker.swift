@@ -8,7 +8,7 @@ public import GuestMemory
 public protocol DirtyTracker: AnyObject, Sendable {
     var client: DirtyClient { get }
     /// Empty records for `collect`, one per RAM block, of the kind that suits this tracker.
-    func makePages() throws(AcceleratorError) -> [any DirtyPages]
+    func makePages() throws(AcceleratorError) -> sending [any DirtyPages]
     /// Starts tracking. The first `collect` reports every page that was ever touched.
     func start() throws(AcceleratorError)
     /// Adds pages written since they were last sent to `pages`, one record per RAM block in order. Clears them for this client alone.

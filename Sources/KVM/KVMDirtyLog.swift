@@ -62,7 +62,7 @@ final class KVMDirtyLog: DirtyTracker, @unchecked Sendable {
         logs = Array(repeating: .untouched, count: slots.slots.count)
     }
 
-    func makePages() throws(AcceleratorError) -> [any DirtyPages] {
+    func makePages() throws(AcceleratorError) -> sending [any DirtyPages] {
         do throws(SystemError) {
             var pages: [any DirtyPages] = []
             for block in memory.blocks { pages.append(try DirtyBitmap(pageCount: block.pageCount)) }

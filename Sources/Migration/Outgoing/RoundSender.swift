@@ -31,7 +31,7 @@ struct RoundSender: ~Copyable {
     private static let classicPages: UInt64 = 256
 
     /// - Parameter bitmaps: empty records of dirty pages, one per block.
-    init(_ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: [any DirtyPages]) throws(SystemError) {
+    init(_ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages]) throws(SystemError) {
         let heads = try Mapping(anonymousByteCount: 256 << 10)
         self.memory = memory
         self.bitmaps = bitmaps

@@ -28,7 +28,7 @@ final class StreamSender: Sendable {
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
-        bitmaps: [any DirtyPages], statistics: OutgoingStatistics
+        bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics
     ) throws(SystemError) {
         self.tracker = tracker
         self.statistics = statistics
