@@ -32,3 +32,25 @@ public enum DirtyTrackingChoice: Sendable, Equatable {
         }
     }
 }
+
+/// Which means of dirty tracking a machine has.
+public struct DirtyTrackingFacts: Sendable, Equatable, CustomStringConvertible {
+    /// `log` or `ring`.
+    public let method: String
+    /// Entries of each vCPU's ring; `nil` with the log.
+    public let ringEntries: Int?
+    /// Pages are write-protected chunk by chunk, as they are sent, instead of all at once (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    public let protectsManually: Bool
+
+    public init(method: String, ringEntries: Int?, protectsManually: Bool) {
+        self.method = method
+        self.ringEntries = ringEntries
+        self.protectsManually = protectsManually
+    }
+
+    /// `ring of 65536 entries, manual protect off`
+    public var description: String {
+        let means = ringEntries.map { "ring of \($0) entries" } ?? method
+        return "\(means), manual protect \(protectsManually ? "on" : "off")"
+    }
+}

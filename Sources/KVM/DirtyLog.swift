@@ -147,15 +147,19 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
                 }
                 let known = marked ?? chunk.marked.words(of: chunk.pages)
                 marked = known
-                try clear(slot, part, known, of: chunk, piece)
+                try clear(slot, part, known, of: chunk, piece, read: others.isEmpty ? nil : words)
             }
         }
         chunk.forgetMarked()
     }
 
     /// Clears the marked pages of a chunk in one slot, whatever the alignment is.
+    ///
+    /// - Parameter read: what others were told of. A bit that was set since stays, or they would never hear of it; one that was not set
+    ///   needs no clearing, because its page is watched.
     private func clear(
-        _ slot: Slot, _ part: Range<UInt64>, _ marked: [UInt64], of chunk: DirtyChunk, _ piece: Slot.Piece
+        _ slot: Slot, _ part: Range<UInt64>, _ marked: [UInt64], of chunk: DirtyChunk, _ piece: Slot.Piece,
+        read: [UInt64]?
     ) throws(AcceleratorError) {
         // The kernel takes whole words, or up to the end of the slot.
         let first = part.lowerBound / 64 * 64
@@ -179,6 +183,7 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
                 if !range.isEmpty { DirtyWords.set(UInt64(range.lowerBound)..<UInt64(range.upperBound), in: &bits) }
             }
         }
+        if let read { for index in bits.indices { bits[index] &= read[Int(first / 64) + index] } }
         try clear(slot, first: first, count: end - first, bits[...])
     }
 

@@ -38,7 +38,7 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
     /// Entries taken so far, from all rings.
     var mark: UInt64 { sum.taken.load(ordering: .sequentiallyConsistent) }
 
-    func makeRecord(pageCount: UInt64) throws(SystemError) -> any DirtyPages { try DirtyBitmap(pageCount: pageCount) }
+    func makeRecord(pageCount: UInt64) throws(SystemError) -> any DirtyPages { DirtySet(pageCount: pageCount) }
 
     func begin() throws(AcceleratorError) {
         do throws(SystemError) {

@@ -18,6 +18,7 @@ public final class KVMAccelerator: Accelerator {
     public let tscKilohertz: UInt64
     let machine: Descriptor
     private let tracking: DirtyTracking
+    public let dirtyTracking: DirtyTrackingFacts
     /// The system's state after creation, to which a reset returns.
     let powerOn: [SystemState]
 
@@ -51,10 +52,13 @@ public final class KVMAccelerator: Accelerator {
         tscKilohertz = try made[0].tscKilohertz()
         powerOn = try Self.systemState(of: machine)
         guard ringEntries != nil else {
-            let log = DirtyLog(machine: machine, memory: memory, system.dirtyLogMode(machine))
+            let mode = system.dirtyLogMode(machine)
+            let log = DirtyLog(machine: machine, memory: memory, mode)
+            dirtyTracking = DirtyTrackingFacts(method: "log", ringEntries: nil, protectsManually: mode == .manual)
             tracking = DirtyTracking(log, slots: slots, memory: memory)
             return
         }
+        dirtyTracking = DirtyTrackingFacts(method: "ring", ringEntries: ringEntries, protectsManually: false)
         let rings = DirtyRings(made.compactMap(\.ring), sum: sum, machine: machine, slots: slots, memory: memory)
         for cpu in made {
             if let ring = cpu.ring {
