@@ -11,7 +11,9 @@ extension KVMVirtualCPU {
     func run(_ bus: any Bus) -> ExitReason {
         if sleepWhilePaused() { return .interrupted }
         runner.withLock { $0 = pthread_self() }
+        guard enterGuest() else { return .failed("vcpu\(index): its dirty ring cannot be given back to the kernel") }
         let result = gw_kvm_run(descriptor.number, 0)
+        ring?.isInGuest.store(false, ordering: .releasing)
         hasPendingAccess = false
         guard result >= 0 else {
             if result == -EINTR || result == -EAGAIN { return .interrupted }
@@ -21,6 +23,14 @@ extension KVMVirtualCPU {
         return unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
             unsafe answer(area, area.baseAddress!.assumingMemoryBound(to: kvm_run.self), bus)
         }
+    }
+
+    /// Watched pages must be watched before the guest can write: see `DirtyRings.giveBack`. - Returns: whether they are.
+    private func enterGuest() -> Bool {
+        guard let ring else { return true }
+        ring.isInGuest.store(true, ordering: .sequentiallyConsistent)
+        guard ring.sum.isResetDue.load(ordering: .sequentiallyConsistent) else { return true }
+        return (try? whenResetIsDue?()) != nil
     }
 
     private func answer(
@@ -103,7 +113,10 @@ extension KVMVirtualCPU {
     func completePendingAccess() {
         guard hasPendingAccess else { return }
         setImmediateExit(true)
+        // What the guest is given may be written into its memory.
+        _ = enterGuest()
         _ = gw_kvm_run(descriptor.number, 0)
+        ring?.isInGuest.store(false, ordering: .releasing)
         hasPendingAccess = false
     }
 }
