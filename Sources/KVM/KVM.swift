@@ -35,7 +35,9 @@ public final class KVMAccelerator: Accelerator {
         self.machine = machine
         let ringEntries = try choice.ringEntries(limit: system.ringLimit)
         if let ringEntries { try system.enableRings(machine, entryCount: ringEntries) }
-        let slots = try KVMSlots(machine: machine, memory: memory, limit: system.slotLimit(machine))
+        let slots = try KVMSlots(
+            machine: machine, memory: memory, limit: system.slotLimit(machine),
+            granule: ringEntries.map { _ in KVMSlots.fineGranule(for: memory) })
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()
         var msrs = try system.msrIndices()

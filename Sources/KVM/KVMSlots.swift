@@ -65,8 +65,19 @@ final class KVMSlots: Sendable {
         return granule
     }
 
-    init(machine: Descriptor, memory: GuestMemory, limit: Int) throws(AcceleratorError) {
-        let granule = Self.granule(for: memory)
+    /// With a dirty ring the smallest part of memory that can be watched on its own is a slot: as small as a chunk that is sent, where
+    /// that makes not more than some 32.
+    static func fineGranule(for memory: GuestMemory) -> UInt64 {
+        var granule: UInt64 = 64 << 20
+        while memory.byteCount / granule > 32 { granule *= 2 }
+        return granule
+    }
+
+    /// - Parameter granule: slots start at multiples of this many bytes; large ones if left out.
+    init(
+        machine: Descriptor, memory: GuestMemory, limit: Int, granule: UInt64? = nil
+    ) throws(AcceleratorError) {
+        let granule = granule ?? Self.granule(for: memory)
         var slots: [Slot] = []
         for range in memory.view.ranges {
             guard let block = memory.blocks.firstIndex(where: { $0 === range.block }) else { continue }
