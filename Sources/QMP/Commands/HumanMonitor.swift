@@ -45,38 +45,40 @@ struct HumanMonitor: Sendable {
     }
 
     /// A command line that does not fit its command.
-    private struct Usage: Error {
+    struct Usage: Error {
         let command: String
         let sentence: String
     }
 
     // MARK: Commands
 
-    private static let help: [(usage: String, purpose: String)] = [
-        ("cont|c", "resume emulation"),
-        ("help|? [cmd]", "show the help"),
-        ("info [subcommand]", "show what is known about the system"),
-        ("migrate [-d] uri", "migrate to URI; it never waits for the end, so -d changes nothing"),
-        ("migrate_cancel", "cancel the current VM migration"),
-        ("migrate_continue state", "continue a migration that waits in the given state"),
-        ("migrate_incoming uri", "wait for a migration at URI"),
-        ("pmemsave addr size file", "save guest physical memory from 'addr' on, of size 'size', to a file"),
-        ("stop|s", "stop emulation"),
-        ("system_reset", "reset the system"),
-        ("xp /fmt addr", "show guest physical memory from 'addr' on; fmt is a count, o d u x or c, and b h w or g"),
-    ]
+    private static let help: [(usage: String, purpose: String)] =
+        [
+            ("cont|c", "resume emulation"),
+            ("help|? [cmd]", "show the help"),
+            ("info [subcommand]", "show what is known about the system"),
+            ("migrate [-d] uri", "migrate to URI; it never waits for the end, so -d changes nothing"),
+            ("migrate_cancel", "cancel the current VM migration"),
+            ("migrate_continue state", "continue a migration that waits in the given state"),
+            ("migrate_incoming uri", "wait for a migration at URI"),
+            ("pmemsave addr size file", "save guest physical memory from 'addr' on, of size 'size', to a file"),
+            ("stop|s", "stop emulation"),
+            ("system_reset", "reset the system"),
+            ("xp /fmt addr", "show guest physical memory from 'addr' on; fmt is a count, o d u x or c, and b h w or g"),
+        ] + dirtyRateHelp
 
-    private static let subjects: [(name: String, purpose: String)] = [
-        ("cpus", "show infos for each CPU"),
-        ("kvm", "show KVM information"),
-        ("memory_size_summary", "show the amount of memory in bytes"),
-        ("migrate", "show migration status"),
-        ("migrate_capabilities", "show current migration capabilities"),
-        ("migrate_parameters", "show current migration parameters"),
-        ("name", "show the current VM name"),
-        ("status", "show the current VM status (running|paused)"),
-        ("version", "show the version"),
-    ]
+    private static let subjects: [(name: String, purpose: String)] =
+        [
+            ("cpus", "show infos for each CPU"),
+            ("kvm", "show KVM information"),
+            ("memory_size_summary", "show the amount of memory in bytes"),
+            ("migrate", "show migration status"),
+            ("migrate_capabilities", "show current migration capabilities"),
+            ("migrate_parameters", "show current migration parameters"),
+            ("name", "show the current VM name"),
+            ("status", "show the current VM status (running|paused)"),
+            ("version", "show the version"),
+        ] + dirtyRateSubjects
 
     private func run(_ words: [String]) throws -> [String] {
         guard let first = words.first else { return [] }
@@ -97,16 +99,17 @@ struct HumanMonitor: Sendable {
         case "stop", "s", "cont", "c", "migrate_cancel", "system_reset":
             _ = try operands(rest, 0, of: first)
             try perform(["s": "stop", "c": "cont"][first] ?? first, [:])
+        case "calc_dirty_rate", "set_vcpu_dirty_limit", "cancel_vcpu_dirty_limit": return try dirtyRate(first, rest)
         default: return [Self.unknown(first)]
         }
         return []
     }
 
-    private func perform(_ command: String, _ arguments: [String: JSON]) throws {
+    func perform(_ command: String, _ arguments: [String: JSON]) throws {
         _ = try value(command, arguments)
     }
 
-    private func value(_ command: String, _ arguments: [String: JSON] = [:]) throws -> JSON {
+    func value(_ command: String, _ arguments: [String: JSON] = [:]) throws -> JSON {
         var request = try QMPRequest(["execute": .string(command)], outOfBandEnabled: false)
         request.arguments = arguments
         return try table.run(request).get()
@@ -120,7 +123,7 @@ struct HumanMonitor: Sendable {
         return words
     }
 
-    private func number(_ text: String, _ command: String) throws -> JSON {
+    func number(_ text: String, _ command: String) throws -> JSON {
         guard let number = MemoryListing.number(text) else {
             throw Usage(command: command, sentence: "\(command): '\(text)' is no number")
         }
@@ -152,6 +155,8 @@ struct HumanMonitor: Sendable {
         case "name": return [name]
         case "version":
             return ["\(table.version.major).\(table.version.minor).\(table.version.micro) (\(table.version.package))"]
+        case "dirty_rate": return try dirtyRateLines()
+        case "vcpu_dirty_limit": return try dirtyLimitLines()
         case "kvm": return ["kvm support: \(try value("query-kvm")["enabled"] == true ? "enabled" : "disabled")"]
         case "cpus":
             return machine.cpuThreadIDs.enumerated().map { "\($0 == 0 ? "*" : " ") CPU #\($0): thread_id=\($1)" }
