@@ -35,6 +35,9 @@ public final class GuestMemory: Sendable {
     /// The regions that make up the view.
     public var tree: MemoryTree { layout.withLock { $0.tree } }
 
+    /// Tree and view, both of the same commit, for people.
+    public var mapLines: [String] { layout.withLock { $0.tree.lines + [""] + $0.view.lines } }
+
     /// Memory of which the guest sees nothing yet.
     public init(blocks: [RAMBlock]) {
         self.blocks = blocks

@@ -28,6 +28,7 @@ public struct MemoryRegionID: Hashable, Sendable, CustomStringConvertible {
 
     public static func == (a: Self, b: Self) -> Bool { a.number == b.number }
     public func hash(into hasher: inout Hasher) { hasher.combine(number) }
+    func isOlder(than other: Self) -> Bool { number < other.number }
     public var description: String { "memory region '\(name)'" }
 }
 
