@@ -50,6 +50,9 @@ public final class VirtualMachine: Sendable {
         do throws(AcceleratorError) {
             kvm = try KVMAccelerator(memory: memory, cpuCount: configuration.cpuCount)
         } catch { throw MachineError(error.description) }
+        do throws(MemoryError) { try memory.addListener(kvm.memoryListener, showing: memory.view) } catch {
+            throw MachineError(error.description)
+        }
         accelerator = kvm
         do throws(GuestProgramError) {
             bootPlan = try configuration.boot?.plan(
