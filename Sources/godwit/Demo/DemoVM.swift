@@ -18,19 +18,8 @@ final class DemoVM {
         logPath = "\(folder)/\(role).log"
         let standard = ["--name", role, "--serial", "file:\(folder)/\(role).serial", "--qmp", "unix:\(socketPath)"]
         process = try ChildProcess(
-            [Self.executablePath(), "run", "--die-with-parent"] + standard + options,
+            [ThisProgram.path(), "run", "--die-with-parent"] + standard + options,
             input: try Descriptor.open("/dev/null", O_RDONLY), error: try Descriptor.create(logPath))
-    }
-
-    /// This program, wherever it is.
-    private static func executablePath() throws(SystemError) -> String {
-        var buffer = [UInt8](repeating: 0, count: Int(PATH_MAX))
-        // SAFETY: readlink fills at most the buffer's count and tells how much.
-        let count = unsafe buffer.withUnsafeMutableBytes {
-            unsafe readlink("/proc/self/exe", $0.baseAddress!.assumingMemoryBound(to: CChar.self), $0.count)
-        }
-        guard count > 0 else { throw .last("read link", "/proc/self/exe") }
-        return String(decoding: buffer.prefix(count), as: UTF8.self)
     }
 
     /// The client of the VM; the first call waits until it listens.
