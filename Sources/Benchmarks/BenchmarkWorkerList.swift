@@ -1,0 +1,4 @@
+/// All workers that `godwit bench` can start as processes of their own.
+public enum BenchmarkWorkerList {
+    public static let all: [any BenchmarkWorker.Type] = []
+}
