@@ -13,4 +13,14 @@ public enum ThisProgram {
         guard count > 0 else { throw .last("read link", "/proc/self/exe") }
         return String(decoding: buffer.prefix(count), as: UTF8.self)
     }
+
+    /// Becomes another program, which the kernel ends when the process that started this one dies. - Throws: why that failed.
+    public static func become(_ arguments: [String]) throws(SystemError) -> Never {
+        precondition(!arguments.isEmpty, "a program to become")
+        try ChildProcess.dieWithParent()
+        // SAFETY: the copies live until execvp has replaced this process, or until the process ends by the error.
+        var words: [UnsafeMutablePointer<CChar>?] = unsafe arguments.map { unsafe strdup($0) } + [nil]
+        unsafe execvp(arguments[0], &words)
+        throw .last("start", arguments[0])
+    }
 }

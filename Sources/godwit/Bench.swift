@@ -127,9 +127,11 @@ struct BenchWorker: ParsableCommand {
         commandName: "bench-worker", abstract: "A part of a benchmark, in a process of its own.", shouldDisplay: false)
 
     @Argument var name: String
-    @Argument var arguments: String = "{}"
+    @Argument(parsing: .captureForPassthrough) var arguments: [String] = []
 
     func run() throws {
-        Terminal.output.write("\(try BenchmarkWorkers.run(name, arguments: arguments))\n")
+        // For programs that have no option to end with the process that started them.
+        if name == "exec", !arguments.isEmpty { try ThisProgram.become(arguments) }
+        Terminal.output.write("\(try BenchmarkWorkers.run(name, arguments: arguments.first ?? "{}"))\n")
     }
 }
