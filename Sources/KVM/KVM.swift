@@ -17,6 +17,7 @@ public final class KVMAccelerator: Accelerator {
     /// The frequency of the guest's time stamp counter, in kHz.
     public let tscKilohertz: UInt64
     let machine: Descriptor
+    let slots: KVMSlots
     private let makeTracker: @Sendable (DirtyClient) -> KVMDirtyLog
     /// The system's state after creation, to which a reset returns.
     let powerOn: [SystemState]
@@ -24,19 +25,25 @@ public final class KVMAccelerator: Accelerator {
     /// Makes the machine: in-kernel interrupt controllers and timer, memory slots, virtual CPUs that have not run.
     ///
     /// - Throws: `AcceleratorError`: no device, no permission, a capability missing, memory or CPUs refused.
-    public init(memory: GuestMemory, cpuCount: Int) throws(AcceleratorError) {
+    public init(
+        memory: GuestMemory, cpuCount: Int, slotStrategy: SlotStrategy = .atomic
+    ) throws(AcceleratorError) {
         let system = try KVMSystem()
         machine = try system.makeMachine()
-        let slots = try KVMSlots(machine: machine, memory: memory, limit: system.slotLimit(machine))
+        let slots = try KVMSlots(
+            machine: machine, memory: memory, limit: system.slotLimit(machine), strategy: slotStrategy,
+            hasShadowPaging: !system.hasHardwarePaging)
+        self.slots = slots
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()
         var msrs = try system.msrIndices()
         var made: [KVMVirtualCPU] = []
         for index in 0..<cpuCount {
-            made.append(
-                try KVMVirtualCPU(
-                    index: index, machine: machine, runByteCount: system.runByteCount,
-                    cpuid: cpuid.forCPU(index, of: cpuCount), msrs: msrs))
+            let cpu = try KVMVirtualCPU(
+                index: index, machine: machine, slots: slots, runByteCount: system.runByteCount,
+                cpuid: cpuid.forCPU(index, of: cpuCount), msrs: msrs)
+            slots.hold.add(cpu)
+            made.append(cpu)
             msrs = made[0].msrIndices
         }
         cpus = made
