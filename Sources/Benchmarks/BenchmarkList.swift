@@ -1,4 +1,6 @@
 /// All benchmarks, in the order of `godwit bench --list`.
 public enum BenchmarkList {
-    public static let all: [any Benchmark.Type] = []
+    public static let all: [any Benchmark.Type] = [
+        TrackingBenchmark.self
+    ]
 }
