@@ -50,17 +50,18 @@ struct MemslotsRun {
             outcome.longestCommitMilliseconds.append(times.max() ?? 0)
         }
         outcome.gapMilliseconds = machine.longestGapMilliseconds ?? 0
-        let shadow = try ShadowBlocks(of: scene.memory, tracker: machine.accelerator.dirtyTracker(for: .migration))
-        try shadow.round()
+        let shadow = try trackedRuns > 0 ? makeShadow(machine) : nil
         for _ in 0..<trackedRuns {
             outcome.trackedCommitMilliseconds.append(try pass(scene, machine).median ?? 0)
-            try shadow.round()
+            try shadow?.round()
         }
         try machine.park()
         machine.end()
-        try shadow.round()
-        outcome.lostPages = try shadow.differences()
-        shadow.stop()
+        if let shadow {
+            try shadow.round()
+            outcome.lostPages = try shadow.differences()
+            shadow.stop()
+        }
         (outcome.failures, outcome.firstFailure) = machine.failures
         let statistics = machine.accelerator.memorySlotStatistics
         (outcome.pauses, outcome.commits) = (statistics.pauses, statistics.commits)
@@ -70,6 +71,13 @@ struct MemslotsRun {
             outcome.lostWrites += status.writes > counted ? status.writes - counted : counted - status.writes
         }
         return outcome
+    }
+
+    private func makeShadow(_ machine: SpinMachine) throws -> ShadowBlocks {
+        let tracker = machine.accelerator.dirtyTracker(for: .migration)
+        let shadow = try ShadowBlocks(of: machine.memory, tracker: tracker)
+        try shadow.round()
+        return shadow
     }
 
     /// One pass of the sequence. - Returns: how long each commit took, in milliseconds.
