@@ -48,6 +48,8 @@ protocol SlotObserver: AnyObject, Sendable {
 /// are not small, because making one takes the kernel about 20 ms (it waits for a grace period), whatever its size.
 final class KVMSlots: Sendable {
     let machine: Descriptor
+    /// Held while slots change, or their logging does. Taken before the lock of a `SlotObserver`, never inside it.
+    let changing = Mutex(())
     private let table: Mutex<[Slot]>
     private let observer = Mutex<(any SlotObserver)?>(nil)
 
