@@ -78,7 +78,7 @@ public final class KVMAccelerator: Accelerator {
 
     public var dirtyRateControl: (any DirtyRateControl)? { nil }
 
-    private static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
+    static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.
         try kvm(gw_kvm_set_tss_addr(machine.number, 0xfffb_d000), "KVM_SET_TSS_ADDR")
         var identity: UInt64 = 0xfffb_c000
