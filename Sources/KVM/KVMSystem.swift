@@ -67,7 +67,7 @@ struct KVMSystem {
     }
 
     /// Turns on manual protection where the kernel has it: written pages are reported until they are cleared range by range.
-    func dirtyLogMode(_ machine: Descriptor) -> KVMDirtyLog.Mode {
+    func dirtyLogMode(_ machine: Descriptor) -> DirtyLog.Mode {
         let offered = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
         let wanted: CInt = 3  // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
         guard offered & wanted == wanted else { return .automatic }
@@ -75,6 +75,23 @@ struct KVMSystem {
         request.cap = UInt32(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
         request.args.0 = UInt64(wanted)
         return unsafe gw_kvm_enable_cap(machine.number, &request) == 0 ? .manual : .automatic
+    }
+
+    /// The most entries a vCPU's dirty ring can have; 0 where the kernel has none.
+    var ringLimit: Int {
+        let bytes = gw_kvm_check_extension(device.number, UInt(KVM_CAP_DIRTY_LOG_RING_ACQ_REL))
+        return bytes > 0 ? Int(bytes) / MemoryLayout<kvm_dirty_gfn>.stride : 0
+    }
+
+    /// Gives each vCPU that is made from now on a dirty ring; the machine has no dirty log then.
+    func enableRings(_ machine: Descriptor, entryCount: Int) throws(AcceleratorError) {
+        var request = kvm_enable_cap()
+        request.cap = UInt32(KVM_CAP_DIRTY_LOG_RING_ACQ_REL)
+        request.args.0 = UInt64(entryCount * MemoryLayout<kvm_dirty_gfn>.stride)
+        let result = unsafe gw_kvm_enable_cap(machine.number, &request)
+        try kvm(
+            result, "KVM_ENABLE_CAP dirty ring of \(entryCount) entries",
+            remedy: result == -EINVAL ? "the kernel keeps some entries for itself: take a larger dirty-ring-size" : nil)
     }
 
     func supportedCPUID() throws(AcceleratorError) -> CPUID {

@@ -69,6 +69,7 @@ extension KVMVirtualCPU {
             hasPendingAccess = true
             unsafe answerMemory(run, bus)
             return .handled
+        case KVM_EXIT_DIRTY_RING_FULL: return emptyRing()
         case KVM_EXIT_HLT: return .halted
         case KVM_EXIT_SHUTDOWN: return .reset
         case KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN: return .interrupted
@@ -84,6 +85,14 @@ extension KVMVirtualCPU {
         case let other:
             return .failed("vcpu\(index): KVM left the guest for reason \(other), which this machine does not serve")
         }
+    }
+
+    /// The kernel may say so early, and somebody else may have emptied it since: the guest runs on either way.
+    private func emptyRing() -> ExitReason {
+        do throws(SystemError) {
+            try whenRingIsFull?()
+            return .handled
+        } catch { return .failed("vcpu\(index): \(error.description)") }
     }
 
     /// String instructions arrive as `count` accesses of one port at once.

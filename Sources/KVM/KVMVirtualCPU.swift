@@ -17,6 +17,10 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     let slots: KVMSlots
     /// Inside KVM_RUN, or about to be.
     let isInside = Atomic<Bool>(false)
+    /// What this vCPU makes dirty; `nil` where the machine has no rings.
+    let ring: DirtyRing?
+    /// Empties the ring when it is full. Set before the first run.
+    var whenRingIsFull: (@Sendable () throws(SystemError) -> Void)?
     /// The thread inside `run`, for `kick`.
     let runner = Mutex<pthread_t?>(nil)
     /// The state after creation, to which a reset returns.
@@ -25,7 +29,8 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     var hasPendingAccess = false
 
     init(
-        index: Int, machine: Descriptor, slots: KVMSlots, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32]
+        index: Int, machine: Descriptor, slots: KVMSlots, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32],
+        rings: (entryCount: Int, sum: DirtyRingSum)? = nil
     )
         throws(AcceleratorError)
     {
@@ -37,12 +42,20 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         do throws(SystemError) {
             shared = try Mapping(descriptor, byteCount: runByteCount)
         } catch { throw AcceleratorError(error.description) }
+        ring = try Self.ring(of: descriptor, rings)
         let size = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_XSAVE2))
         guard size >= 4096 else { throw AcceleratorError("/dev/kvm lacks KVM_GET_XSAVE2; use Linux 5.17 or newer") }
         xsaveByteCount = Int(size)
         try Self.set(cpuid, on: descriptor)
         msrIndices = index == 0 ? Self.usable(candidates, on: descriptor) : candidates
         powerOn = try save()
+    }
+
+    private static func ring(
+        of descriptor: Descriptor, _ rings: (entryCount: Int, sum: DirtyRingSum)?
+    ) throws(AcceleratorError) -> DirtyRing? {
+        guard let rings else { return nil }
+        return try DirtyRing(of: descriptor, entryCount: rings.entryCount, sum: rings.sum)
     }
 
     static func set(_ cpuid: CPUID, on descriptor: Descriptor) throws(AcceleratorError) {

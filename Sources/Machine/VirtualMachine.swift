@@ -48,7 +48,8 @@ public final class VirtualMachine: Sendable {
         let layout = try Self.layout(configuration)
         let kvm: KVMAccelerator
         do throws(AcceleratorError) {
-            kvm = try KVMAccelerator(memory: memory, cpuCount: configuration.cpuCount)
+            kvm = try KVMAccelerator(
+                memory: memory, cpuCount: configuration.cpuCount, dirtyTracking: configuration.dirtyTracking)
         } catch { throw MachineError(error.description) }
         do throws(MemoryError) { try memory.addListener(kvm.memoryListener, showing: memory.view) } catch {
             throw MachineError(error.description)

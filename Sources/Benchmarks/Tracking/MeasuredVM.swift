@@ -107,37 +107,51 @@ final class QEMUVM: MeasuredVM {
     }
 
     func guest() throws -> (isReady: Bool, touches: UInt64) {
-        try unsafe withMemory(upTo: Self.statusBytes) { memory in
-            do throws(GuestProgramError) {
-                let status = try unsafe GuestStatus(read: memory)
-                return (status.isReady, status.touches)
-            } catch {
-                guard case .notAGuest = error else { throw error }
-                // The firmware has not come to it yet.
-                return (false, 0)
-            }
+        do throws(GuestProgramError) {
+            let status = try unsafe GuestStatus(read: memoryReader(windowBytes: Self.statusBytes))
+            return (status.isReady, status.touches)
+        } catch {
+            guard case .notAGuest = error else { throw error }
+            // The firmware has not come to it yet.
+            return (false, 0)
         }
     }
 
     func verify() throws {
         try child.execute("stop")
-        let check = try unsafe withMemory(upTo: memoryBytes) { try unsafe GuestChecker(read: $0).check() }
+        let check = try unsafe GuestChecker(read: memoryReader(windowBytes: 64 << 20)).check()
         guard check.isVerified else { throw CommandFailure("\(child.role) VM (QEMU): \(check)") }
     }
 
-    /// Has the memory from address 0 saved to a file, and reads that.
-    private func withMemory<R>(upTo byteCount: UInt64, _ body: (@escaping GuestMemoryReader) throws -> R) throws -> R {
+    /// Reads by saving a window of the memory to a file, which is mapped; the next window goes into the same file.
+    private func memoryReader(windowBytes: UInt64) -> GuestMemoryReader {
+        var window: (start: UInt64, memory: Mapping)?
+        return { [self] (address, buffer) throws(GuestProgramError) in
+            do {
+                let end = address + UInt64(buffer.count)
+                if window.map({ address < $0.start || end > $0.start + UInt64($0.memory.byteCount) }) ?? true {
+                    window = nil
+                    let start = address / windowBytes * windowBytes
+                    let stop = min(memoryBytes, max(start + windowBytes, end))
+                    guard end <= stop else { throw CommandFailure("there is no such memory") }
+                    window = (start, try save(start..<stop))
+                }
+                guard let window else { return }
+                // SAFETY: the window holds the range; both are as long as the buffer.
+                unsafe window.memory.withBytes(at: Int(address - window.start), count: buffer.count) {
+                    unsafe buffer.copyMemory(from: $0)
+                }
+            } catch { throw .unreadable(physicalAddress: address, reason: "\(error)") }
+        }
+    }
+
+    private func save(_ range: Range<UInt64>) throws -> Mapping {
         let path = "\(folder)/\(child.role).memory"
         defer { Descriptor.remove(path) }
         try child.execute(
-            "pmemsave", ["val": 0, "size": JSON(byteCount), "filename": .string(path)], deadline: .after(seconds: 120))
-        let file = try Mapping(try Descriptor.open(path, O_RDONLY), byteCount: Int(byteCount), readOnly: true)
-        return try unsafe body { (address, buffer) throws(GuestProgramError) in
-            guard address <= byteCount, UInt64(buffer.count) <= byteCount - address else {
-                throw .unreadable(physicalAddress: address, reason: "it was not saved")
-            }
-            // SAFETY: the range was checked above; both are as long as the buffer.
-            unsafe file.withBytes(at: Int(address), count: buffer.count) { unsafe buffer.copyMemory(from: $0) }
-        }
+            "pmemsave",
+            ["val": JSON(range.lowerBound), "size": JSON(range.count), "filename": .string(path)],
+            deadline: .after(seconds: 60))
+        return try Mapping(try Descriptor.open(path, O_RDONLY), byteCount: range.count, readOnly: true)
     }
 }

@@ -16,19 +16,14 @@ final class TrackedGuest {
     init(_ arguments: JSON) throws {
         guard let memory = arguments["memory"]?.integerValue(as: UInt64.self),
             let guest = arguments["guest"]?.stringValue,
-            let ring = arguments["ring"]?.integerValue(as: UInt32.self)
+            let ring = arguments["ring"]?.integerValue()
         else { throw CommandFailure("the worker needs memory, guest and ring, and got \(arguments)") }
         machine = try VirtualMachine(
-            Self.configuration(memoryBytes: memory, guest: try GuestProgram(parsing: guest), ringEntries: ring),
-            serial: try SerialPort(.none))
+            MachineConfiguration(
+                memoryByteCount: memory, cpuCount: 1, boot: .guest(try GuestProgram(parsing: guest)),
+                dirtyTracking: ring > 0 ? .ring(entryCount: ring) : .log), serial: try SerialPort(.none))
         guard let accelerator = machine.accelerator else { throw CommandFailure("the machine has no accelerator") }
         tracker = accelerator.dirtyTracker(for: .migration)
-    }
-
-    private static func configuration(
-        memoryBytes: UInt64, guest: GuestProgram, ringEntries: UInt32
-    ) -> MachineConfiguration {
-        MachineConfiguration(memoryByteCount: memoryBytes, cpuCount: 1, boot: .guest(guest))
     }
 
     /// Starts the guest and waits until it has filled its memory.

@@ -1,3 +1,4 @@
+import Accelerator
 import GuestMemory
 import Machine
 import Migration
@@ -154,7 +155,9 @@ struct HumanMonitor: Sendable {
         case "name": return [name]
         case "version":
             return ["\(table.version.major).\(table.version.minor).\(table.version.micro) (\(table.version.package))"]
-        case "kvm": return ["kvm support: \(try value("query-kvm")["enabled"] == true ? "enabled" : "disabled")"]
+        case "kvm":
+            let support = "kvm support: \(try value("query-kvm")["enabled"] == true ? "enabled" : "disabled")"
+            return [support] + (machine.accelerator.map { ["dirty tracking: \($0.dirtyTracking)"] } ?? [])
         case "mtree": return options > 0 ? machine.memory.view.lines : machine.memory.mapLines
         case "cpus":
             return machine.cpuThreadIDs.enumerated().map { "\($0 == 0 ? "*" : " ") CPU #\($0): thread_id=\($1)" }

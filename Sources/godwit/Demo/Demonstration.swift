@@ -13,10 +13,13 @@ struct Demonstration {
     /// How long the guest writes before it is moved, so that it is found at work.
     private static let warmUpNanoseconds: UInt64 = 1_000_000_000
 
-    init(folder: String, memoryBytes: UInt64, cpuCount: Int, guest: String, interruption: SignalWatch.Flag) throws {
+    init(
+        folder: String, memoryBytes: UInt64, cpuCount: Int, accelerator: String, guest: String,
+        interruption: SignalWatch.Flag
+    ) throws {
         self.interruption = interruption
         title = "\(Amount.memory(memoryBytes)), \(cpuCount) \(cpuCount == 1 ? "vCPU" : "vCPUs"), guest \(guest)"
-        let machine = ["--memory", "\(memoryBytes)", "--cpus", "\(cpuCount)"]
+        let machine = ["--memory", "\(memoryBytes)", "--cpus", "\(cpuCount)", "--accel", accelerator]
         func serial(_ role: String) -> [String] { ["--serial", "file:\(folder)/\(role).serial"] }
         source = try ChildVM("source", in: folder, options: machine + serial("source") + ["--guest", guest])
         do {
