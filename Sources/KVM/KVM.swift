@@ -17,6 +17,7 @@ public final class KVMAccelerator: Accelerator {
     /// The frequency of the guest's time stamp counter, in kHz.
     public let tscKilohertz: UInt64
     let machine: Descriptor
+    let slots: KVMSlots
     private let tracking: DirtyTracking
     public let dirtyTracking: DirtyTrackingFacts
     /// The system's state after creation, to which a reset returns.
@@ -27,25 +28,30 @@ public final class KVMAccelerator: Accelerator {
     /// - Parameter choice: log or ring; a machine has one of them for life.
     /// - Throws: `AcceleratorError`: no device, no permission, a capability missing, memory or CPUs refused.
     public init(
-        memory: GuestMemory, cpuCount: Int, dirtyTracking choice: DirtyTrackingChoice = .automatic
+        memory: GuestMemory, cpuCount: Int, dirtyTracking choice: DirtyTrackingChoice = .automatic,
+        slotStrategy: SlotStrategy = .atomic
     ) throws(AcceleratorError) {
         let system = try KVMSystem()
         let machine = try system.makeMachine()
         self.machine = machine
         let ringEntries = try choice.ringEntries(limit: system.ringLimit)
         if let ringEntries { try system.enableRings(machine, entryCount: ringEntries) }
-        let slots = try KVMSlots(machine: machine, memory: memory, limit: system.slotLimit(machine))
+        let slots = try KVMSlots(
+            machine: machine, memory: memory, limit: system.slotLimit(machine), strategy: slotStrategy,
+            hasShadowPaging: !system.hasHardwarePaging)
+        self.slots = slots
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()
         var msrs = try system.msrIndices()
         let sum = DirtyRingSum()
         var made: [KVMVirtualCPU] = []
         for index in 0..<cpuCount {
-            made.append(
-                try KVMVirtualCPU(
-                    index: index, machine: machine, runByteCount: system.runByteCount,
-                    cpuid: cpuid.forCPU(index, of: cpuCount), msrs: msrs,
-                    rings: ringEntries.map { (entryCount: $0, sum: sum) }))
+            let cpu = try KVMVirtualCPU(
+                index: index, machine: machine, slots: slots, runByteCount: system.runByteCount,
+                cpuid: cpuid.forCPU(index, of: cpuCount), msrs: msrs,
+                rings: ringEntries.map { (entryCount: $0, sum: sum) })
+            slots.hold.add(cpu)
+            made.append(cpu)
             msrs = made[0].msrIndices
         }
         cpus = made
@@ -72,7 +78,7 @@ public final class KVMAccelerator: Accelerator {
 
     public var dirtyRateControl: (any DirtyRateControl)? { nil }
 
-    private static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
+    static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.
         try kvm(gw_kvm_set_tss_addr(machine.number, 0xfffb_d000), "KVM_SET_TSS_ADDR")
         var identity: UInt64 = 0xfffb_c000

@@ -50,6 +50,17 @@ struct KVMSystem {
         }
     }
 
+    /// Whether the processor translates guest-physical addresses itself. Where that is not known, KVM makes page tables out of the guest's.
+    var hasHardwarePaging: Bool {
+        for parameter in ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"] {
+            guard let text = try? Descriptor.contents(of: "/sys/module/\(parameter)"), let first = text.first else {
+                continue
+            }
+            if first == UInt8(ascii: "Y") || first == UInt8(ascii: "1") { return true }
+        }
+        return false
+    }
+
     func slotLimit(_ machine: Descriptor) -> Int {
         let limit = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_NR_MEMSLOTS))
         return limit > 0 ? Int(limit) : 32

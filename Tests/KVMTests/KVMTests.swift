@@ -146,7 +146,7 @@ struct KVMMachineTests {
 }
 
 /// A seeded generator, so that a failure can be replayed.
-private struct SplitMix64: RandomNumberGenerator {
+struct SplitMix64: RandomNumberGenerator {
     var state: UInt64
     mutating func next() -> UInt64 {
         state &+= 0x9e37_79b9_7f4a_7c15

@@ -74,6 +74,7 @@ struct HumanMonitor: Sendable {
         ("migrate", "show migration status"),
         ("migrate_capabilities", "show current migration capabilities"),
         ("migrate_parameters", "show current migration parameters"),
+        ("mtree", "show memory regions and the guest's view of them; -f: the view alone"),
         ("name", "show the current VM name"),
         ("status", "show the current VM status (running|paused)"),
         ("version", "show the version"),
@@ -144,7 +145,8 @@ struct HumanMonitor: Sendable {
     private func info(_ words: [String]) throws -> [String] {
         guard let subject = words.first else { return help(on: ["info"]) }
         guard Self.subjects.contains(where: { $0.name == subject }) else { return [Self.unknown("info \(subject)")] }
-        guard words.count == 1 else {
+        let options = subject == "mtree" && words.count == 2 && words[1] == "-f" ? 1 : 0
+        guard words.count == 1 + options else {
             throw Usage(
                 command: "info \(subject)", sentence: "\(subject): extraneous characters at the end of line")
         }
@@ -156,6 +158,7 @@ struct HumanMonitor: Sendable {
         case "kvm":
             let support = "kvm support: \(try value("query-kvm")["enabled"] == true ? "enabled" : "disabled")"
             return [support] + (machine.accelerator.map { ["dirty tracking: \($0.dirtyTracking)"] } ?? [])
+        case "mtree": return options > 0 ? machine.memory.view.lines : machine.memory.mapLines
         case "cpus":
             return machine.cpuThreadIDs.enumerated().map { "\($0 == 0 ? "*" : " ") CPU #\($0): thread_id=\($1)" }
         case "memory_size_summary":

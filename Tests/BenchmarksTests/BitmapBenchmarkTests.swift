@@ -1,0 +1,34 @@
+import Benchmarks
+import Testing
+
+@Suite("bitmap benchmark")
+struct BitmapBenchmarkTests {
+    @Test("every cell is measured, in all runs, and its merges are right")
+    func cells() throws {
+        let result = try BitmapBenchmark().run(BenchmarkOptions(isQuick: true, runs: 2, only: "1 GiB"))
+        #expect(result.bench == "bitmap" && result.runs == 2)
+        #expect(
+            result.cells.map { $0.parameters.map(\.value) } == [
+                ["1 GiB", "50 %"], ["1 GiB", "1 %"], ["1 GiB", "0 %"],
+            ])
+        for cell in result.cells {
+            for quantity in cell.quantities {
+                #expect(
+                    quantity.samples.count == (quantity.name == "fresh-ms" ? 1 : 2)
+                        && quantity.samples.allSatisfy { $0.isFinite && $0 >= 0 }, "\(quantity)"
+                )
+            }
+        }
+        #expect(
+            result.promises.map(\.name) == [
+                "merge-vs-bitwise", "unaligned-vs-bitwise", "merge-vs-bandwidth", "unaligned-vs-bandwidth",
+            ])
+        #expect(result.promises.prefix(2).allSatisfy { $0.value > 1 }, "words go faster than bits, in any build")
+    }
+
+    @Test("without cells no promise holds")
+    func none() throws {
+        let result = try BitmapBenchmark().run(BenchmarkOptions(only: "7 TiB"))
+        #expect(result.cells.isEmpty && !result.holds)
+    }
+}
