@@ -96,6 +96,8 @@ public protocol Accelerator: AnyObject, Sendable {
     func setInterruptLine(_ line: UInt32, level: Bool)
     /// A new tracker of the guest's writes for one client, such as one migration. A later tracker of the same client ends the earlier.
     func dirtyTracker(for client: DirtyClient) -> any DirtyTracker
+    /// How written pages are found.
+    var dirtyTracking: DirtyTrackingFacts { get }
     /// Dirty rates and limits by vCPU; `nil` where tracking cannot tell vCPUs apart (without a dirty ring).
     var dirtyRateControl: (any DirtyRateControl)? { get }
     /// State that belongs to no single CPU: interrupt controllers, timer, clock.

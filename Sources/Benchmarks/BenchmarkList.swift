@@ -1,6 +1,7 @@
 /// All benchmarks, in the order of `godwit bench --list`.
 public enum BenchmarkList {
     public static let all: [any Benchmark.Type] = [
-        BitmapBenchmark.self
+        BitmapBenchmark.self,
+        TrackingBenchmark.self,
     ]
 }

@@ -28,13 +28,19 @@ public final class HostWriteLog: Sendable {
 
     /// Moves what was recorded into the bitmaps, one per block.
     public func collect(_ blocks: [RAMBlock], into bitmaps: [any DirtyPages]) {
+        collect(blocks) { bitmaps[$0].set($1) }
+    }
+
+    /// Hands over what was recorded: the number of a block, and pages of it.
+    public func collect(_ blocks: [RAMBlock], _ body: (Int, Range<PageIndex>) -> Void) {
         let pages = state.withLock { state in
             let pages = state.pages
             state.pages = [:]
             return pages
         }
-        for (block, bitmap) in zip(blocks, bitmaps) {
-            for page in pages[ObjectIdentifier(block)] ?? [] { bitmap.set(page..<page.advanced(by: 1)) }
+        guard !pages.isEmpty else { return }
+        for (index, block) in blocks.enumerated() {
+            for page in pages[ObjectIdentifier(block)] ?? [] { body(index, page..<page.advanced(by: 1)) }
         }
     }
 }

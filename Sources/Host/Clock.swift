@@ -11,6 +11,9 @@ public enum Clock {
     /// CPU time used by all threads of this process.
     public static var processCPUNanoseconds: UInt64 { read(CLOCK_PROCESS_CPUTIME_ID) }
 
+    /// CPU time used by the calling thread.
+    public static var threadCPUNanoseconds: UInt64 { read(CLOCK_THREAD_CPUTIME_ID) }
+
     private static func read(_ clock: clockid_t) -> UInt64 {
         var time = timespec()
         // SAFETY: clock_gettime fills the structure it is given and keeps no pointer.

@@ -50,13 +50,24 @@ struct KVMSystem {
         }
     }
 
+    /// Whether the processor translates guest-physical addresses itself. Where that is not known, KVM makes page tables out of the guest's.
+    var hasHardwarePaging: Bool {
+        for parameter in ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"] {
+            guard let text = try? Descriptor.contents(of: "/sys/module/\(parameter)"), let first = text.first else {
+                continue
+            }
+            if first == UInt8(ascii: "Y") || first == UInt8(ascii: "1") { return true }
+        }
+        return false
+    }
+
     func slotLimit(_ machine: Descriptor) -> Int {
         let limit = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_NR_MEMSLOTS))
         return limit > 0 ? Int(limit) : 32
     }
 
     /// Turns on manual protection where the kernel has it: written pages are reported until they are cleared range by range.
-    func dirtyLogMode(_ machine: Descriptor) -> KVMDirtyLog.Mode {
+    func dirtyLogMode(_ machine: Descriptor) -> DirtyLog.Mode {
         let offered = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
         let wanted: CInt = 3  // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET
         guard offered & wanted == wanted else { return .automatic }
@@ -64,6 +75,23 @@ struct KVMSystem {
         request.cap = UInt32(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
         request.args.0 = UInt64(wanted)
         return unsafe gw_kvm_enable_cap(machine.number, &request) == 0 ? .manual : .automatic
+    }
+
+    /// The most entries a vCPU's dirty ring can have; 0 where the kernel has none.
+    var ringLimit: Int {
+        let bytes = gw_kvm_check_extension(device.number, UInt(KVM_CAP_DIRTY_LOG_RING_ACQ_REL))
+        return bytes > 0 ? Int(bytes) / MemoryLayout<kvm_dirty_gfn>.stride : 0
+    }
+
+    /// Gives each vCPU that is made from now on a dirty ring; the machine has no dirty log then.
+    func enableRings(_ machine: Descriptor, entryCount: Int) throws(AcceleratorError) {
+        var request = kvm_enable_cap()
+        request.cap = UInt32(KVM_CAP_DIRTY_LOG_RING_ACQ_REL)
+        request.args.0 = UInt64(entryCount * MemoryLayout<kvm_dirty_gfn>.stride)
+        let result = unsafe gw_kvm_enable_cap(machine.number, &request)
+        try kvm(
+            result, "KVM_ENABLE_CAP dirty ring of \(entryCount) entries",
+            remedy: result == -EINVAL ? "the kernel keeps some entries for itself: take a larger dirty-ring-size" : nil)
     }
 
     func supportedCPUID() throws(AcceleratorError) -> CPUID {

@@ -9,16 +9,52 @@ import Synchronization
 
 extension KVMVirtualCPU {
     func run(_ bus: any Bus) -> ExitReason {
+        if sleepWhilePaused() { return .interrupted }
         runner.withLock { $0 = pthread_self() }
-        let result = gw_kvm_run(descriptor.number, 0)
+        let generation = slots.generation.load(ordering: .acquiring)
+        exitReason = 0
+        let result = enterGuest()
         hasPendingAccess = false
         guard result >= 0 else {
             if result == -EINTR || result == -EAGAIN { return .interrupted }
+            if result == -EFAULT { return resolveFault(since: generation) }
             return .failed(SystemError("KVM_RUN", "vcpu\(index)", code: -result).description)
         }
         // SAFETY: the kernel filled the shared area; it does not touch it again before the next KVM_RUN of this thread.
-        return unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
+        let reason = unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
             unsafe answer(area, area.baseAddress!.assumingMemoryBound(to: kvm_run.self), bus)
+        }
+        if case .failed = reason, exitReason == UInt32(KVM_EXIT_INTERNAL_ERROR),
+            case .retry = slots.resolveEmulationFailure(since: generation)
+        {
+            return .handled
+        }
+        return reason
+    }
+
+    /// KVM_RUN, unless vCPUs are held: then after that.
+    private func enterGuest() -> CInt {
+        slots.hold.enter(self)
+        defer { slots.hold.leave(self) }
+        return gw_kvm_run(descriptor.number, 0)
+    }
+
+    private var exitReason: UInt32 {
+        get { shared.load(at: MemoryLayout<kvm_run>.offset(of: \.exit_reason)!, as: UInt32.self) }
+        set { shared.store(newValue, at: MemoryLayout<kvm_run>.offset(of: \.exit_reason)!) }
+    }
+
+    /// The instruction that failed has not been carried out: it is tried again once the slots agree with the memory layout.
+    private func resolveFault(since generation: UInt64) -> ExitReason {
+        // Kernels that do not tell the address leave the reason alone.
+        var address: GuestPhysicalAddress?
+        if exitReason == UInt32(GW_KVM_EXIT_MEMORY_FAULT) {
+            let fault = MemoryLayout<kvm_run>.offset(of: \.apic_base)! + 8
+            address = GuestPhysicalAddress(shared.load(at: fault + 8, as: UInt64.self))
+        }
+        switch slots.resolveFault(at: address, since: generation) {
+        case .retry: return .handled
+        case .fail(let sentence): return .failed("vcpu\(index): \(sentence)")
         }
     }
 
@@ -34,6 +70,7 @@ extension KVMVirtualCPU {
             hasPendingAccess = true
             unsafe answerMemory(run, bus)
             return .handled
+        case KVM_EXIT_DIRTY_RING_FULL: return emptyRing()
         case KVM_EXIT_HLT: return .halted
         case KVM_EXIT_SHUTDOWN: return .reset
         case KVM_EXIT_INTR, KVM_EXIT_IRQ_WINDOW_OPEN: return .interrupted
@@ -49,6 +86,14 @@ extension KVMVirtualCPU {
         case let other:
             return .failed("vcpu\(index): KVM left the guest for reason \(other), which this machine does not serve")
         }
+    }
+
+    /// The kernel may say so early, and somebody else may have emptied it since: the guest runs on either way.
+    private func emptyRing() -> ExitReason {
+        do throws(SystemError) {
+            try whenRingIsFull?()
+            return .handled
+        } catch { return .failed("vcpu\(index): \(error.description)") }
     }
 
     /// String instructions arrive as `count` accesses of one port at once.
@@ -93,7 +138,7 @@ extension KVMVirtualCPU {
     func completePendingAccess() {
         guard hasPendingAccess else { return }
         setImmediateExit(true)
-        _ = gw_kvm_run(descriptor.number, 0)
+        _ = enterGuest()
         hasPendingAccess = false
     }
 }

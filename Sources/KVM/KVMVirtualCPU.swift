@@ -14,6 +14,19 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     /// The model-specific registers this kernel can both read and write.
     let msrIndices: [UInt32]
     let xsaveByteCount: Int
+    let slots: KVMSlots
+    /// Inside KVM_RUN, or about to be.
+    let isInside = Atomic<Bool>(false)
+    /// What this vCPU makes dirty; `nil` where the machine has no rings.
+    let ring: DirtyRing?
+    /// Empties the ring when it is full. Set before the first run.
+    var whenRingIsFull: (@Sendable () throws(SystemError) -> Void)?
+    /// Until when, on the monotonic clock, it sleeps instead of running the guest; 0 for not at all.
+    private let pausedUntil = Atomic<UInt64>(0)
+    /// Where it sleeps.
+    private let pausing = Monitor(())
+    /// So long at once, in nanoseconds: whoever has it come out is not kept waiting by a kick that came too early.
+    private static let longestNap: UInt64 = 20_000_000
     /// The thread inside `run`, for `kick`.
     let runner = Mutex<pthread_t?>(nil)
     /// The state after creation, to which a reset returns.
@@ -22,23 +35,33 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     var hasPendingAccess = false
 
     init(
-        index: Int, machine: Descriptor, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32]
+        index: Int, machine: Descriptor, slots: KVMSlots, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32],
+        rings: (entryCount: Int, sum: DirtyRingSum)? = nil
     )
         throws(AcceleratorError)
     {
         self.index = index
         self.cpuid = cpuid
+        self.slots = slots
         let number = try kvm(gw_kvm_create_vcpu(machine.number, UInt(index)), "KVM_CREATE_VCPU \(index)")
         descriptor = Descriptor(owning: number, name: "vcpu\(index)")
         do throws(SystemError) {
             shared = try Mapping(descriptor, byteCount: runByteCount)
         } catch { throw AcceleratorError(error.description) }
+        ring = try Self.ring(of: descriptor, rings)
         let size = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_XSAVE2))
         guard size >= 4096 else { throw AcceleratorError("/dev/kvm lacks KVM_GET_XSAVE2; use Linux 5.17 or newer") }
         xsaveByteCount = Int(size)
         try Self.set(cpuid, on: descriptor)
         msrIndices = index == 0 ? Self.usable(candidates, on: descriptor) : candidates
         powerOn = try save()
+    }
+
+    private static func ring(
+        of descriptor: Descriptor, _ rings: (entryCount: Int, sum: DirtyRingSum)?
+    ) throws(AcceleratorError) -> DirtyRing? {
+        guard let rings else { return nil }
+        return try DirtyRing(of: descriptor, entryCount: rings.entryCount, sum: rings.sum)
     }
 
     static func set(_ cpuid: CPUID, on descriptor: Descriptor) throws(AcceleratorError) {
@@ -65,6 +88,31 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         runner.withLock { thread in
             if let thread { pthread_kill(thread, HostThread.interruptSignal) }
         }
+        if pausedUntil.load(ordering: .sequentiallyConsistent) != 0 { pausing.withLock { _ in } }
+    }
+
+    /// Makes the vCPU leave the guest and sleep until this moment of the monotonic clock, in its own thread; 0 ends that.
+    func pause(until moment: UInt64) {
+        pausedUntil.store(moment, ordering: .sequentiallyConsistent)
+        if moment == 0 { pausing.withLock { _ in } } else { kick() }
+    }
+
+    /// Sleeps while it is to; a kick ends that. - Returns: whether it slept, and must look for requests before it runs.
+    func sleepWhilePaused() -> Bool {
+        let moment = pausedUntil.load(ordering: .sequentiallyConsistent)
+        guard moment != 0 else { return false }
+        let nap = Deadline(at: min(moment, Clock.monotonicNanoseconds + Self.longestNap))
+        pausing.wait(deadline: nap) { _ in
+            isKicked || pausedUntil.load(ordering: .sequentiallyConsistent) != moment ? () : nil
+        }
+        if Deadline(at: moment).hasPassed {
+            _ = pausedUntil.compareExchange(expected: moment, desired: 0, ordering: .sequentiallyConsistent)
+        }
+        return true
+    }
+
+    private var isKicked: Bool {
+        shared.load(at: MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!, as: UInt8.self) != 0
     }
 
     func clearKick() {

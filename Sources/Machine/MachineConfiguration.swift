@@ -1,3 +1,4 @@
+public import Accelerator
 public import GuestMemory
 
 /// What a virtual machine is made of.
@@ -19,6 +20,8 @@ public struct MachineConfiguration: Sendable {
     public var boot: BootSource?
     /// What stands behind RAM.
     public var backing: RAMBacking
+    /// How written pages are found.
+    public var dirtyTracking: DirtyTrackingChoice
     /// The machine waits for a migration instead of booting.
     public var isIncoming: Bool
 
@@ -27,6 +30,7 @@ public struct MachineConfiguration: Sendable {
     public init(
         kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil,
         backing: RAMBacking = .anonymous,
+        dirtyTracking: DirtyTrackingChoice = .automatic,
         isIncoming: Bool = false
     ) {
         self.kind = kind
@@ -34,6 +38,7 @@ public struct MachineConfiguration: Sendable {
         self.cpuCount = kind == .none ? 0 : cpuCount
         self.boot = boot
         self.backing = backing
+        self.dirtyTracking = dirtyTracking
         self.isIncoming = isIncoming
     }
 

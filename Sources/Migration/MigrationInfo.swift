@@ -54,8 +54,10 @@ public struct MigrationInfo: Sendable, Equatable {
     public var errorDescription: String?
     /// How the right to run passed on.
     public var rule: HandoverRule?
-    /// `log`: how written pages were found.
+    /// `log` or `ring`: how written pages were found.
     public var dirtyTracking: String?
+    /// CPU time spent on finding them.
+    public var trackingCPUNanoseconds: UInt64?
     /// Where an incoming migration is waited for.
     public var listening: [ListeningAddress] = []
 

@@ -94,12 +94,12 @@ struct KVMMachineTests {
             let machine = try KVMSystem().makeMachine()
             let slots = try KVMSlots(machine: machine, memory: memory, limit: 509).slots
             #expect(slots.count <= 34)
-            #expect(slots.first?.pages.lowerBound == PageIndex(0))
-            #expect(slots.last?.pages.upperBound == PageIndex(size / 4096))
+            #expect(slots.first?.pieces[0].blockPages.lowerBound == PageIndex(0))
+            #expect(slots.last?.pieces[0].blockPages.upperBound == PageIndex(size / 4096))
             for (one, next) in zip(slots, slots.dropFirst()) {
-                #expect(one.pages.upperBound == next.pages.lowerBound)
+                #expect(one.pieces[0].blockPages.upperBound == next.pieces[0].blockPages.lowerBound)
                 #expect(one.guestAddress + one.pageCount * 4096 == next.guestAddress)
-                #expect(next.pages.lowerBound.value % 64 == 0)
+                #expect(next.pieces[0].blockPages.lowerBound.value % 64 == 0)
             }
         }
     }
@@ -146,7 +146,7 @@ struct KVMMachineTests {
 }
 
 /// A seeded generator, so that a failure can be replayed.
-private struct SplitMix64: RandomNumberGenerator {
+struct SplitMix64: RandomNumberGenerator {
     var state: UInt64
     mutating func next() -> UInt64 {
         state &+= 0x9e37_79b9_7f4a_7c15

@@ -1,3 +1,4 @@
+import Accelerator
 import Glibc
 import GuestMemory
 import GuestPrograms
@@ -53,12 +54,13 @@ func waitFor(_ what: String, seconds: UInt64 = 20, _ condition: () throws -> Boo
 extension VirtualMachine {
     /// A machine with a built-in guest, not started.
     static func guest(
-        _ program: String, mebibytes: UInt64 = 64, cpus: Int = 1, backing: RAMBacking = .anonymous
+        _ program: String, mebibytes: UInt64 = 64, cpus: Int = 1, backing: RAMBacking = .anonymous,
+        tracking: DirtyTrackingChoice = .automatic
     ) throws -> VirtualMachine {
         try VirtualMachine(
             MachineConfiguration(
                 memoryByteCount: mebibytes << 20, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: program)),
-                backing: backing), serial: SerialPort(.none))
+                backing: backing, dirtyTracking: tracking), serial: SerialPort(.none))
     }
 
     /// A machine that boots `image`, not started.

@@ -22,9 +22,9 @@ import Machine
     /// What is watched afresh at a time, as migration has it.
     private static let chunkPages: UInt64 = 1 << 14
 
-    init(of machine: VirtualMachine) throws {
+    init(of machine: VirtualMachine, client: DirtyClient = .migration) throws {
         self.machine = machine
-        tracker = machine.accelerator!.dirtyTracker(for: .migration)
+        tracker = machine.accelerator!.dirtyTracker(for: client)
         let source = machine.memory.blocks[0]
         bitmap = try tracker.makePages()[0]
         everReported = try DirtyBitmap(pageCount: source.pageCount)

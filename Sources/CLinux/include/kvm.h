@@ -38,6 +38,17 @@ GW_IOCTL_PTR(gw_kvm_set_pit2, KVM_SET_PIT2, struct kvm_pit_state2)
 GW_IOCTL_PTR(gw_kvm_get_clock, KVM_GET_CLOCK, struct kvm_clock_data)
 GW_IOCTL_PTR(gw_kvm_set_clock, KVM_SET_CLOCK, struct kvm_clock_data)
 
+GW_IOCTL_INT(gw_kvm_reset_dirty_rings, KVM_RESET_DIRTY_RINGS)
+
+/* An entry of a dirty ring is the kernel's until its flags say dirty, and the kernel's again once they say reset. */
+enum { GW_DIRTY_GFN_DIRTY = 1, GW_DIRTY_GFN_RESET = 2 };
+static inline unsigned gw_dirty_gfn_flags(const struct kvm_dirty_gfn *_Nonnull entry) {
+    return __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
+}
+static inline void gw_dirty_gfn_give_back(struct kvm_dirty_gfn *_Nonnull entry) {
+    __atomic_store_n(&entry->flags, GW_DIRTY_GFN_RESET, __ATOMIC_RELEASE);
+}
+
 GW_IOCTL_INT(gw_kvm_run, KVM_RUN)
 GW_IOCTL_PTR(gw_kvm_get_regs, KVM_GET_REGS, struct kvm_regs)
 GW_IOCTL_PTR(gw_kvm_set_regs, KVM_SET_REGS, struct kvm_regs)
@@ -57,6 +68,9 @@ GW_IOCTL_PTR(gw_kvm_translate, KVM_TRANSLATE, struct kvm_translation)
 GW_IOCTL_INT(gw_kvm_get_tsc_khz, KVM_GET_TSC_KHZ)
 GW_IOCTL_INT(gw_kvm_set_tsc_khz, KVM_SET_TSC_KHZ)
 GW_IOCTL_INT(gw_kvm_kvmclock_ctrl, KVM_KVMCLOCK_CTRL)
+
+/* Linux 6.8: KVM_RUN failed with EFAULT; flags, guest address and size stand in the union of kvm_run. */
+enum { GW_KVM_EXIT_MEMORY_FAULT = 39 };
 
 GW_IOCTL_PTR(gw_kvm_set_irqchip, KVM_SET_IRQCHIP, struct kvm_irqchip)
 

@@ -82,7 +82,11 @@ final class OutgoingMigration: Sendable {
 
     var isUnderWay: Bool { statistics.isUnderWay }
     var isUnsettled: Bool { statistics.status == .unsettled }
-    func info() -> MigrationInfo { statistics.info() }
+    func info() -> MigrationInfo {
+        var info = statistics.info()
+        info.trackingCPUNanoseconds = tracker?.cpuNanoseconds
+        return info
+    }
 
     func update(_ parameters: MigrationParameters) {
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)

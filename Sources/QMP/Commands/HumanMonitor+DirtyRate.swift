@@ -1,15 +1,6 @@
 /// Dirty rate and dirty limit as QEMU's monitor for people has them; the commands of QMP do the work.
 extension HumanMonitor {
-    static let dirtyRateHelp: [(usage: String, purpose: String)] = [
-        ("calc_dirty_rate [-r] [-b] second [pages]", "start to measure the dirty rate; -r by rings, -b by tracking"),
-        ("cancel_vcpu_dirty_limit [cpu]", "end the dirty limit of a vCPU, or of all"),
-        ("set_vcpu_dirty_limit rate [cpu]", "limit how much a vCPU, or each, makes dirty, in MB/s"),
-    ]
-    static let dirtyRateSubjects: [(name: String, purpose: String)] = [
-        ("dirty_rate", "show the dirty rate"), ("vcpu_dirty_limit", "show the dirty limits of vCPUs"),
-    ]
-
-    /// Runs one of `dirtyRateHelp`.
+    /// `calc_dirty_rate`, `set_vcpu_dirty_limit` or `cancel_vcpu_dirty_limit`.
     func dirtyRate(_ command: String, _ words: [String]) throws -> [String] {
         let options = words.filter { $0.hasPrefix("-") && MemoryListing.number($0) == nil && $0.count == 2 }
         let numbers = try words.filter { !options.contains($0) }.map { try number($0, command) }

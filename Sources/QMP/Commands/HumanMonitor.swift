@@ -1,3 +1,4 @@
+import Accelerator
 import GuestMemory
 import Machine
 import Migration
@@ -52,33 +53,37 @@ struct HumanMonitor: Sendable {
 
     // MARK: Commands
 
-    private static let help: [(usage: String, purpose: String)] =
-        [
-            ("cont|c", "resume emulation"),
-            ("help|? [cmd]", "show the help"),
-            ("info [subcommand]", "show what is known about the system"),
-            ("migrate [-d] uri", "migrate to URI; it never waits for the end, so -d changes nothing"),
-            ("migrate_cancel", "cancel the current VM migration"),
-            ("migrate_continue state", "continue a migration that waits in the given state"),
-            ("migrate_incoming uri", "wait for a migration at URI"),
-            ("pmemsave addr size file", "save guest physical memory from 'addr' on, of size 'size', to a file"),
-            ("stop|s", "stop emulation"),
-            ("system_reset", "reset the system"),
-            ("xp /fmt addr", "show guest physical memory from 'addr' on; fmt is a count, o d u x or c, and b h w or g"),
-        ] + dirtyRateHelp
+    private static let help: [(usage: String, purpose: String)] = [
+        ("calc_dirty_rate [-r] [-b] second [pages]", "start to measure the dirty rate; -r by rings, -b by tracking"),
+        ("cancel_vcpu_dirty_limit [cpu]", "end the dirty limit of a vCPU, or of all"),
+        ("cont|c", "resume emulation"),
+        ("help|? [cmd]", "show the help"),
+        ("info [subcommand]", "show what is known about the system"),
+        ("migrate [-d] uri", "migrate to URI; it never waits for the end, so -d changes nothing"),
+        ("migrate_cancel", "cancel the current VM migration"),
+        ("migrate_continue state", "continue a migration that waits in the given state"),
+        ("migrate_incoming uri", "wait for a migration at URI"),
+        ("pmemsave addr size file", "save guest physical memory from 'addr' on, of size 'size', to a file"),
+        ("set_vcpu_dirty_limit rate [cpu]", "limit how much a vCPU, or each, makes dirty, in MB/s"),
+        ("stop|s", "stop emulation"),
+        ("system_reset", "reset the system"),
+        ("xp /fmt addr", "show guest physical memory from 'addr' on; fmt is a count, o d u x or c, and b h w or g"),
+    ]
 
-    private static let subjects: [(name: String, purpose: String)] =
-        [
-            ("cpus", "show infos for each CPU"),
-            ("kvm", "show KVM information"),
-            ("memory_size_summary", "show the amount of memory in bytes"),
-            ("migrate", "show migration status"),
-            ("migrate_capabilities", "show current migration capabilities"),
-            ("migrate_parameters", "show current migration parameters"),
-            ("name", "show the current VM name"),
-            ("status", "show the current VM status (running|paused)"),
-            ("version", "show the version"),
-        ] + dirtyRateSubjects
+    private static let subjects: [(name: String, purpose: String)] = [
+        ("cpus", "show infos for each CPU"),
+        ("dirty_rate", "show the dirty rate"),
+        ("kvm", "show KVM information"),
+        ("memory_size_summary", "show the amount of memory in bytes"),
+        ("migrate", "show migration status"),
+        ("migrate_capabilities", "show current migration capabilities"),
+        ("migrate_parameters", "show current migration parameters"),
+        ("mtree", "show memory regions and the guest's view of them; -f: the view alone"),
+        ("name", "show the current VM name"),
+        ("status", "show the current VM status (running|paused)"),
+        ("vcpu_dirty_limit", "show the dirty limits of vCPUs"),
+        ("version", "show the version"),
+    ]
 
     private func run(_ words: [String]) throws -> [String] {
         guard let first = words.first else { return [] }
@@ -146,7 +151,8 @@ struct HumanMonitor: Sendable {
     private func info(_ words: [String]) throws -> [String] {
         guard let subject = words.first else { return help(on: ["info"]) }
         guard Self.subjects.contains(where: { $0.name == subject }) else { return [Self.unknown("info \(subject)")] }
-        guard words.count == 1 else {
+        let options = subject == "mtree" && words.count == 2 && words[1] == "-f" ? 1 : 0
+        guard words.count == 1 + options else {
             throw Usage(
                 command: "info \(subject)", sentence: "\(subject): extraneous characters at the end of line")
         }
@@ -157,7 +163,10 @@ struct HumanMonitor: Sendable {
             return ["\(table.version.major).\(table.version.minor).\(table.version.micro) (\(table.version.package))"]
         case "dirty_rate": return try dirtyRateLines()
         case "vcpu_dirty_limit": return try dirtyLimitLines()
-        case "kvm": return ["kvm support: \(try value("query-kvm")["enabled"] == true ? "enabled" : "disabled")"]
+        case "kvm":
+            let support = "kvm support: \(try value("query-kvm")["enabled"] == true ? "enabled" : "disabled")"
+            return [support] + (machine.accelerator.map { ["dirty tracking: \($0.dirtyTracking)"] } ?? [])
+        case "mtree": return options > 0 ? machine.memory.view.lines : machine.memory.mapLines
         case "cpus":
             return machine.cpuThreadIDs.enumerated().map { "\($0 == 0 ? "*" : " ") CPU #\($0): thread_id=\($1)" }
         case "memory_size_summary":

@@ -20,7 +20,13 @@ struct MachineCommands: Sendable {
             },
             Command("query-name") { [name] _ in ["name": .string(name)] },
             Command("query-kvm") { [machine] _ in
-                ["enabled": .bool(machine.accelerator?.name == "kvm"), "present": true]
+                var answer: [String: JSON] = ["enabled": .bool(machine.accelerator?.name == "kvm"), "present": true]
+                if let tracking = machine.accelerator?.dirtyTracking {
+                    answer["x-dirty-tracking"] = .string(tracking.method)
+                    answer["x-manual-protect"] = .bool(tracking.protectsManually)
+                    if let entries = tracking.ringEntries { answer["x-dirty-ring-size"] = JSON(entries) }
+                }
+                return .object(answer)
             },
             Command("query-cpus-fast") { [machine] _ in Self.cpus(machine) },
             Command("query-machines") { _ in .array(MachineConfiguration.Kind.allCases.map(Self.describe)) },

@@ -18,6 +18,7 @@ extension MigrationInfo {
         if let setupNanoseconds { members["setup-time"] = milliseconds(setupNanoseconds) }
         if let rule { members["x-handover"] = .string(rule.rawValue) }
         if let dirtyTracking { members["x-dirty-tracking"] = .string(dirtyTracking) }
+        if let trackingCPUNanoseconds { members["x-tracking-cpu"] = JSON(trackingCPUNanoseconds / 1000) }
         if let expected = expectedMilliseconds(limit: downtimeLimitMilliseconds) {
             members["expected-downtime"] = JSON(expected)
         }

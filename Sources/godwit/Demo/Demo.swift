@@ -22,13 +22,21 @@ struct Demo: ParsableCommand {
             "The guest. (default: dirty, writing an eighth of its memory in random order)", valueName: "spec"))
     var guest: String?
 
+    @Option(
+        help: ArgumentHelp("How both VMs run their guest, as `run` takes it. (default: kvm)", valueName: "spec"),
+        transform: { text in
+            _ = try AcceleratorOption(text)
+            return text
+        })
+    var accel = "kvm"
+
     func run() throws {
         let interruption = try SignalWatch.startFlag()
-        let folder = try PrivateFolder()
+        let folder = try PrivateFolder("demo")
         defer { folder.remove() }
         let workingSet = max(1, memory.bytes >> 23)
         let demonstration = try Demonstration(
-            folder: folder.path, memoryBytes: memory.bytes, cpuCount: cpus,
+            folder: folder.path, memoryBytes: memory.bytes, cpuCount: cpus, accelerator: accel,
             guest: guest ?? "dirty,working-set=\(workingSet)M,rate=128M,random", interruption: interruption)
         try demonstration.run()
     }

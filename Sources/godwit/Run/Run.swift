@@ -31,8 +31,12 @@ struct Run: ParsableCommand {
     var cpus = 1
 
     @Option(
-        help: ArgumentHelp("What runs the guest: kvm.", valueName: "spec"), transform: { try AcceleratorOption($0) })
-    var accel = AcceleratorOption.kvm
+        help: ArgumentHelp(
+            """
+            What runs the guest: kvm[,dirty-tracking=auto|log|ring][,dirty-ring-size=N]. How written pages are found: by KVM's dirty \
+            log, or by a dirty ring of N entries for each vCPU, as many as the kernel allows if N is left out.
+            """, valueName: "spec"), transform: { try AcceleratorOption($0) })
+    var accel = AcceleratorOption()
 
     @Option(help: "pc, or none: RAM without vCPUs and devices, as QEMU's -M none.")
     var machine = MachineOption.pc
@@ -82,7 +86,7 @@ struct Run: ParsableCommand {
         let configuration = MachineConfiguration(
             kind: machine.kind, memoryByteCount: memory.bytes, cpuCount: cpus,
             boot: try boot.source(memoryByteCount: memory.bytes), backing: memoryBacking.backing,
-            isIncoming: incoming != nil)
+            dirtyTracking: accel.dirtyTracking, isIncoming: incoming != nil)
         let plan = VMProcess.Plan(
             name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
             startsPaused: paused)
@@ -113,26 +117,6 @@ enum MemoryBackingOption: String, ExpressibleByArgument, CaseIterable {
     case anonymous, memfd
 
     var backing: RAMBacking { self == .memfd ? .memfd : .anonymous }
-}
-
-/// `--accel`.
-enum AcceleratorOption: Sendable {
-    case kvm
-
-    init(_ text: String) throws {
-        let fields = text.split(separator: ",", omittingEmptySubsequences: false)
-        guard fields.first == "kvm" else {
-            throw ValidationError("accelerator '\(fields.first ?? "")' is unknown; possible is kvm")
-        }
-        for option in fields.dropFirst() {
-            if option.hasPrefix("dirty-ring-size=") {
-                throw ValidationError(
-                    "kvm has no dirty ring in this version yet; leave dirty-ring-size out to use the dirty log")
-            }
-            throw ValidationError("kvm has no option '\(option)'")
-        }
-        self = .kvm
-    }
 }
 
 extension SerialPort.Target {

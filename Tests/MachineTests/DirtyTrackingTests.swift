@@ -6,18 +6,33 @@ import Machine
 import Synchronization
 import Testing
 
-@Suite("dirty log", .serialized, .enabled(if: hasKVM, needsKVM))
-struct DirtyLogTests {
+/// What the tests run with: small rings run full all the time.
+enum Tracking: String, Codable, CaseIterable, Sendable {
+    case log, ring, ring1024, ring4096
+
+    var choice: DirtyTrackingChoice {
+        switch self {
+        case .log: .log
+        case .ring: .ring(entryCount: nil)
+        case .ring1024: .ring(entryCount: 1024)
+        case .ring4096: .ring(entryCount: 4096)
+        }
+    }
+}
+
+@Suite("dirty tracking", .serialized, .enabled(if: hasKVM, needsKVM))
+struct DirtyTrackingTests {
     @Test(
-        "no page a guest writes is ever lost: a copy kept by the log alone is guest memory", .timeLimit(.minutes(1)),
+        "no page a guest writes is ever lost: a copy kept by tracking alone is guest memory", .timeLimit(.minutes(1)),
         arguments: [
             ("dirty,working-set=24M", 1), ("dirty,working-set=24M,random", 2), ("dirty,working-set=16M,heartbeat=0", 4),
             ("dirty,working-set=40M,fill=48M,random,stride=3", 4), ("probe,write,working-set=8M", 2),
-        ])
-    func keepsUp(guest: String, cpus: Int) async {
-        await #expect(processExitsWith: .success) { [guest, cpus] in
+        ], Tracking.allCases)
+    func keepsUp(guest: (String, Int), tracking: Tracking) async {
+        await #expect(processExitsWith: .success) {
+            [program = guest.0 as String, cpus = guest.1 as Int, tracking] in
             Child.run(seconds: 15) {
-                let machine = try VirtualMachine.guest(guest, cpus: cpus)
+                let machine = try VirtualMachine.guest(program, cpus: cpus, tracking: tracking.choice)
                 try machine.resume()
                 try machine.awaitReady()
                 let shadow = try ShadowMemory(of: machine)
@@ -36,12 +51,14 @@ struct DirtyLogTests {
 
     @Test(
         "pages that appear while the guest fills its memory are not lost either", .timeLimit(.minutes(1)),
-        arguments: [(1, "anonymous"), (2, "anonymous"), (2, "memfd"), (4, "memfd")])
-    func filling(cpus: Int, backing: String) async {
-        await #expect(processExitsWith: .success) { [cpus, backing] in
+        arguments: [(1, "anonymous"), (2, "anonymous"), (2, "memfd"), (4, "memfd")], [Tracking.log, .ring1024])
+    func filling(with: (Int, String), tracking: Tracking) async {
+        await #expect(processExitsWith: .success) {
+            [cpus = with.0 as Int, backing = with.1 as String, tracking] in
             Child.run(seconds: 15) {
                 let machine = try VirtualMachine.guest(
-                    "idle,words=512,heartbeat=1ms", cpus: cpus, backing: RAMBacking(rawValue: backing)!)
+                    "idle,words=512,heartbeat=1ms", cpus: cpus, backing: RAMBacking(rawValue: backing)!,
+                    tracking: tracking.choice)
                 let shadow = try ShadowMemory(of: machine)
                 try shadow.tracker.start()
                 try shadow.round()
@@ -83,11 +100,13 @@ struct DirtyLogTests {
 
     @Test(
         "the first collect reports the allocated pages exactly, later ones what is written, and never a hole",
-        .timeLimit(.minutes(1)))
-    func idle() async {
-        await #expect(processExitsWith: .success) {
+        .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func idle(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
             Child.run(seconds: 15) {
-                let machine = try VirtualMachine.guest("idle,fill=24M,heartbeat=10ms", mebibytes: 256)
+                let machine = try VirtualMachine.guest(
+                    "idle,fill=24M,heartbeat=10ms", mebibytes: 256, tracking: tracking.choice)
                 try machine.resume()
                 try machine.awaitReady()
                 machine.pause()
@@ -116,11 +135,14 @@ struct DirtyLogTests {
         }
     }
 
-    @Test("tracking that was stopped starts afresh and misses nothing", .timeLimit(.minutes(1)))
-    func again() async {
-        await #expect(processExitsWith: .success) {
+    @Test(
+        "tracking that was stopped starts afresh and misses nothing", .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func again(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
             Child.run(seconds: 15) {
-                let machine = try VirtualMachine.guest("dirty,working-set=16M,random", cpus: 2)
+                let machine = try VirtualMachine.guest(
+                    "dirty,working-set=16M,random", cpus: 2, tracking: tracking.choice)
                 try machine.resume()
                 try machine.awaitReady()
                 for _ in 0..<3 {
@@ -138,15 +160,17 @@ struct DirtyLogTests {
 
     @Test(
         "a client that starts later takes over: what an earlier one still does is refused and loses nothing",
-        .timeLimit(.minutes(1)))
-    func takesOver() async {
-        await #expect(processExitsWith: .success) {
+        .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func takesOver(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
             Child.run(seconds: 15) {
                 func refused(_ what: String, _ command: () throws -> Void) {
                     do { try command() } catch { return claim("\(error)".contains("dirty page tracking"), "\(error)") }
                     Child.fail("\(what) was not refused")
                 }
-                let machine = try VirtualMachine.guest("dirty,working-set=8M,fill=16M,random")
+                let machine = try VirtualMachine.guest(
+                    "dirty,working-set=8M,fill=16M,random", tracking: tracking.choice)
                 try machine.resume()
                 try machine.awaitReady()
                 let earlier = try ShadowMemory(of: machine)
@@ -169,12 +193,13 @@ struct DirtyLogTests {
 
     @Test(
         "memory with more holes than are worth looking into is tracked as well", .timeLimit(.minutes(1)),
-        arguments: ["anonymous", "memfd"])
-    func fragmented(backing: String) async {
-        await #expect(processExitsWith: .success) { [backing] in
+        arguments: ["anonymous", "memfd"], [Tracking.log, .ring])
+    func fragmented(backing: String, tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [backing, tracking] in
             Child.run(seconds: 15) {
                 let machine = try VirtualMachine.guest(
-                    "dirty,working-set=40M,random", cpus: 2, backing: RAMBacking(rawValue: backing)!)
+                    "dirty,working-set=40M,random", cpus: 2, backing: RAMBacking(rawValue: backing)!,
+                    tracking: tracking.choice)
                 let block = machine.memory.blocks[0]
                 for page in stride(from: 768, to: Int(block.pageCount), by: 2) {
                     block.mapping.store(UInt8(0), at: page * 4096)
@@ -193,11 +218,14 @@ struct DirtyLogTests {
         }
     }
 
-    @Test("what this process writes into guest memory is tracked like the guest's own writes", .timeLimit(.minutes(1)))
-    func hostWrites() async {
-        await #expect(processExitsWith: .success) {
+    @Test(
+        "what this process writes into guest memory is tracked like the guest's own writes", .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func hostWrites(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
             Child.run(seconds: 15) {
-                let machine = try VirtualMachine.guest("dirty,working-set=8M,fill=8M", mebibytes: 64)
+                let machine = try VirtualMachine.guest(
+                    "dirty,working-set=8M,fill=8M", mebibytes: 64, tracking: tracking.choice)
                 try machine.resume()
                 try machine.awaitReady()
                 let shadow = try ShadowMemory(of: machine)
@@ -232,23 +260,92 @@ struct DirtyLogTests {
         }
     }
 
-    @Test("a guest with RAM on both sides of the hole below 4 GiB is tracked in both", .timeLimit(.minutes(1)))
-    func aboveFourGibibytes() async {
-        await #expect(processExitsWith: .success) {
+    @Test(
+        "two clients at once each hear of every page, though what one collects is cleared", .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring1024, .ring], [1, 4])
+    func twoClients(tracking: Tracking, cpus: Int) async {
+        await #expect(processExitsWith: .success) { [tracking, cpus] in
             Child.run(seconds: 15) {
                 let machine = try VirtualMachine.guest(
-                    "probe,fill=none,write,stride=499,random", mebibytes: 5 << 10, cpus: 2, backing: .memfd)
+                    "dirty,working-set=24M,random,heartbeat=0", cpus: cpus, tracking: tracking.choice)
+                try machine.resume()
+                try machine.awaitReady()
+                let one = try ShadowMemory(of: machine)
+                try one.tracker.start()
+                for _ in 0..<3 { try one.round() }
+                // Joins while the other is at work, collects at other times, and ends before it.
+                let other = try ShadowMemory(of: machine, client: .measurement)
+                try other.tracker.start()
+                for turn in 0..<12 {
+                    if turn % 3 != 1 { try one.round() }
+                    if turn % 3 != 2 { try other.round() }
+                    if turn % 4 == 0 { try one.collect() }
+                    Clock.sleep(nanoseconds: 2_000_000)
+                }
+                try other.finish()
+                other.tracker.stop()
+                try machine.resume()
+                for _ in 0..<3 { try one.round() }
+                try one.finish()
+                one.tracker.stop()
+            }
+        }
+    }
+
+    @Test(
+        "two clients on two threads lose nothing to each other", .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func racingClients(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest(
+                    "dirty,working-set=16M,random", cpus: 2, tracking: tracking.choice)
+                try machine.resume()
+                try machine.awaitReady()
+                let other = try HostThread(name: "other") {
+                    do {
+                        let shadow = try ShadowMemory(of: machine, client: .measurement)
+                        try shadow.tracker.start()
+                        for _ in 0..<40 { try shadow.round() }
+                        shadow.tracker.stop()
+                        try shadow.tracker.start()
+                        for _ in 0..<40 { try shadow.round() }
+                        try shadow.finish()
+                    } catch { Child.fail("the second client: \(error)") }
+                }
+                let shadow = try ShadowMemory(of: machine)
+                try shadow.tracker.start()
+                for _ in 0..<60 { try shadow.round() }
+                other.join()
+                try machine.resume()
+                try shadow.round()
+                try shadow.finish()
+            }
+        }
+    }
+
+    @Test(
+        "a guest with RAM on both sides of the hole below 4 GiB is tracked in both", .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func aboveFourGibibytes(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
+            Child.run(seconds: 15) {
+                let machine = try VirtualMachine.guest(
+                    "probe,fill=none,write,stride=499,random", mebibytes: 5 << 10, cpus: 2, backing: .memfd,
+                    tracking: tracking.choice)
                 try Self.trackSparse(machine, above: PageIndex((3 << 30) / 4096), rounds: 6)
             }
         }
     }
 
-    @Test("a guest of 512 GiB costs what it has touched", .timeLimit(.minutes(1)))
-    func halfATebibyte() async {
-        await #expect(processExitsWith: .success) {
+    @Test(
+        "a guest of 512 GiB costs what it has touched", .timeLimit(.minutes(1)),
+        arguments: [Tracking.log, .ring4096])
+    func halfATebibyte(tracking: Tracking) async {
+        await #expect(processExitsWith: .success) { [tracking] in
             Child.run(seconds: 15) {
                 let machine = try VirtualMachine.guest(
-                    "probe,fill=none,write,stride=65521", mebibytes: 512 << 10)
+                    "probe,fill=none,write,stride=65521", mebibytes: 512 << 10, tracking: tracking.choice)
                 try Self.trackSparse(machine, above: PageIndex((500 << 30) / 4096), rounds: 2, checks: false)
             }
         }

@@ -1,0 +1,50 @@
+import GuestMemory
+import Host
+import Synchronization
+
+/// The address space in which memory files are shown to the guest, in guest-physical order: one window per granule that shows something.
+///
+/// A guest page always has the same host address, so that slots may be split and joined while what stands behind them stays.
+final class SlotWindows: Sendable {
+    private let granulePages: UInt64
+    private let windows = Mutex<[UInt64: AddressWindow]>([:])
+
+    init(granulePages: UInt64) { self.granulePages = granulePages }
+
+    /// Makes sure that guest pages have a place. - Throws: where this process has no address space left.
+    func reserve(_ pages: Range<UInt64>) throws(SystemError) {
+        guard !pages.isEmpty else { return }
+        try windows.withLock { (windows) throws(SystemError) in
+            for granule in pages.lowerBound / granulePages...(pages.upperBound - 1) / granulePages
+            where windows[granule] == nil {
+                windows[granule] = try AddressWindow(byteCount: Int(granulePages << GuestPage.shift))
+            }
+        }
+    }
+
+    private func place(_ page: UInt64) -> (window: AddressWindow, offset: Int) {
+        guard let window = windows.withLock({ $0[page / granulePages] }) else {
+            preconditionFailure("windows are reserved before they are used")
+        }
+        return (window, Int((page % granulePages) << GuestPage.shift))
+    }
+
+    func hostAddress(of page: UInt64) -> UInt {
+        let (window, offset) = place(page)
+        return window.hostAddress(at: offset)
+    }
+
+    /// Exchanges what stands behind guest pages of one granule. Atomic for whoever touches them.
+    func exchange(
+        _ pages: Range<UInt64>, from old: ShownPages.Content?, to new: ShownPages.Content?, blocks: [RAMBlock]
+    ) throws(SystemError) {
+        let (window, offset) = place(pages.lowerBound)
+        let count = pages.count << Int(GuestPage.shift)
+        guard let new, let file = blocks[new.block].file else { return try window.hide(at: offset, byteCount: count) }
+        if let old, old.block == new.block, old.firstPage == new.firstPage {
+            return try window.protect(at: offset, byteCount: count, readOnly: new.isReadOnly)
+        }
+        try window.show(
+            file.descriptor, from: new.firstPage.offset.value, at: offset, byteCount: count, readOnly: new.isReadOnly)
+    }
+}
