@@ -10,12 +10,15 @@ import Testing
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct DirtyRateTests {
     private let bench: Workbench
+    private static let log = "kvm,dirty-tracking=log"
+    private static let ring = "kvm,dirty-ring-size=4096"
 
     init() throws { bench = try Workbench() }
 
     /// 128 MiB, of which the guest writes 64 MiB anew every two seconds.
-    private func startVM() throws -> VM {
-        let vm = try bench.startVM("web", ["--memory", "128M", "--guest", "dirty,working-set=64M,rate=32M"])
+    private func startVM(_ accelerator: String) throws -> VM {
+        let vm = try bench.startVM(
+            "web", ["--memory", "128M", "--guest", "dirty,working-set=64M,rate=32M", "--accel", accelerator])
         try vm.waitForGuest()
         return vm
     }
@@ -33,9 +36,10 @@ struct DirtyRateTests {
 
     @Test(
         "a guest's rate is measured by sampling and by tracking, while it runs on",
-        arguments: ["page-sampling", "dirty-bitmap"])
-    func measured(mode: String) throws {
-        let vm = try startVM()
+
+        arguments: ["page-sampling", "dirty-bitmap"], [DirtyRateTests.log, DirtyRateTests.ring])
+    func measured(mode: String, accelerator: String) throws {
+        let vm = try startVM(accelerator)
         let result = try measure(vm, ["calc-time": 1, "mode": .string(mode)])
         #expect(result["mode"] == .string(mode) && result["calc-time"] == 1)
         // The guest may not get all the processor it would need; more than it wants it does not write.
@@ -56,7 +60,7 @@ struct DirtyRateTests {
 
     @Test("godwit info NAME dirty-rate measures and prints a table, or the VM's answer")
     func command() throws {
-        _ = try startVM()
+        _ = try startVM(Self.log)
         let outcome = try bench.run(["info", "web", "dirty-rate"])
         #expect(outcome.status == .exited(0), "\(outcome)")
         let lines = outcome.output.split(separator: "\n").map { $0.split(separator: " ").map(String.init) }
@@ -66,6 +70,25 @@ struct DirtyRateTests {
         #expect((10...60).contains(Int(lines[1][1]) ?? 0), "\(outcome)")
         let json = try JSON(parsing: bench.run(["info", "web", "dirty-rate", "--json"]).output.utf8)
         #expect(json["status"] == "measured" && json["dirty-rate"] != nil, "\(json)")
+    }
+
+    @Test("with rings each vCPU's rate is told, and a limit is set, shown and ended")
+    func rings() throws {
+        let vm = try startVM(Self.ring)
+        let result = try measure(vm, ["calc-time": 1, "mode": "dirty-ring"])
+        // Entries of the ring: the kernel may repeat pages, and adds those it changes itself.
+        let rate = try #require(result["dirty-rate"]?.integerValue(as: Int.self))
+        #expect((10...320).contains(rate), "\(rate) MiB/s")
+        #expect(result["vcpu-dirty-rate"] == [["id": 0, "dirty-rate": JSON(rate)]], "\(result)")
+        try vm.client.execute("set-vcpu-dirty-limit", ["dirty-rate": 4])
+        #expect(try vm.client.execute("query-vcpu-dirty-limit")[0]?["limit-rate"] == 4)
+        Clock.sleep(nanoseconds: 1_000_000_000)
+        let limited = try measure(vm, ["calc-time": 1, "mode": "dirty-bitmap"])
+        #expect((limited["dirty-rate"]?.integerValue(as: Int.self) ?? .max) <= 8, "\(limited)")
+        try vm.client.execute("cancel-vcpu-dirty-limit")
+        #expect(try vm.client.execute("query-vcpu-dirty-limit") == [])
+        let table = try bench.run(["info", "web", "dirty-rate"]).output.split(separator: "\n")
+        #expect(table.count == 3 && table[2].hasPrefix("0 ") && table[2].hasSuffix("dirty-ring"), "\(table)")
     }
 
     @Test("a reading is a row for the VM and one for each vCPU")
