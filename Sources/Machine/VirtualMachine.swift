@@ -51,6 +51,9 @@ public final class VirtualMachine: Sendable {
             kvm = try KVMAccelerator(
                 memory: memory, cpuCount: configuration.cpuCount, dirtyTracking: configuration.dirtyTracking)
         } catch { throw MachineError(error.description) }
+        do throws(MemoryError) { try memory.addListener(kvm.memoryListener, showing: memory.view) } catch {
+            throw MachineError(error.description)
+        }
         accelerator = kvm
         do throws(GuestProgramError) {
             bootPlan = try configuration.boot?.plan(

@@ -1,0 +1,91 @@
+import GuestMemory
+import GuestPrograms
+import Host
+import KVM
+
+/// One machine, one strategy: the firmware's sequence again and again while the vCPUs spin, and what came of it.
+struct MemslotsRun {
+    let strategy: SlotStrategy
+    let cpuCount: Int
+    /// No vCPU goes where the layout changes.
+    let areAllOutside: Bool
+    /// Passes of the sequence that are timed, without dirty tracking.
+    let timedRuns: Int
+    /// Passes with dirty tracking, behind them.
+    let trackedRuns: Int
+
+    struct Outcome {
+        /// By pass: the commits' time together.
+        var sequenceMilliseconds: [Double] = []
+        /// By pass: the median and the longest of its commits.
+        var commitMilliseconds: [Double] = []
+        var longestCommitMilliseconds: [Double] = []
+        /// The same of passes with dirty tracking.
+        var trackedCommitMilliseconds: [Double] = []
+        /// The longest time a vCPU outside did not run; 0 if there is none outside.
+        var gapMilliseconds = 0.0
+        var failures: UInt64 = 0
+        var firstFailure: String?
+        /// Times all vCPUs were held, while timed and while tracked.
+        var pauses: UInt64 = 0
+        var commits: UInt64 = 0
+        /// Pages of which dirty tracking did not tell the last contents.
+        var lostPages: UInt64 = 0
+        /// What vCPUs counted and no page holds.
+        var lostWrites: UInt64 = 0
+        var writes: UInt64 = 0
+    }
+
+    func carryOut() throws -> Outcome {
+        let scene = try FirmwareScene()
+        let outside = Set((0..<cpuCount).filter { areAllOutside || $0 % 2 == 1 })
+        let guest = try scene.makeGuest(cpuCount: cpuCount, outside: outside)
+        let machine = try SpinMachine(memory: scene.memory, guest: guest, strategy: strategy)
+        try machine.start()
+        var outcome = Outcome()
+        for _ in 0..<timedRuns {
+            let times = try pass(scene, machine)
+            outcome.sequenceMilliseconds.append(times.reduce(0, +))
+            outcome.commitMilliseconds.append(times.median ?? 0)
+            outcome.longestCommitMilliseconds.append(times.max() ?? 0)
+        }
+        outcome.gapMilliseconds = machine.longestGapMilliseconds ?? 0
+        let shadow = try trackedRuns > 0 ? makeShadow(machine) : nil
+        for _ in 0..<trackedRuns {
+            outcome.trackedCommitMilliseconds.append(try pass(scene, machine).median ?? 0)
+            try shadow?.round()
+        }
+        try machine.park()
+        machine.end()
+        if let shadow {
+            try shadow.round()
+            outcome.lostPages = try shadow.differences()
+            shadow.stop()
+        }
+        (outcome.failures, outcome.firstFailure) = machine.failures
+        let statistics = machine.accelerator.memorySlotStatistics
+        (outcome.pauses, outcome.commits) = (statistics.pauses, statistics.commits)
+        for (cpu, status) in machine.status.enumerated() {
+            outcome.writes += status.writes
+            let counted = scene.counted(by: cpu, in: guest)
+            outcome.lostWrites += status.writes > counted ? status.writes - counted : counted - status.writes
+        }
+        return outcome
+    }
+
+    private func makeShadow(_ machine: SpinMachine) throws -> ShadowBlocks {
+        let tracker = machine.accelerator.dirtyTracker(for: .migration)
+        let shadow = try ShadowBlocks(of: machine.memory, tracker: tracker)
+        try shadow.round()
+        return shadow
+    }
+
+    /// One pass of the sequence. - Returns: how long each commit took, in milliseconds.
+    private func pass(_ scene: FirmwareScene, _ machine: SpinMachine) throws -> [Double] {
+        try scene.steps.map { step in
+            let start = Clock.monotonicNanoseconds
+            try scene.memory.commit(step)
+            return Double(Clock.monotonicNanoseconds - start) / 1e6
+        }
+    }
+}
