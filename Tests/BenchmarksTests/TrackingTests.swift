@@ -45,6 +45,8 @@ struct TrackingTests {
         #expect(Self.value("auto-vs-best", in: session) == nil)
         #expect(Self.value("ring-cpu-vs-log-100mb", in: session) == nil)
         #expect(Self.value("dirty-limit-error", in: session) == nil)
+        session.limits = [(50, []), (200, []), (800, [])]
+        #expect(session.promises.first { $0.name == "dirty-limit-error" }?.holds == false)
     }
 
     @Test("the error of limits counts in both directions; collections and gaps are compared by size")

@@ -155,7 +155,12 @@ struct TrackingSession {
     }
 
     mutating func measureLimits() throws {
-        limits = try DirtyLimitRun(scale: scale, options: options, progress: progress).measure()
+        do {
+            limits = try DirtyLimitRun(scale: scale, options: options, progress: progress).measure()
+        } catch let error as DirtyLimitRun.Unavailable {
+            notes.append(error.description)
+            limits = DirtyLimitRun.limitsMegabytesPerSecond.map { ($0, []) }
+        }
     }
 
     private static func requireVerified(_ answer: JSON, _ name: String) throws(CommandFailure) {

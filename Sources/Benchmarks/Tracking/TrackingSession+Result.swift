@@ -82,6 +82,8 @@ extension TrackingSession {
 
     private var worstLimitError: Double? {
         guard limits.count == DirtyLimitRun.limitsMegabytesPerSecond.count else { return nil }
+        // A limit that could not be set is no limit that was kept.
+        guard limits.allSatisfy({ !$0.rates.isEmpty }) else { return .nan }
         return limits.flatMap { limit, rates in rates.map { abs($0 / Double(limit) - 1) } }.max()
     }
 
