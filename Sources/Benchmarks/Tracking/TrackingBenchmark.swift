@@ -143,6 +143,7 @@ struct TrackingSession {
                         "memory": JSON(size << 30),
                         "guest": .string("dirty,fill=none,working-set=\(touched)M,heartbeat=1ms"),
                         "ring": method == .log ? 0 : 65536, "rounds": JSON(scale.gapRounds),
+                        "stretch-ms": JSON(scale.gapStretchMilliseconds),
                     ], options: options)
                 try Self.requireVerified(answer, Self.startName(size, method))
                 starts.append(

@@ -89,6 +89,7 @@ struct TrackingScale: Sendable {
     var gapMemoryGiB: [UInt64]
     var gapTouchedMegabytes: UInt64
     var gapRounds: Int
+    var gapStretchMilliseconds: UInt64
 
     static func full(runs: Int?, hasQEMU: Bool) -> TrackingScale {
         TrackingScale(
@@ -101,7 +102,8 @@ struct TrackingScale: Sendable {
             collectCells: [TrackingMethod.ring65536, .log].flatMap { method in
                 [1, 512].map { CollectCell(gibibytes: $0, method: method) }
             }, collectSamples: 42, limitSeconds: 10, gapMemoryGiB: [1, 256, 512], gapTouchedMegabytes: 4096,
-            gapRounds: 5)
+            gapRounds: 5,
+            gapStretchMilliseconds: 1000)
     }
 
     static func quick(runs: Int?) -> TrackingScale {
@@ -119,6 +121,7 @@ struct TrackingScale: Sendable {
         return TrackingScale(
             memoryMegabytes: 512, workingSetMegabytes: 256, settleMilliseconds: 100, runs: runs ?? 5, cells: cells,
             collectCells: [1, 512].map { CollectCell(gibibytes: $0, method: .ring65536) }, collectSamples: 21,
-            limitSeconds: 3, gapMemoryGiB: [1, 512], gapTouchedMegabytes: 1024, gapRounds: 2)
+            limitSeconds: 3, gapMemoryGiB: [1, 512], gapTouchedMegabytes: 1024, gapRounds: 2,
+            gapStretchMilliseconds: 250)
     }
 }
