@@ -24,6 +24,7 @@ public struct TrackingBenchmark: Benchmark {
         try session.measureStart()
         try session.measureLimits()
         var notes = session.notes
+        if options.only != nil { notes.append("with --only, promises whose cells were left out are not shown") }
         if options.isQuick {
             notes.append("QEMU and the ring of 4,096 entries are measured without --quick")
         } else {
