@@ -31,12 +31,12 @@ final class RacingGuest: Bus, @unchecked Sendable {
     private let isOver = Atomic<Bool>(false)
     private(set) var cpus: [(cpu: KVMVirtualCPU, thread: HostThread)] = []
 
-    enum Work { case read, call, walk, write }
+    enum Work { case read, call, walk, write, spin }
 
     init(
         _ work: [Work], showing pieces: [(pages: Range<Int>, block: Int, isReadOnly: Bool)],
         strategy: SlotStrategy = .atomic, limit: Int = 500, observer: ((Descriptor) -> any SlotObserver)? = nil,
-        writeRange: Range<Int> = 0..<RacingGuest.arenaPages, hasShadowPaging: Bool = true
+        writeRange: Range<Int> = 0..<RacingGuest.arenaPages, shadowPaging: ShadowPaging? = nil
     ) throws {
         try HostThread.installInterruptSignal()
         let low = try RAMBlock(name: "low", byteCount: 2 << 20)
@@ -50,7 +50,9 @@ final class RacingGuest: Bus, @unchecked Sendable {
         view = Mutex(first)
         system = try KVMSystem()
         machine = try system.makeMachine()
-        slots = try KVMSlots(machine: machine, memory: memory, limit: limit, strategy: strategy, hasShadowPaging: hasShadowPaging)
+        slots = try KVMSlots(
+            machine: machine, memory: memory, limit: limit, strategy: strategy,
+            shadowPaging: shadowPaging ?? system.shadowPaging)
         try KVMAccelerator.addInterruptControllers(to: machine)
         if let observer {
             slots.setObserver(observer(machine))
@@ -58,7 +60,9 @@ final class RacingGuest: Bus, @unchecked Sendable {
         }
         fill()
         let cpuid = try system.supportedCPUID()
-        for (index, work) in work.enumerated() { try start(index, work, cpuid, work == .write ? writeRange : 0..<Self.arenaPages) }
+        for (index, work) in work.enumerated() {
+            try start(index, work, cpuid, work == .write ? writeRange : 0..<Self.arenaPages)
+        }
     }
 
     static func view(
@@ -115,7 +119,8 @@ final class RacingGuest: Bus, @unchecked Sendable {
         registers.rip = 0x1000 + (work == .write ? GuestCode.writer : 0)
         registers.rbx = 0x8000 + UInt64(index) * 64
         registers.r12 = work == .walk ? Self.walked : Self.arena + UInt64(range.lowerBound) * 4096
-        registers.r13 = work == .walk ? UInt64(Self.walkedPages) : UInt64(range.count)
+        if work == .spin { registers.r12 = 0x100000 }
+        registers.r13 = work == .spin ? 1 : work == .walk ? UInt64(Self.walkedPages) : UInt64(range.count)
         registers.r14 = work == .call ? 1 : 0
         try cpu.setRegisters(registers)
         let thread = try HostThread(name: "vcpu\(index)") { [self] in
