@@ -3,6 +3,7 @@ import CLinux
 import Glibc
 import GuestMemory
 import Host
+import Synchronization
 import Testing
 
 @testable import KVM
@@ -247,6 +248,35 @@ struct SlotRaceTests {
                 claim(guest.slots.statistics.commits == 0, "\(guest.slots.statistics)")
                 let one = guest.memory.blocks[2].mapping
                 claim((0..<1024).allSatisfy { one.load(at: $0 * 4096 + 8, as: UInt64.self) == 0 }, "")
+            }
+        }
+    }
+
+    @Test(
+        "vCPUs that change the layout themselves do not wait for themselves, nor for each other",
+        .timeLimit(.minutes(1)))
+    func changedByGuests() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 30) {
+                let guest = try RacingGuest(
+                    [.call, .write, .write, .walk], showing: [(0..<1024, 3, false)], writeRange: 1024..<1025)
+                let changes = Atomic(0)
+                let change: @Sendable () -> Void = { [weak guest] in
+                    let count = changes.add(1, ordering: .relaxed).newValue
+                    do { try guest?.show([(0..<900, 3, false), (900..<1024, 3, count % 2 == 0)]) } catch {
+                        Child.fail("\(error)")
+                    }
+                }
+                guest.whenWrittenBehind(change)
+                for _ in 0..<50 {
+                    change()
+                    Clock.sleep(nanoseconds: 500_000)
+                }
+                try guest.awaitPasses(50)
+                guest.stop()
+                let statistics = guest.slots.statistics
+                claim(guest.failed.isEmpty, "\(guest.failed)")
+                claim(statistics.commits >= 150 && statistics.pauses >= 100, "\(statistics)")
             }
         }
     }
