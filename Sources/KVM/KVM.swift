@@ -39,7 +39,7 @@ public final class KVMAccelerator: Accelerator {
         if let ringEntries { try system.enableRings(machine, entryCount: ringEntries) }
         let slots = try KVMSlots(
             machine: machine, memory: memory, limit: system.slotLimit(machine), strategy: slotStrategy,
-            hasShadowPaging: !system.hasHardwarePaging)
+            shadowPaging: system.shadowPaging)
         self.slots = slots
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()
