@@ -70,6 +70,7 @@ public final class KVMAccelerator: Accelerator {
         let rings = DirtyRings(made.compactMap(\.ring), sum: sum, machine: machine, slots: slots, memory: memory)
         for cpu in made {
             if let ring = cpu.ring {
+                cpu.whenResetIsDue = { [weak rings] () throws(SystemError) in try rings?.reset() }
                 cpu.whenRingIsFull = { [weak rings, index = cpu.index] () throws(SystemError) in
                     try rings?.isFull(ring, of: index)
                 }
