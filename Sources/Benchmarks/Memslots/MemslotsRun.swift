@@ -31,6 +31,7 @@ struct MemslotsRun {
         var commits: UInt64 = 0
         /// Pages of which dirty tracking did not tell the last contents.
         var lostPages: UInt64 = 0
+        var firstLostPage: String?
         /// What vCPUs counted and no page holds.
         var lostWrites: UInt64 = 0
         var writes: UInt64 = 0
@@ -59,7 +60,9 @@ struct MemslotsRun {
         machine.end()
         if let shadow {
             try shadow.round()
-            outcome.lostPages = try shadow.differences()
+            let lost = try shadow.differences()
+            outcome.lostPages = UInt64(lost.count)
+            outcome.firstLostPage = lost.first
             shadow.stop()
         }
         (outcome.failures, outcome.firstFailure) = machine.failures

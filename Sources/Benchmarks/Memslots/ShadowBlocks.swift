@@ -49,18 +49,20 @@ final class ShadowBlocks {
         }
     }
 
-    /// Pages that differ from memory. Call when nobody writes any more, after a last round.
-    func differences() throws -> UInt64 {
-        var count: UInt64 = 0
+    /// The pages that differ from memory. Call when nobody writes any more, after a last round.
+    func differences() throws -> [String] {
+        var found: [String] = []
         for (block, copy) in zip(blocks, copies) {
             for run in try block.allocatedRuns(in: block.pages) {
                 for page in run {
                     let offset = Int(page.offset.value)
-                    if block.read(at: offset, count: 4096) != copy.mapping.read(at: offset, count: 4096) { count += 1 }
+                    if block.read(at: offset, count: 4096) != copy.mapping.read(at: offset, count: 4096) {
+                        found.append("\(page) of \(block.name)")
+                    }
                 }
             }
         }
-        return count
+        return found
     }
 
     func stop() { tracker.stop() }
