@@ -151,24 +151,30 @@ public struct MemoryTree: Sendable {
 
     /// A region that holds or shows itself, at whatever distance, would have no end.
     private func refuseCycles() throws(MemoryError) {
-        var done: Set<MemoryRegionID> = []
+        /// How many regions lie below each, in the longest line, itself counted; known once all below it were visited.
+        var heights: [MemoryRegionID: Int] = [:]
         var path: [MemoryRegionID] = []
         func visit(_ id: MemoryRegionID) throws(MemoryError) {
-            guard !done.contains(id), let node = nodes[id] else { return }
+            guard heights[id] == nil, let node = nodes[id] else { return }
             if path.contains(id) {
                 let way = path.last.map { $0 == id ? "" : " by way of '\($0.name)'" } ?? ""
                 throw MemoryError("\(id): it would show itself\(way)")
             }
-            guard path.count < Self.depthLimit else {
-                throw MemoryError("\(id): it lies more than \(Self.depthLimit) regions deep")
-            }
+            guard path.count < Self.depthLimit else { throw Self.tooDeep(id) }
             path.append(id)
-            for child in node.children { try visit(child) }
-            if case .alias(let target, _) = node.region.content { try visit(target) }
+            var below = node.children
+            if case .alias(let target, _) = node.region.content { below.append(target) }
+            for next in below { try visit(next) }
             path.removeLast()
-            done.insert(id)
+            let height = 1 + (below.compactMap { heights[$0] }.max() ?? 0)
+            guard height <= Self.depthLimit else { throw Self.tooDeep(id) }
+            heights[id] = height
         }
         for id in nodes.keys { try visit(id) }
+    }
+
+    private static func tooDeep(_ id: MemoryRegionID) -> MemoryError {
+        MemoryError("\(id): it is part of a line of more than \(depthLimit) regions, one inside the other")
     }
 
     /// Regions inside regions, aliases counted.

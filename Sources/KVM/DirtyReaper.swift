@@ -5,8 +5,12 @@ import Synchronization
 ///
 /// There is no fixed period: from how fast rings filled since the last look follows when the fullest will be half full.
 final class DirtyReaper: Sendable {
-    /// Counts starts and stops: a thread of an earlier start ends when it sees a later number.
-    private let turn = Monitor<UInt64>(0)
+    private struct Turn {
+        /// Counts starts and stops: a thread of an earlier start ends when it sees a later number.
+        var number: UInt64 = 0
+        var isAwaited = false
+    }
+    private let turn = Monitor(Turn())
 
     private struct Pace {
         var fills: [Int] = []
@@ -20,20 +24,28 @@ final class DirtyReaper: Sendable {
     /// - Parameter look: returns how long to sleep, in nanoseconds; `nil` ends the thread.
     func start(_ look: @escaping @Sendable () -> UInt64?) throws(SystemError) {
         let mine = turn.withLock { turn in
-            turn += 1
-            return turn
+            turn.number += 1
+            return turn.number
         }
         pace.withLock { $0 = Pace() }
         let turn = turn
         _ = try HostThread.detached(name: "reaper") {
             while let nanoseconds = look() {
-                let isOver: Void? = turn.wait(deadline: .after(nanoseconds: nanoseconds)) { $0 == mine ? nil : () }
-                if isOver != nil { return }
+                let isOver = turn.wait(deadline: .after(nanoseconds: nanoseconds)) { turn -> Bool? in
+                    if turn.number != mine { return true }
+                    guard turn.isAwaited else { return nil }
+                    turn.isAwaited = false
+                    return false
+                }
+                if isOver == true { return }
             }
         }
     }
 
-    func stop() { turn.withLock { $0 += 1 } }
+    func stop() { turn.withLock { $0.number += 1 } }
+
+    /// Has the thread look at once.
+    func wake() { turn.withLock { $0.isAwaited = true } }
 
     /// Calls `empty` when a ring is half full. - Returns: when to look again, in nanoseconds from now.
     func plan(_ fills: [Int], of entryCount: Int, empty: () -> Void) -> UInt64 {

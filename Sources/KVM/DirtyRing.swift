@@ -82,20 +82,28 @@ final class DirtyRingSum: Sendable {
         }
     }
 
-    /// How many entries the kernel can not use again yet: taken and not given back, and those that stand there.
-    ///
-    /// Looks at a few entries only: they become dirty in order.
+    /// How many entries the kernel cannot use again yet: taken and not given back, and those that stand there.
     var fill: Int {
         lock.withLock { _ in
             let kept = Int(taken.load(ordering: .relaxed) - given.load(ordering: .relaxed))
-            var low = 0
-            var high = max(0, entryCount - kept)
-            while low < high {
-                let middle = (low + high) / 2
-                if unsafe gw_dirty_gfn_flags(entry(next + middle)) & 3 == 1 { low = middle + 1 } else { high = middle }
-            }
-            return kept + low
+            return kept + standing(most: max(0, entryCount - kept))
         }
+    }
+
+    /// Entries since the ring was made, those included that stand there.
+    var count: UInt64 {
+        lock.withLock { _ in taken.load(ordering: .relaxed) + UInt64(standing(most: entryCount)) }
+    }
+
+    /// Looks at a few entries only: they become dirty in order.
+    private func standing(most: Int) -> Int {
+        var low = 0
+        var high = most
+        while low < high {
+            let middle = (low + high) / 2
+            if unsafe gw_dirty_gfn_flags(entry(next + middle)) & 3 == 1 { low = middle + 1 } else { high = middle }
+        }
+        return low
     }
 
     @inline(__always)

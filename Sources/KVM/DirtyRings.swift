@@ -23,6 +23,8 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
     private let sum: DirtyRingSum
     private let cpuNanoseconds = Atomic<UInt64>(0)
     private let reaper: DirtyReaper
+    /// Looks at the limits of vCPUs, or of one, and tells when to look again, in nanoseconds. Set once, before any vCPU runs.
+    var limits: (@Sendable (Int?) -> UInt64?)?
 
     init(_ rings: [DirtyRing], sum: DirtyRingSum, machine: Descriptor, slots: KVMSlots, memory: GuestMemory) {
         self.rings = rings
@@ -132,21 +134,27 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
     // MARK: Other threads
 
     /// A vCPU whose ring is full harvests it, in its own thread.
-    func isFull(_ ring: DirtyRing) throws(SystemError) {
+    func isFull(_ ring: DirtyRing, of index: Int) throws(SystemError) {
         let before = Clock.threadCPUNanoseconds
         defer { cpuNanoseconds.add(Clock.threadCPUNanoseconds - before, ordering: .relaxed) }
         ring.harvest()
         try reset()
+        _ = limits?(index)
     }
+
+    /// Watches afresh what stands in the rings, so that it is counted again.
+    func rearm() {
+        for ring in rings { ring.harvest() }
+        try? reset()
+    }
+
+    func lookNow() { reaper.wake() }
 
     /// The reaper's look at the rings. - Returns: how long it may sleep, in nanoseconds.
     private func look() -> UInt64 {
         let before = Clock.threadCPUNanoseconds
         defer { cpuNanoseconds.add(Clock.threadCPUNanoseconds - before, ordering: .relaxed) }
-        let fills = rings.map(\.fill)
-        return reaper.plan(fills, of: rings[0].entryCount) {
-            for ring in rings { ring.harvest() }
-            try? reset()
-        }
+        let next = reaper.plan(rings.map(\.fill), of: rings[0].entryCount) { rearm() }
+        return min(next, limits?(nil) ?? next)
     }
 }

@@ -85,7 +85,20 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
         self.slots = slots
         self.memory = memory
         table = slots.slots
-        slots.setObserver(self)
+        slots.setObserver(Door(self))
+    }
+
+    /// What slots hold on to, so that they and their tracking go together when nobody else holds either.
+    private final class Door: SlotObserver, @unchecked Sendable {
+        private weak let tracking: DirtyTracking?
+
+        init(_ tracking: DirtyTracking) { self.tracking = tracking }
+
+        func willAdd(_ slot: Slot) -> Bool { tracking?.willAdd(slot) ?? false }
+
+        func willChange(_ old: Slot, to new: Slot?) throws(AcceleratorError) {
+            try tracking?.willChange(old, to: new)
+        }
     }
 
     // MARK: For the trackers

@@ -16,6 +16,7 @@ public final class KVMAccelerator: Accelerator {
     public let cpus: [any VirtualCPU]
     /// The frequency of the guest's time stamp counter, in kHz.
     public let tscKilohertz: UInt64
+    public let dirtyRateControl: (any DirtyRateControl)?
     let machine: Descriptor
     let slots: KVMSlots
     private let tracking: DirtyTracking
@@ -62,21 +63,25 @@ public final class KVMAccelerator: Accelerator {
             let log = DirtyLog(machine: machine, memory: memory, mode)
             dirtyTracking = DirtyTrackingFacts(method: "log", ringEntries: nil, protectsManually: mode == .manual)
             tracking = DirtyTracking(log, slots: slots, memory: memory)
+            dirtyRateControl = nil
             return
         }
         dirtyTracking = DirtyTrackingFacts(method: "ring", ringEntries: ringEntries, protectsManually: false)
         let rings = DirtyRings(made.compactMap(\.ring), sum: sum, machine: machine, slots: slots, memory: memory)
         for cpu in made {
             if let ring = cpu.ring {
-                cpu.whenRingIsFull = { [weak rings] () throws(SystemError) in try rings?.isFull(ring) }
+                cpu.whenRingIsFull = { [weak rings, index = cpu.index] () throws(SystemError) in
+                    try rings?.isFull(ring, of: index)
+                }
             }
         }
         tracking = DirtyTracking(rings, slots: slots, memory: memory)
+        let limiter = DirtyLimiter(rings, tracking: tracking, cpus: made)
+        rings.limits = { [weak limiter] in limiter?.look(at: $0) }
+        dirtyRateControl = limiter
     }
 
     public func dirtyTracker(for client: DirtyClient) -> any DirtyTracker { KVMDirtyTracker(tracking, for: client) }
-
-    public var dirtyRateControl: (any DirtyRateControl)? { nil }
 
     static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.

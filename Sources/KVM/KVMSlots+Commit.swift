@@ -60,7 +60,8 @@ extension KVMSlots: MemoryListener {
         }
     }
 
-    private func perform(_ plan: SlotPlan) throws(MemoryError) {
+    /// As `carryOut`, where no vCPU needs to be held.
+    func perform(_ plan: SlotPlan) throws(MemoryError) {
         var done: [SlotPlan.Operation] = []
         for operation in plan.operations {
             do throws(AcceleratorError) {

@@ -66,7 +66,8 @@ final class KVMSlots: Sendable {
         windows = SlotWindows(granulePages: granulePages)
         scratch = ScratchSlot(number: UInt32(limit - 1))
         do throws(MemoryError) {
-            try carryOut(try plan(to: memory.view))
+            // There is no vCPU yet that would have to be held.
+            try perform(try plan(to: memory.view))
         } catch { throw AcceleratorError(error.description) }
     }
 
@@ -81,6 +82,12 @@ final class KVMSlots: Sendable {
             guard range.guestAddress.value % page == 0, range.byteCount % page == 0, range.offset.value % page == 0
             else {
                 throw MemoryError("\(range.place): KVM shows memory in whole pages of \(page) bytes")
+            }
+            guard range.offset.value <= range.block.byteCount,
+                range.byteCount <= range.block.byteCount - range.offset.value
+            else {
+                throw MemoryError(
+                    "\(range.place): block '\(range.block.name)' ends before, at \(range.block.byteCount) bytes")
             }
             let first = range.guestAddress.value >> GuestPage.shift
             let pages = first..<first + range.byteCount >> GuestPage.shift

@@ -9,6 +9,7 @@ import Synchronization
 
 extension KVMVirtualCPU {
     func run(_ bus: any Bus) -> ExitReason {
+        if sleepWhilePaused() { return .interrupted }
         runner.withLock { $0 = pthread_self() }
         let generation = slots.generation.load(ordering: .acquiring)
         exitReason = 0

@@ -21,6 +21,12 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     let ring: DirtyRing?
     /// Empties the ring when it is full. Set before the first run.
     var whenRingIsFull: (@Sendable () throws(SystemError) -> Void)?
+    /// Until when, on the monotonic clock, it sleeps instead of running the guest; 0 for not at all.
+    private let pausedUntil = Atomic<UInt64>(0)
+    /// Where it sleeps.
+    private let pausing = Monitor(())
+    /// So long at once, in nanoseconds: whoever has it come out is not kept waiting by a kick that came too early.
+    private static let longestNap: UInt64 = 20_000_000
     /// The thread inside `run`, for `kick`.
     let runner = Mutex<pthread_t?>(nil)
     /// The state after creation, to which a reset returns.
@@ -82,6 +88,31 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         runner.withLock { thread in
             if let thread { pthread_kill(thread, HostThread.interruptSignal) }
         }
+        if pausedUntil.load(ordering: .sequentiallyConsistent) != 0 { pausing.withLock { _ in } }
+    }
+
+    /// Makes the vCPU leave the guest and sleep until this moment of the monotonic clock, in its own thread; 0 ends that.
+    func pause(until moment: UInt64) {
+        pausedUntil.store(moment, ordering: .sequentiallyConsistent)
+        if moment == 0 { pausing.withLock { _ in } } else { kick() }
+    }
+
+    /// Sleeps while it is to; a kick ends that. - Returns: whether it slept, and must look for requests before it runs.
+    func sleepWhilePaused() -> Bool {
+        let moment = pausedUntil.load(ordering: .sequentiallyConsistent)
+        guard moment != 0 else { return false }
+        let nap = Deadline(at: min(moment, Clock.monotonicNanoseconds + Self.longestNap))
+        pausing.wait(deadline: nap) { _ in
+            isKicked || pausedUntil.load(ordering: .sequentiallyConsistent) != moment ? () : nil
+        }
+        if Deadline(at: moment).hasPassed {
+            _ = pausedUntil.compareExchange(expected: moment, desired: 0, ordering: .sequentiallyConsistent)
+        }
+        return true
+    }
+
+    private var isKicked: Bool {
+        shared.load(at: MemoryLayout<kvm_run>.offset(of: \.immediate_exit)!, as: UInt8.self) != 0
     }
 
     func clearKick() {

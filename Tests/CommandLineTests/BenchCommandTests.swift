@@ -1,3 +1,4 @@
+import Glibc
 import Host
 import QMP
 import TestSupport
@@ -82,5 +83,49 @@ struct BenchCommandTests {
         #expect(outcome.status == .exited(0) && outcome.output.hasPrefix("NAME"), "\(outcome)")
         let help = try bench.run(["--help"])
         #expect(help.output.contains("bench ") && !help.output.contains("bench-worker"), "\(help)")
+    }
+
+    @Test(
+        "a migration is measured and verified, and one that is interrupted leaves nothing",
+        .enabled(if: Workbench.hasKVM))
+    func tracking() throws {
+        let line = ["bench", "tracking", "--quick", "--runs", "1", "--only", "godwit log 400"]
+        let outcome = try bench.run(line + ["--json"], seconds: 120)
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        let cell = try #require(try JSON(parsing: outcome.output.utf8)["cells"]?[0])
+        for name in ["total-ms", "downtime-ms", "sent-mb", "rate-before-mbs"] {
+            #expect(try #require(cell["quantities"]?[name]?["median"]?.doubleValue) > 0, "\(name) in \(cell)")
+        }
+        let started = try bench.start(line)
+        let deadline = Deadline.after(seconds: 20)
+        while try !folders().contains(where: { try FileSystem.names(inFolder: $0).contains("source.qmp") }) {
+            try #require(!deadline.hasPassed)
+            Clock.sleep(nanoseconds: 5_000_000)
+        }
+        started.process.signal(SIGINT)
+        let interrupted = bench.finish(started)
+        #expect(interrupted.status == .exited(130), "\(interrupted)")
+        #expect(interrupted.lastErrorLine == "godwit: interrupted")
+        #expect(try folders() == [])
+    }
+
+    @Test("a worker measures in a process of its own", .enabled(if: Workbench.hasKVM))
+    func worker() throws {
+        let arguments: JSON = [
+            "memory": 67_108_864, "guest": "dirty,working-set=4M,fill=none", "ring": 0, "samples": 3,
+        ]
+        let outcome = try bench.run(["bench-worker", "collect", "\(arguments)"])
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        let answer = try JSON(parsing: outcome.output.utf8)
+        #expect(answer["verified"] == true && answer["method"] == "log")
+        #expect(answer["nanoseconds"]?.arrayValue?.count == 3)
+        // The whole working set, each time.
+        for pages in answer["pages"]?.arrayValue ?? [] { #expect(try #require(pages.integerValue()) >= 1024) }
+    }
+
+    private func folders() throws -> [String] {
+        try FileSystem.names(inFolder: bench.folder).filter { $0.hasPrefix("godwit-bench") }.map {
+            "\(bench.folder)/\($0)"
+        }
     }
 }

@@ -40,9 +40,10 @@ final class RacingGuest: Bus, @unchecked Sendable {
     ) throws {
         try HostThread.installInterruptSignal()
         let low = try RAMBlock(name: "low", byteCount: 2 << 20)
+        let size = UInt64(Self.arenaPages + 64) * 4096
         let blocks = try [
-            low, RAMBlock(name: "one", byteCount: 4 << 20, backing: .memfd),
-            RAMBlock(name: "two", byteCount: 4 << 20, backing: .memfd), RAMBlock(name: "three", byteCount: 4 << 20),
+            low, RAMBlock(name: "one", byteCount: size, backing: .memfd),
+            RAMBlock(name: "two", byteCount: size, backing: .memfd), RAMBlock(name: "three", byteCount: size),
         ]
         let first = Self.view(pieces, blocks)
         memory = GuestMemory(blocks: blocks, view: first)
@@ -160,6 +161,13 @@ final class RacingGuest: Bus, @unchecked Sendable {
     func awaitPasses(_ count: UInt64 = 2) throws {
         let before = passes
         try waitFor("every vCPU to go on") { !failed.isEmpty || zip(before, passes).allSatisfy { $1 >= $0 + count } }
+    }
+
+    var layout: FlatView { view.withLock { $0 } }
+
+    /// What the writers count in each page of a block.
+    func contents(of block: Int) -> [UInt64] {
+        (0..<Self.arenaPages).map { memory.blocks[block].mapping.load(at: $0 * 4096 + 8, as: UInt64.self) }
     }
 
     /// Has the pages that a block's table shows begin with something that is no page's index, or with what they should.

@@ -8,7 +8,7 @@ struct ChartDrawing {
 
     private let left = 70.0
     private let right = Figure.width - 20
-    private var upper: Double { top + 58 }
+    private var upper: Double { top + 66 }
     private var lower: Double { top + Figure.chartHeight - 58 }
 
     init(_ chart: Chart, top: Double) {
@@ -57,15 +57,17 @@ struct ChartDrawing {
         return elements
     }
 
-    /// A coloured square and a name for each series; nothing for a single one.
+    /// A coloured square and a name for each series, on as many lines as that takes; nothing for a single one.
     private var legend: [SVGElement] {
         guard chart.seriesNames.count > 1 else { return [] }
-        var x = left
+        var (x, y) = (left, top + 28)
         return chart.seriesNames.enumerated().flatMap { index, name -> [SVGElement] in
-            defer { x += 32 + Double(name.count) * 6.6 }
+            let width = 32 + Double(name.count) * 6.6
+            if x + width > right, x > left { (x, y) = (left, y + 16) }
+            defer { x += width }
             return [
-                .box(x: x, y: top + 32, width: 11, height: 11, style: "fill\(index % Figure.colourCount)"),
-                .label(name, x: x + 16, y: top + 42),
+                .box(x: x, y: y, width: 11, height: 11, style: "fill\(index % Figure.colourCount)"),
+                .label(name, x: x + 16, y: y + 10),
             ]
         }
     }

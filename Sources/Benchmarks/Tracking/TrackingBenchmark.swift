@@ -43,12 +43,11 @@ struct TrackingSession {
     private let progress: BenchmarkProgress
     private(set) var notes: [String] = []
     /// Samples of the migrations by cell and quantity.
-    private(set) var migrations: [TrackingCell: [String: [Double]]] = [:]
+    var migrations: [TrackingCell: [String: [Double]]] = [:]
     /// Milliseconds of the last collection, by GiB of guest memory.
-    private(set) var collections: [(gibibytes: UInt64, milliseconds: [Double], pages: [Double])] = []
-    private(set) var starts:
-        [(gibibytes: UInt64, method: TrackingMethod, before: [Double], gap: [Double], took: [Double])] = []
-    private(set) var limits: [(limit: UInt64, rates: [Double])] = []
+    var collections: [(gibibytes: UInt64, milliseconds: [Double], pages: [Double])] = []
+    var starts: [(gibibytes: UInt64, method: TrackingMethod, before: [Double], gap: [Double], took: [Double])] = []
+    var limits: [(limit: UInt64, rates: [Double])] = []
     /// What `auto` took: how often, by load and method.
     private var picks: [TrackingLoad: [String: Int]] = [:]
 

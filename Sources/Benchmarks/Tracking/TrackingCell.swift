@@ -106,6 +106,6 @@ struct TrackingScale: Sendable {
         }
         return TrackingScale(
             memoryMegabytes: 512, workingSetMegabytes: 256, settleMilliseconds: 100, runs: runs ?? 5, cells: cells,
-            collectSamples: 21, limitSeconds: 3, gapMemoryGiB: [1, 512], gapTouchedMegabytes: 512, gapRounds: 2)
+            collectSamples: 21, limitSeconds: 3, gapMemoryGiB: [1, 512], gapTouchedMegabytes: 1024, gapRounds: 2)
     }
 }
