@@ -59,6 +59,9 @@ final class DirtyRingSum: Sendable {
         }
     }
 
+    /// A slot is about to be made, or has been there: what it is called in entries.
+    func add(_ slot: Slot) { lock.withLock { _ in pieces[slot.number] = slot.pieces } }
+
     /// What stands in the ring means `old`; what comes means `new`. What `both` names counts for old and new.
     func change(_ number: UInt32, both: [Slot.Piece], new: [Slot.Piece]?) {
         lock.withLock { _ in

@@ -64,6 +64,7 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
 
     /// Turning logging on has write-protected what was mapped: from here on each first write is an entry.
     func wasTurnedOn(_ slot: Slot, _ report: DirtyReport) throws(AcceleratorError) {
+        for ring in rings { ring.add(slot) }
         do throws(SystemError) {
             for run in try slot.allocatedRuns(in: slot.allPages, of: memory) { report.set(run, of: slot) }
         } catch { throw AcceleratorError(error.description) }
