@@ -234,7 +234,8 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
             for range in shown {
                 if position < range.lowerBound {
                     do throws(SystemError) {
-                        for run in try block.allocatedRuns(in: position..<range.lowerBound) { report.set(run, of: index) }
+                        let runs = try block.allocatedRuns(in: position..<range.lowerBound)
+                        for run in runs { report.set(run, of: index) }
                     } catch { throw AcceleratorError(error.description) }
                 }
                 position = max(position, range.upperBound)
