@@ -3,5 +3,6 @@ public enum BenchmarkWorkerList {
     public static let all: [any BenchmarkWorker.Type] = [
         CollectWorker.self, StartGapWorker.self,
         MemslotsWorker.self,
+        MemslotsStressWorker.self,
     ]
 }

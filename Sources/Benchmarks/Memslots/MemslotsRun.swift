@@ -13,8 +13,12 @@ struct MemslotsRun {
     let timedRuns: Int
     /// Passes with dirty tracking, behind them.
     let trackedRuns: Int
+    /// No pass is begun later than this.
+    let timeLimitSeconds: UInt64
 
     struct Outcome {
+        /// The thread that commits runs before vCPUs that want its processor.
+        var isFirst = false
         /// By pass: the commits' time together.
         var sequenceMilliseconds: [Double] = []
         /// By pass: the median and the longest of its commits.
@@ -31,6 +35,7 @@ struct MemslotsRun {
         var commits: UInt64 = 0
         /// Pages of which dirty tracking did not tell the last contents.
         var lostPages: UInt64 = 0
+        var firstLostPage: String?
         /// What vCPUs counted and no page holds.
         var lostWrites: UInt64 = 0
         var writes: UInt64 = 0
@@ -43,49 +48,57 @@ struct MemslotsRun {
         let machine = try SpinMachine(memory: scene.memory, guest: guest, strategy: strategy)
         try machine.start()
         var outcome = Outcome()
-        for _ in 0..<timedRuns {
+        outcome.isFirst = HostThread.runBeforeOthers()
+        let deadline = Deadline.after(seconds: timeLimitSeconds)
+        for run in 0..<timedRuns where run == 0 || !deadline.hasPassed {
             let times = try pass(scene, machine)
             outcome.sequenceMilliseconds.append(times.reduce(0, +))
             outcome.commitMilliseconds.append(times.median ?? 0)
             outcome.longestCommitMilliseconds.append(times.max() ?? 0)
         }
         outcome.gapMilliseconds = machine.longestGapMilliseconds ?? 0
-        let shadow = try trackedRuns > 0 ? makeShadow(machine) : nil
-        for _ in 0..<trackedRuns {
+        let shadow = try trackedRuns > 0 ? ShadowBlocks(of: machine) : nil
+        for run in 0..<trackedRuns where run == 0 || !deadline.hasPassed {
             outcome.trackedCommitMilliseconds.append(try pass(scene, machine).median ?? 0)
             try shadow?.round()
         }
-        try machine.park()
-        machine.end()
-        if let shadow {
-            try shadow.round()
-            outcome.lostPages = try shadow.differences()
-            shadow.stop()
-        }
-        (outcome.failures, outcome.firstFailure) = machine.failures
-        let statistics = machine.accelerator.memorySlotStatistics
-        (outcome.pauses, outcome.commits) = (statistics.pauses, statistics.commits)
-        for (cpu, status) in machine.status.enumerated() {
-            outcome.writes += status.writes
-            let counted = scene.counted(by: cpu, in: guest)
-            outcome.lostWrites += status.writes > counted ? status.writes - counted : counted - status.writes
-        }
+        try outcome.account(for: machine, shadow) { scene.counted(by: $0, in: guest) }
         return outcome
-    }
-
-    private func makeShadow(_ machine: SpinMachine) throws -> ShadowBlocks {
-        let tracker = machine.accelerator.dirtyTracker(for: .migration)
-        let shadow = try ShadowBlocks(of: machine.memory, tracker: tracker)
-        try shadow.round()
-        return shadow
     }
 
     /// One pass of the sequence. - Returns: how long each commit took, in milliseconds.
     private func pass(_ scene: FirmwareScene, _ machine: SpinMachine) throws -> [Double] {
         try scene.steps.map { step in
+            // The vCPUs get a chance to see what the last one made.
+            Clock.sleep(nanoseconds: 300_000)
             let start = Clock.monotonicNanoseconds
             try scene.memory.commit(step)
             return Double(Clock.monotonicNanoseconds - start) / 1e6
+        }
+    }
+}
+
+extension MemslotsRun.Outcome {
+    /// Stops the vCPUs and compares what they say with what memory holds.
+    mutating func account(
+        for machine: SpinMachine, _ shadow: ShadowBlocks?, counted: (_ cpu: Int) -> UInt64
+    ) throws {
+        try machine.park()
+        machine.end()
+        if let shadow {
+            try shadow.round()
+            let lost = try shadow.differences()
+            lostPages = UInt64(lost.count)
+            firstLostPage = lost.first
+            shadow.stop()
+        }
+        (failures, firstFailure) = machine.failures
+        let statistics = machine.accelerator.memorySlotStatistics
+        (pauses, commits) = (statistics.pauses, statistics.commits)
+        for (cpu, status) in machine.status.enumerated() {
+            writes += status.writes
+            let counted = counted(cpu)
+            lostWrites += max(status.writes, counted) - min(status.writes, counted)
         }
     }
 }

@@ -11,7 +11,8 @@ enum MemslotsWorker: BenchmarkWorker {
         let run = MemslotsRun(
             strategy: SlotStrategy(rawValue: arguments["strategy"]?.stringValue ?? "") ?? .atomic,
             cpuCount: arguments["cpus"]?.integerValue() ?? 1, areAllOutside: arguments["outside"] == true,
-            timedRuns: arguments["timed"]?.integerValue() ?? 1, trackedRuns: arguments["tracked"]?.integerValue() ?? 1)
+            timedRuns: arguments["timed"]?.integerValue() ?? 1, trackedRuns: arguments["tracked"]?.integerValue() ?? 1,
+            timeLimitSeconds: arguments["seconds"]?.integerValue(as: UInt64.self) ?? 60)
         return try run.carryOut().json
     }
 }
@@ -20,7 +21,7 @@ extension MemslotsRun {
     var arguments: JSON {
         [
             "strategy": .string(strategy.rawValue), "cpus": JSON(cpuCount), "outside": .bool(areAllOutside),
-            "timed": JSON(timedRuns), "tracked": JSON(trackedRuns),
+            "timed": JSON(timedRuns), "tracked": JSON(trackedRuns), "seconds": JSON(timeLimitSeconds),
         ]
     }
 }
@@ -28,14 +29,29 @@ extension MemslotsRun {
 extension MemslotsRun.Outcome {
     private static func list(_ numbers: [Double]) -> JSON { .array(numbers.map { .double($0) }) }
 
-    fileprivate var json: JSON {
+    var json: JSON {
         [
             "sequence-ms": Self.list(sequenceMilliseconds), "commit-ms": Self.list(commitMilliseconds),
             "longest-commit-ms": Self.list(longestCommitMilliseconds),
             "tracked-commit-ms": Self.list(trackedCommitMilliseconds), "gap-ms": .double(gapMilliseconds),
-            "failures": JSON(failures), "first-failure": firstFailure.map { .string($0) } ?? .null,
+            "first": .bool(isFirst), "failures": JSON(failures),
+            "first-failure": firstFailure.map { .string($0) } ?? .null,
             "pauses": JSON(pauses), "commits": JSON(commits), "lost-pages": JSON(lostPages),
+            "first-lost-page": firstLostPage.map { .string($0) } ?? .null,
             "lost-writes": JSON(lostWrites), "writes": JSON(writes),
         ]
+    }
+}
+
+/// Runs the random changes of `godwit bench memslots` in a process of its own.
+enum MemslotsStressWorker: BenchmarkWorker {
+    static let name = "memslots-stress"
+
+    /// - Parameter arguments: `changes`, `cpus` and `seed`.
+    static func measure(_ arguments: JSON) throws -> JSON {
+        let stress = MemslotsStress(
+            changes: arguments["changes"]?.integerValue() ?? 1000, cpuCount: arguments["cpus"]?.integerValue() ?? 4,
+            seed: arguments["seed"]?.integerValue(as: UInt64.self) ?? 1)
+        return try stress.carryOut().json
     }
 }

@@ -1,6 +1,7 @@
 import Accelerator
 import GuestMemory
 import Host
+import KVM
 
 /// A copy of all RAM blocks that is kept up by dirty tracking alone, as the destination of a migration is.
 final class ShadowBlocks {
@@ -13,12 +14,14 @@ final class ShadowBlocks {
     /// What is watched afresh at a time, as migration has it.
     private static let chunkPages: UInt64 = 1 << 14
 
-    init(of memory: GuestMemory, tracker: any DirtyTracker) throws {
-        blocks = memory.blocks
-        self.tracker = tracker
+    /// Starts tracking and copies all that is there.
+    init(of machine: SpinMachine) throws {
+        blocks = machine.memory.blocks
+        tracker = machine.accelerator.dirtyTracker(for: .migration)
         records = try tracker.makePages()
         copies = try blocks.map { try RAMBlock(name: "copy-\($0.name)", byteCount: $0.byteCount) }
         try tracker.start()
+        try round()
     }
 
     /// Copies what was written since the last time.
@@ -49,18 +52,20 @@ final class ShadowBlocks {
         }
     }
 
-    /// Pages that differ from memory. Call when nobody writes any more, after a last round.
-    func differences() throws -> UInt64 {
-        var count: UInt64 = 0
+    /// The pages that differ from memory. Call when nobody writes any more, after a last round.
+    func differences() throws -> [String] {
+        var found: [String] = []
         for (block, copy) in zip(blocks, copies) {
             for run in try block.allocatedRuns(in: block.pages) {
                 for page in run {
                     let offset = Int(page.offset.value)
-                    if block.read(at: offset, count: 4096) != copy.mapping.read(at: offset, count: 4096) { count += 1 }
+                    if block.read(at: offset, count: 4096) != copy.mapping.read(at: offset, count: 4096) {
+                        found.append("\(page) of \(block.name)")
+                    }
                 }
             }
         }
-        return count
+        return found
     }
 
     func stop() { tracker.stop() }

@@ -42,12 +42,12 @@ final class SpinMachine: Sendable {
 
     /// Has all vCPUs wait at the start of a round, so that what they count adds up.
     func park() throws {
-        memory.blocks[0].mapping.store(UInt64(1), at: Int(SpinGuest.stopAddress))
+        memory.guestWrite(GuestPhysicalAddress(SpinGuest.stopAddress), byteCount: 8, value: 1)
         try wait("to park") { $0.isParked }
     }
 
     func unpark() throws {
-        memory.blocks[0].mapping.store(UInt64(0), at: Int(SpinGuest.stopAddress))
+        memory.guestWrite(GuestPhysicalAddress(SpinGuest.stopAddress), byteCount: 8, value: 0)
         try wait("to go on") { $0.isRunning }
     }
 
