@@ -3,5 +3,6 @@ public enum BenchmarkList {
     public static let all: [any Benchmark.Type] = [
         BitmapBenchmark.self,
         TrackingBenchmark.self,
+        MemslotsBenchmark.self,
     ]
 }
