@@ -2,22 +2,14 @@ public import CommandLineKit
 public import QMP
 
 extension BenchmarkReport {
-    /// The object that `godwit bench NAME --json` prints. Members of JSON objects have no order: `columns` and `quantity-columns`
-    /// tell the one of the tables.
+    /// The object that `godwit bench NAME --json` prints. Members of JSON objects have no order: `columns` and `quantity-columns` of a
+    /// cell tell the one of the tables.
     public var json: JSON {
         [
             "bench": .string(result.bench), "machine": machine.json, "runs": JSON(result.runs),
-            "columns": .array(Self.columns(result.cells.map { $0.parameters.map(\.name) })),
-            "quantity-columns": .array(Self.columns(result.cells.map { $0.quantities.map(\.name) })),
             "cells": .array(result.cells.map(\.json)), "promises": .array(result.promises.map(\.json)),
             "notes": .array(result.notes.map { .string($0) }),
         ]
-    }
-
-    private static func columns(_ lists: [[String]]) -> [JSON] {
-        var known: [String] = []
-        for name in lists.joined() where !known.contains(name) { known.append(name) }
-        return known.map { .string($0) }
     }
 
     /// Reads what `json` wrote. - Throws: `CommandFailure` with what is missing.
@@ -25,24 +17,21 @@ extension BenchmarkReport {
         guard let name = json["bench"]?.stringValue, let cells = json["cells"]?.arrayValue,
             let promises = json["promises"]?.arrayValue
         else { throw CommandFailure("no result of 'godwit bench NAME --json': it lacks bench, cells or promises") }
-        let columns = Self.names(json["columns"])
-        let quantities = Self.names(json["quantity-columns"])
         let result = BenchmarkResult(
             bench: name, runs: json["runs"]?.integerValue() ?? 1,
-            cells: cells.map { BenchmarkCell($0, columns: columns, quantities: quantities) },
+            cells: cells.map { BenchmarkCell($0) },
             promises: promises.compactMap { BenchmarkPromise($0) },
             notes: (json["notes"]?.arrayValue ?? []).compactMap(\.stringValue))
         self.init(machine: MachineDescription(json["machine"]), result: result)
     }
-
-    private static func names(_ json: JSON?) -> [String] { (json?.arrayValue ?? []).compactMap(\.stringValue) }
 }
 
 extension BenchmarkCell {
     var json: JSON {
         let measured = quantities.map { ($0.name, Self.json(of: $0.samples)) }
         return [
-            "name": .string(name),
+            "name": .string(name), "columns": .array(parameters.map { .string($0.name) }),
+            "quantity-columns": .array(quantities.map { .string($0.name) }),
             "parameters": .object(
                 Dictionary(parameters.map { ($0.name, .string($0.value)) }, uniquingKeysWith: { first, _ in first })),
             "quantities": .object(Dictionary(measured, uniquingKeysWith: { first, _ in first })),
@@ -62,10 +51,11 @@ extension BenchmarkCell {
         return .double(value)
     }
 
-    init(_ json: JSON, columns: [String], quantities names: [String]) {
+    init(_ json: JSON) {
+        func names(_ member: String) -> [String] { (json[member]?.arrayValue ?? []).compactMap(\.stringValue) }
         self.init(
-            columns.compactMap { name in json["parameters"]?[name]?.stringValue.map { (name, $0) } },
-            names.compactMap { name in
+            names("columns").compactMap { name in json["parameters"]?[name]?.stringValue.map { (name, $0) } },
+            names("quantity-columns").compactMap { name in
                 guard let samples = json["quantities"]?[name]?["samples"]?.arrayValue else { return nil }
                 return (name, samples.compactMap(\.doubleValue))
             })

@@ -14,8 +14,12 @@ struct BenchCommandTests {
         let path = "\(bench.folder)/result.json"
         let json: JSON = [
             "bench": "tracking", "runs": 5, "machine": ["cpu": "P", "cores": 2],
-            "columns": ["method"], "quantity-columns": ["total-ms"],
-            "cells": [["parameters": ["method": "ring"], "quantities": ["total-ms": ["samples": [1.5, 2.5, 9.5]]]]],
+            "cells": [
+                [
+                    "columns": ["method"], "parameters": ["method": "ring"], "quantity-columns": ["total-ms"],
+                    "quantities": ["total-ms": ["samples": [1.5, 2.5, 9.5]]],
+                ]
+            ],
             "promises": [["name": "ring-vs-log", "value": .double(value), "limit": 1.05, "better": "lower"]],
             "notes": [],
         ]
