@@ -215,9 +215,29 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
                 if let new { unsafe report.merge(bits, of: new.cut(to: old.pageCount)) }
             }
         }
+        let state = logs[old.number]
         logs[old.number] = nil
-        // A fresh log begins with all bits set, and a kept one has what was not cleared: either way they mean no more than that.
-        if let new, isOn { try wasTurnedOn(new, report) }
+        guard let new, isOn else { return }
+        // A slot that stays keeps its log: what now stands behind it differently is looked at like a hole.
+        guard let state, old.number == new.number, old.pageCount == new.pageCount, mode == .manual else {
+            return try wasTurnedOn(new, report)
+        }
+        var holes = new.ranges(unlike: old)
+        if case .masked(let before) = state { holes += before }
+        logs[new.number] = .masked(holes: Self.united(holes))
+    }
+
+    /// In order, without overlap.
+    private static func united(_ ranges: [Range<UInt64>]) -> [Range<UInt64>] {
+        var result: [Range<UInt64>] = []
+        for range in ranges.sorted(by: { $0.lowerBound < $1.lowerBound }) {
+            if let last = result.last, range.lowerBound <= last.upperBound {
+                result[result.count - 1] = last.lowerBound..<max(last.upperBound, range.upperBound)
+            } else {
+                result.append(range)
+            }
+        }
+        return result
     }
 
     private func allocatedRuns(_ slot: Slot, in pages: Range<UInt64>) throws(AcceleratorError) -> [Range<UInt64>] {
@@ -228,6 +248,21 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
 }
 
 extension Slot {
+    /// The ranges of slot pages behind which stands something else than behind those of `other`, in order.
+    func ranges(unlike other: Slot) -> [Range<UInt64>] {
+        let bounds = (pieces + other.pieces).flatMap { [$0.slotPages.lowerBound, $0.slotPages.upperBound] }
+        let borders = Set(bounds).sorted()
+        return zip(borders, borders.dropFirst()).compactMap { low, high in
+            place(of: low) == other.place(of: low) ? nil : low..<high
+        }
+    }
+
+    /// The block and page behind a page of the slot.
+    private func place(of slotPage: UInt64) -> [UInt64]? {
+        guard let piece = pieces.first(where: { $0.slotPages.contains(slotPage) }) else { return nil }
+        return [UInt64(piece.block), piece.firstPage.value + (slotPage - piece.slotPages.lowerBound)]
+    }
+
     /// The pieces in the slot's first pages alone.
     func cut(to pageCount: UInt64) -> Slot {
         var slot = self

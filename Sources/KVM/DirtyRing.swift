@@ -8,6 +8,8 @@ import Synchronization
 final class DirtyRingSum: Sendable {
     /// Entries taken, added after they were marked as taken: one number that only grows, so that more of it includes all that was less.
     let taken = Atomic<UInt64>(0)
+    /// Entries were to be given back while no vCPU was in the guest: the first that enters does it before.
+    let isResetDue = Atomic<Bool>(false)
 }
 
 /// One vCPU's dirty ring: the kernel writes an entry for each page this vCPU makes dirty, and stops the vCPU when the ring is full.
@@ -20,7 +22,9 @@ final class DirtyRingSum: Sendable {
     let taken = Atomic<UInt64>(0)
     /// How far `taken` had come when the last reset began.
     let given = Atomic<UInt64>(0)
-    private let sum: DirtyRingSum
+    let sum: DirtyRingSum
+    /// The vCPU is in the guest, or about to enter it and past its look at `isResetDue`.
+    let isInGuest = Atomic<Bool>(false)
     private let area: Mapping
     /// SAFETY: the start of `area`, which lives as long as this object; indices are masked.
     private let entries: UnsafeMutablePointer<kvm_dirty_gfn>
@@ -58,9 +62,6 @@ final class DirtyRingSum: Sendable {
             self.staged = staged
         }
     }
-
-    /// A slot is about to be made, or has been there: what it is called in entries.
-    func add(_ slot: Slot) { lock.withLock { _ in pieces[slot.number] = slot.pieces } }
 
     /// What stands in the ring means `old`; what comes means `new`. What `both` names counts for old and new.
     func change(_ number: UInt32, both: [Slot.Piece], new: [Slot.Piece]?) {
@@ -109,34 +110,33 @@ final class DirtyRingSum: Sendable {
         return low
     }
 
-    @inline(__always)
     private func entry(_ index: Int) -> UnsafeMutablePointer<kvm_dirty_gfn> {
         unsafe entries + (index & (entryCount - 1))
     }
 
     private func take() -> Int {
-        var count = 0
+        // Locals: this loop is all that a page costs here.
+        let (entries, mask, first) = unsafe (entries, entryCount - 1, next)
+        var batch = batch
+        self.batch = []
         var slot: UInt32 = 0
-        var known = pieces[slot] ?? []
-        let isKept = staged != nil
+        var count = 0
         while count < entryCount {
-            let entry = unsafe entry(next + count)
+            let entry = unsafe entries + ((first &+ count) & mask)
             // Dirty and not taken yet.
             guard unsafe gw_dirty_gfn_flags(entry) & 3 == 1 else { break }
-            let number = unsafe entry.pointee.slot
-            let page = unsafe entry.pointee.offset
+            let (number, page) = unsafe (entry.pointee.slot, entry.pointee.offset)
             unsafe gw_dirty_gfn_give_back(entry)
-            count += 1
-            guard isKept else { continue }
+            count &+= 1
             if number != slot || batch.count == Self.batchPages {
-                flush(known)
+                stage(&batch, of: slot)
                 slot = number
-                known = pieces[slot] ?? []
             }
             batch.append(page)
         }
-        flush(known)
-        next += count
+        stage(&batch, of: slot)
+        self.batch = batch
+        next = first &+ count
         guard count > 0 else { return 0 }
         taken.add(UInt64(count), ordering: .relaxed)
         sum.taken.add(UInt64(count), ordering: .sequentiallyConsistent)
@@ -144,10 +144,17 @@ final class DirtyRingSum: Sendable {
     }
 
     /// Puts a batch of slot pages into the records of the blocks behind them.
-    private func flush(_ pieces: [Slot.Piece]) {
+    private func stage(_ batch: inout [UInt64], of slot: UInt32) {
         defer { batch.removeAll(keepingCapacity: true) }
-        guard let staged, !batch.isEmpty else { return }
-        var numbers = batch
+        guard let staged, !batch.isEmpty, let pieces = pieces[slot] else { return }
+        if pieces.count == 1, pieces[0].slotPages.lowerBound == 0, pieces[0].firstPage.value == 0,
+            pieces[0].slotPages.upperBound == staged[pieces[0].block].pageCount
+        {
+            unsafe batch.withUnsafeBufferPointer { unsafe staged[pieces[0].block].insert($0) }
+            return
+        }
+        var numbers: [UInt64] = []
+        numbers.reserveCapacity(batch.count)
         for piece in pieces {
             numbers.removeAll(keepingCapacity: true)
             for page in batch where piece.slotPages.contains(page) {

@@ -49,22 +49,22 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
                 for block in memory.blocks { staged.append(try makeRecord(pageCount: block.pageCount)) }
                 ring.begin(slots.slots, staged: staged)
             }
-            try reset()
             try reaper.start { [weak self] in self?.look() }
         } catch { throw AcceleratorError(error.description) }
     }
 
+    /// What still stands in the rings is dropped, and its places stay taken until somebody needs them: to give them back now would
+    /// write-protect pages for nothing.
     func end() {
         reaper.stop()
         for ring in rings { ring.begin([], staged: nil) }
-        try? reset()
     }
 
     // MARK: For the trackers
 
     /// Turning logging on has write-protected what was mapped: from here on each first write is an entry.
     func wasTurnedOn(_ slot: Slot, _ report: DirtyReport) throws(AcceleratorError) {
-        for ring in rings { ring.add(slot) }
+        for ring in rings { ring.change(slot.number, both: slot.pieces, new: slot.pieces) }
         do throws(SystemError) {
             for run in try slot.allocatedRuns(in: slot.allPages, of: memory) { report.set(run, of: slot) }
         } catch { throw AcceleratorError(error.description) }
@@ -98,22 +98,32 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
         }
     }
 
+    /// Gives back what had been taken by `mark`, unless somebody has.
+    ///
+    /// With no vCPU in the guest it is left to the first that enters: at the end of a migration none does.
     private func giveBack(all mark: UInt64) throws(AcceleratorError) {
-        do throws(SystemError) { try reset(upTo: mark) } catch { throw AcceleratorError(error.description) }
+        guard resets.withLock({ $0 < mark }) else { return }
+        sum.isResetDue.store(true, ordering: .sequentiallyConsistent)
+        // A vCPU says that it enters, then looks at what is due: one of the two sides sees the other.
+        guard rings.contains(where: { $0.isInGuest.load(ordering: .sequentiallyConsistent) }) else { return }
+        do throws(SystemError) { try reset() } catch { throw AcceleratorError(error.description) }
     }
 
     // MARK: Giving back
 
-    /// Gives back every entry taken before the call, unless somebody has. - Parameter mark: what must have been given back.
-    func reset(upTo mark: UInt64 = .max) throws(SystemError) {
+    /// Gives back every entry taken before the call.
+    func reset() throws(SystemError) {
         try resets.withLock { (done) throws(SystemError) in
             // Counted when the kernel can see it: what is in these numbers is given back by the call below.
             let counts = rings.map { $0.taken.load(ordering: .relaxed) }
-            let all = self.mark
-            guard done < min(mark, all) else { return }
-            try Self.reset(machine)
-            for (ring, count) in zip(rings, counts) { ring.given.store(count, ordering: .relaxed) }
-            done = all
+            let all = mark
+            if done < all {
+                try Self.reset(machine)
+                for (ring, count) in zip(rings, counts) { ring.given.store(count, ordering: .relaxed) }
+                done = all
+            }
+            // Only now: who finds nothing due enters the guest at once.
+            sum.isResetDue.store(false, ordering: .sequentiallyConsistent)
         }
     }
 

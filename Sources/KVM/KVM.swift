@@ -39,7 +39,7 @@ public final class KVMAccelerator: Accelerator {
         if let ringEntries { try system.enableRings(machine, entryCount: ringEntries) }
         let slots = try KVMSlots(
             machine: machine, memory: memory, limit: system.slotLimit(machine), strategy: slotStrategy,
-            hasShadowPaging: !system.hasHardwarePaging)
+            shadowPaging: system.shadowPaging)
         self.slots = slots
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()
@@ -70,6 +70,7 @@ public final class KVMAccelerator: Accelerator {
         let rings = DirtyRings(made.compactMap(\.ring), sum: sum, machine: machine, slots: slots, memory: memory)
         for cpu in made {
             if let ring = cpu.ring {
+                cpu.whenResetIsDue = { [weak rings] () throws(SystemError) in try rings?.reset() }
                 cpu.whenRingIsFull = { [weak rings, index = cpu.index] () throws(SystemError) in
                     try rings?.isFull(ring, of: index)
                 }

@@ -85,6 +85,7 @@ extension KVMSlots: MemoryListener {
             }
         case .delete(let slot): try remove(slot)
         case .settle: try settle()
+        case .settleIfTables(let lost): if mayHoldTables(lost) { try settle() }
         case .announce(let old, let new): try observer?.willChange(old, to: new)
         }
     }
@@ -117,7 +118,7 @@ extension KVMSlots: MemoryListener {
         // Its observer is told when the announcement is undone.
         case .delete(let slot): try make(slot, logging: false)
         // What lay behind the window for a moment may have left translations as well.
-        case .settle: try settle()
+        case .settle, .settleIfTables: try settle()
         case .announce(let old, let new?): try observer?.willChange(new, to: old)
         case .announce(let old, nil):
             if let observer { try set(old, logging: observer.willAdd(old)) }

@@ -25,7 +25,7 @@ final class KVMSlots: Sendable {
     let counters = Mutex(MemorySlotStatistics())
     let windows: SlotWindows
     let limit: Int
-    let hasShadowPaging: Bool
+    let shadowPaging: ShadowPaging
     let granulePages: UInt64
     private let table = Mutex<[Slot]>([])
     private let observing = Mutex<(any SlotObserver)?>(nil)
@@ -55,13 +55,13 @@ final class KVMSlots: Sendable {
     /// Makes the slots that show a machine's memory as it is laid out now.
     init(
         machine: Descriptor, memory: GuestMemory, limit: Int, strategy: SlotStrategy = .atomic,
-        hasShadowPaging: Bool = true
+        shadowPaging: ShadowPaging = .anyMode
     ) throws(AcceleratorError) {
         self.machine = machine
         self.memory = memory
         self.limit = limit
         self.strategy = strategy
-        self.hasShadowPaging = hasShadowPaging
+        self.shadowPaging = shadowPaging
         granulePages = Self.granule(for: memory) >> GuestPage.shift
         windows = SlotWindows(granulePages: granulePages)
         scratch = ScratchSlot(number: UInt32(limit - 1))
@@ -100,13 +100,15 @@ final class KVMSlots: Sendable {
                 throw MemoryError("\(range.place): \(error.description)")
             }
         }
+        var planner = planner
+        planner.devices = view.devicePages
         return try planner.plan(from: slots, to: shown)
     }
 
     var planner: SlotPlanner {
         SlotPlanner(
             strategy: strategy, hasFile: memory.blocks.map { $0.file != nil }, granulePages: granulePages,
-            limit: limit, hasShadowPaging: hasShadowPaging, logged: kernel.withLock { $0.logged },
+            limit: limit, hasShadowPaging: shadowPaging != .none, logged: kernel.withLock { $0.logged },
             windowAddress: { [windows] in windows.hostAddress(of: $0) },
             blockAddress: { [memory] in memory.blocks[$0].mapping.hostAddress(at: Int($1.offset.value)) })
     }
@@ -223,4 +225,9 @@ private final class ScratchSlot: Sendable {
 extension FlatRange {
     /// For sentences.
     var place: String { "memory at \(guestAddress), \(byteCount) bytes" }
+}
+
+extension FlatView {
+    /// Guest pages where a device answers. There is none yet: outside RAM nothing is mapped.
+    fileprivate var devicePages: [Range<UInt64>] { [] }
 }

@@ -50,15 +50,13 @@ struct KVMSystem {
         }
     }
 
-    /// Whether the processor translates guest-physical addresses itself. Where that is not known, KVM makes page tables out of the guest's.
-    var hasHardwarePaging: Bool {
+    /// What KVM makes of guest page tables. Where that is not known, everything.
+    var shadowPaging: ShadowPaging {
         for parameter in ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"] {
-            guard let text = try? Descriptor.contents(of: "/sys/module/\(parameter)"), let first = text.first else {
-                continue
-            }
-            if first == UInt8(ascii: "Y") || first == UInt8(ascii: "1") { return true }
+            let text = try? Descriptor.contents(of: "/sys/module/\(parameter)")
+            if text?.first == UInt8(ascii: "Y") || text?.first == UInt8(ascii: "1") { return .none }
         }
-        return false
+        return unsafe access("/sys/module/kvm_pvm", F_OK) == 0 ? .longMode : .anyMode
     }
 
     func slotLimit(_ machine: Descriptor) -> Int {

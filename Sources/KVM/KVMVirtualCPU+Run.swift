@@ -13,7 +13,9 @@ extension KVMVirtualCPU {
         runner.withLock { $0 = pthread_self() }
         let generation = slots.generation.load(ordering: .acquiring)
         exitReason = 0
-        let result = enterGuest()
+        guard let result = enterGuest() else {
+            return .failed("vcpu\(index): its dirty ring cannot be given back to the kernel")
+        }
         hasPendingAccess = false
         guard result >= 0 else {
             if result == -EINTR || result == -EAGAIN { return .interrupted }
@@ -32,10 +34,17 @@ extension KVMVirtualCPU {
         return reason
     }
 
-    /// KVM_RUN, unless vCPUs are held: then after that.
-    private func enterGuest() -> CInt {
+    /// KVM_RUN, unless vCPUs are held: then after that. - Returns: `nil` where pages that must be watched first are not.
+    private func enterGuest() -> CInt? {
         slots.hold.enter(self)
         defer { slots.hold.leave(self) }
+        guard let ring else { return gw_kvm_run(descriptor.number, 0) }
+        // Watched pages must be watched before the guest can write: see `DirtyRings.giveBack`.
+        ring.isInGuest.store(true, ordering: .sequentiallyConsistent)
+        defer { ring.isInGuest.store(false, ordering: .releasing) }
+        if ring.sum.isResetDue.load(ordering: .sequentiallyConsistent) {
+            guard (try? whenResetIsDue?()) != nil else { return nil }
+        }
         return gw_kvm_run(descriptor.number, 0)
     }
 
@@ -138,6 +147,7 @@ extension KVMVirtualCPU {
     func completePendingAccess() {
         guard hasPendingAccess else { return }
         setImmediateExit(true)
+        // What the guest is given may be written into its memory.
         _ = enterGuest()
         hasPendingAccess = false
     }

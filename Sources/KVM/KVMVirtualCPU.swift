@@ -21,6 +21,8 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     let ring: DirtyRing?
     /// Empties the ring when it is full. Set before the first run.
     var whenRingIsFull: (@Sendable () throws(SystemError) -> Void)?
+    /// Gives entries back to the kernel that somebody left to this vCPU. Set before the first run.
+    var whenResetIsDue: (@Sendable () throws(SystemError) -> Void)?
     /// Until when, on the monotonic clock, it sleeps instead of running the guest; 0 for not at all.
     private let pausedUntil = Atomic<UInt64>(0)
     /// Where it sleeps.

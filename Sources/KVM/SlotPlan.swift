@@ -7,9 +7,10 @@ struct SlotPlan: Equatable {
         case window(Range<UInt64>, from: ShownPages.Content?, to: ShownPages.Content?)
         case create(Slot)
         case delete(Slot)
-        /// Waits until every write that was under way has been reported, and has the kernel forget translations made from page tables
-        /// that may have lain in what changed.
+        /// Waits until every write that was under way has been reported, and has the kernel forget all translations.
         case settle
+        /// The same, if page tables may have lain in what is not shown any more.
+        case settleIfTables([ShownPages])
         /// Tells the observer.
         case announce(Slot, becomes: Slot?)
     }
@@ -44,6 +45,8 @@ struct SlotPlanner {
     let limit: Int
     /// Translations made from guest page tables outlive an exchange of the pages they lay in.
     let hasShadowPaging: Bool
+    /// Guest pages where a device answers: no slot covers them, not even with nothing behind it.
+    var devices: [Range<UInt64>] = []
     /// Numbers of slots whose writes are being reported.
     let logged: Set<UInt32>
     /// Where a guest page has its place in the windows.
@@ -54,6 +57,15 @@ struct SlotPlanner {
 
     /// The plan from `slots` to a layout. - Throws: `MemoryError` if that needs more slots than there are.
     func plan(from slots: [Slot], to layout: [ShownPages]) throws(MemoryError) -> SlotPlan {
+        // Slots that show nothing any more stay, because what comes back finds its slot: until others need their numbers.
+        do throws(MemoryError) { return try plan(from: slots, to: layout, keepsEmpty: true) } catch {
+            return try plan(from: slots, to: layout, keepsEmpty: false)
+        }
+    }
+
+    private func plan(
+        from slots: [Slot], to layout: [ShownPages], keepsEmpty: Bool
+    ) throws(MemoryError) -> SlotPlan {
         let layout = ShownPages.joined(layout)
         var kept: [Slot] = []
         var changed: [(old: Slot, new: Slot)] = []
@@ -61,9 +73,9 @@ struct SlotPlanner {
         var cursor = ListCursor(layout)
         for slot in slots {
             let wanted = cursor.parts(in: slot.guestPages)
-            if wanted == slot.shown {
+            if wanted == slot.shown, keepsEmpty || !wanted.isEmpty, !isDevice(in: slot) {
                 kept.append(slot)
-            } else if canShow(wanted, in: slot) {
+            } else if canShow(wanted, in: slot), keepsEmpty || !wanted.isEmpty {
                 let new = slot.with(pieces: Slot.pieces(wanted, from: slot.guestPages.lowerBound))
                 changed.append((slot, new))
                 kept.append(new)
@@ -80,8 +92,10 @@ struct SlotPlanner {
         return plan
     }
 
+    private func isDevice(in slot: Slot) -> Bool { devices.contains { $0.overlaps(slot.guestPages) } }
+
     private func canShow(_ wanted: [ShownPages], in slot: Slot) -> Bool {
-        slot.isWindow && !wanted.isEmpty
+        slot.isWindow && !isDevice(in: slot)
             && wanted.allSatisfy { hasFile[$0.content.block] && ($0.content.isReadOnly || !slot.isReadOnly) }
     }
 
@@ -90,9 +104,9 @@ struct SlotPlanner {
         fresh: [Slot]
     ) {
         var (added, replaced, hidden): ([SlotPlan.Operation], [SlotPlan.Operation], [SlotPlan.Operation]) = ([], [], [])
-        var isReplacing = false
+        var lost: [ShownPages] = []
         for operation in exchanges {
-            guard case .window(_, let old, let new) = operation else { continue }
+            guard case .window(let pages, let old, let new) = operation else { continue }
             if old == nil {
                 added.append(operation)
             } else if new == nil {
@@ -102,7 +116,7 @@ struct SlotPlanner {
             }
             // Where only the access changes, what page tables say stays the same.
             if let old, new.map({ $0.block == old.block && $0.firstPage == old.firstPage }) != true {
-                isReplacing = true
+                lost.append(ShownPages(pages: pages, content: old))
             }
         }
         let news =
@@ -115,11 +129,15 @@ struct SlotPlanner {
             plan.operations = added + replaced + hidden + news + deletions + creations
             return
         }
-        let isLogged = isReplacing && (changed.map(\.old) + gone).contains { logged.contains($0.number) }
-        // A deletion makes the kernel forget translations as well.
-        let needsSettling = isLogged || (isReplacing && hasShadowPaging && deletions.isEmpty)
-        plan.operations =
-            added + creations + replaced + hidden + (needsSettling ? [.settle] : []) + news + deletions
+        let isLogged = !lost.isEmpty && (changed.map(\.old) + gone).contains { logged.contains($0.number) }
+        var settling: [SlotPlan.Operation] = []
+        if isLogged {
+            settling = [.settle]
+        } else if hasShadowPaging, !lost.isEmpty, deletions.isEmpty {
+            // A deletion would make the kernel forget as well.
+            settling = [.settleIfTables(lost)]
+        }
+        plan.operations = added + creations + replaced + hidden + settling + news + deletions
     }
 
     // MARK: Windows

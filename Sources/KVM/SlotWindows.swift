@@ -8,6 +8,8 @@ import Synchronization
 final class SlotWindows: Sendable {
     private let granulePages: UInt64
     private let windows = Mutex<[UInt64: AddressWindow]>([:])
+    /// A file of ones.
+    private let nothing = Mutex<MemoryFile?>(nil)
 
     init(granulePages: UInt64) { self.granulePages = granulePages }
 
@@ -40,11 +42,36 @@ final class SlotWindows: Sendable {
     ) throws(SystemError) {
         let (window, offset) = place(pages.lowerBound)
         let count = pages.count << Int(GuestPage.shift)
-        guard let new, let file = blocks[new.block].file else { return try window.hide(at: offset, byteCount: count) }
+        guard let new, let file = blocks[new.block].file else {
+            return try showNothing(in: window, at: offset, byteCount: count)
+        }
         if let old, old.block == new.block, old.firstPage == new.firstPage {
             return try window.protect(at: offset, byteCount: count, readOnly: new.isReadOnly)
         }
         try window.show(
             file.descriptor, from: new.firstPage.offset.value, at: offset, byteCount: count, readOnly: new.isReadOnly)
+    }
+
+    private static let nothingByteCount = 1 << 20
+    /// Larger holes are not worth the mappings.
+    private static let largestNothing = 64 << 20
+
+    /// Where nothing answers a PC reads ones: a guest finds them on the processor itself. What it writes makes KVM_RUN fail.
+    private func showNothing(in window: AddressWindow, at offset: Int, byteCount: Int) throws(SystemError) {
+        guard byteCount <= Self.largestNothing else { return try window.hide(at: offset, byteCount: byteCount) }
+        let file = try nothing.withLock { (nothing) throws(SystemError) in
+            if let nothing { return nothing }
+            let file = try MemoryFile(name: "godwit-nothing", byteCount: UInt64(Self.nothingByteCount))
+            let mapping = try Mapping(file.descriptor, byteCount: Self.nothingByteCount)
+            mapping.write([UInt8](repeating: 0xff, count: Self.nothingByteCount), at: 0)
+            nothing = file
+            return file
+        }
+        var done = 0
+        while done < byteCount {
+            let count = min(byteCount - done, Self.nothingByteCount)
+            try window.show(file.descriptor, from: 0, at: offset + done, byteCount: count, readOnly: true)
+            done += count
+        }
     }
 }

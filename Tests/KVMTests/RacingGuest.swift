@@ -29,14 +29,16 @@ final class RacingGuest: Bus, @unchecked Sendable {
     private let view: Mutex<FlatView>
     private let failures = Monitor<[String]>([])
     private let isOver = Atomic<Bool>(false)
+    /// Called on a vCPU's thread which wrote behind the arena. Set before there are such.
+    private let whenWritten = Mutex<(@Sendable () -> Void)?>(nil)
     private(set) var cpus: [(cpu: KVMVirtualCPU, thread: HostThread)] = []
 
-    enum Work { case read, call, walk, write }
+    enum Work { case read, call, walk, write, spin }
 
     init(
         _ work: [Work], showing pieces: [(pages: Range<Int>, block: Int, isReadOnly: Bool)],
         strategy: SlotStrategy = .atomic, limit: Int = 500, observer: ((Descriptor) -> any SlotObserver)? = nil,
-        writeRange: Range<Int> = 0..<RacingGuest.arenaPages, hasShadowPaging: Bool = true
+        writeRange: Range<Int> = 0..<RacingGuest.arenaPages, shadowPaging: ShadowPaging? = nil
     ) throws {
         try HostThread.installInterruptSignal()
         let low = try RAMBlock(name: "low", byteCount: 2 << 20)
@@ -50,7 +52,9 @@ final class RacingGuest: Bus, @unchecked Sendable {
         view = Mutex(first)
         system = try KVMSystem()
         machine = try system.makeMachine()
-        slots = try KVMSlots(machine: machine, memory: memory, limit: limit, strategy: strategy, hasShadowPaging: hasShadowPaging)
+        slots = try KVMSlots(
+            machine: machine, memory: memory, limit: limit, strategy: strategy,
+            shadowPaging: shadowPaging ?? system.shadowPaging)
         try KVMAccelerator.addInterruptControllers(to: machine)
         if let observer {
             slots.setObserver(observer(machine))
@@ -58,7 +62,9 @@ final class RacingGuest: Bus, @unchecked Sendable {
         }
         fill()
         let cpuid = try system.supportedCPUID()
-        for (index, work) in work.enumerated() { try start(index, work, cpuid, work == .write ? writeRange : 0..<Self.arenaPages) }
+        for (index, work) in work.enumerated() {
+            try start(index, work, cpuid, work == .write ? writeRange : 0..<Self.arenaPages)
+        }
     }
 
     static func view(
@@ -77,11 +83,11 @@ final class RacingGuest: Bus, @unchecked Sendable {
     private func fill() {
         let low = memory.blocks[0].mapping
         low.write(GuestCode.program, at: 0x1000)
-        // Page tables: addresses below 8 MiB show themselves; from 1 GiB on it is what the arena's table says.
+        // Page tables: addresses below 10 MiB show themselves; from 1 GiB on it is what the arena's table says.
         low.store(UInt64(0x11067), at: 0x10000)
         low.store(UInt64(0x12067), at: 0x11000)
         low.store(UInt64(0x13067), at: 0x11008)
-        for table in 0..<4 {
+        for table in 0..<5 {
             low.store(UInt64(0x14067 + table * 0x1000), at: 0x12000 + table * 8)
             for entry in 0..<512 {
                 low.store(UInt64((table * 512 + entry) << 12 | 0x67), at: 0x14000 + table * 0x1000 + entry * 8)
@@ -115,7 +121,8 @@ final class RacingGuest: Bus, @unchecked Sendable {
         registers.rip = 0x1000 + (work == .write ? GuestCode.writer : 0)
         registers.rbx = 0x8000 + UInt64(index) * 64
         registers.r12 = work == .walk ? Self.walked : Self.arena + UInt64(range.lowerBound) * 4096
-        registers.r13 = work == .walk ? UInt64(Self.walkedPages) : UInt64(range.count)
+        if work == .spin { registers.r12 = 0x100000 }
+        registers.r13 = work == .spin ? 1 : work == .walk ? UInt64(Self.walkedPages) : UInt64(range.count)
         registers.r14 = work == .call ? 1 : 0
         try cpu.setRegisters(registers)
         let thread = try HostThread(name: "vcpu\(index)") { [self] in
@@ -178,6 +185,8 @@ final class RacingGuest: Bus, @unchecked Sendable {
         }
     }
 
+    func whenWrittenBehind(_ body: @escaping @Sendable () -> Void) { whenWritten.withLock { $0 = body } }
+
     func show(_ pieces: [(pages: Range<Int>, block: Int, isReadOnly: Bool)]) throws {
         let new = Self.view(pieces, memory.blocks)
         try view.withLock { view in
@@ -200,6 +209,9 @@ final class RacingGuest: Bus, @unchecked Sendable {
 
     func memoryWrite(_ address: GuestPhysicalAddress, size: Int, value: UInt64) {
         let range = view.withLock { $0.range(at: address) }
+        if range == nil, address.value >= Self.arena + UInt64(Self.arenaPages) * 4096 {
+            whenWritten.withLock(\.self)?()
+        }
         guard let range, !range.isReadOnly else { return }
         let offset = Int(range.offset.value + address.value - range.guestAddress.value)
         range.block.mapping.store(value, at: offset)

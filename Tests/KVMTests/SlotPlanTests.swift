@@ -48,7 +48,7 @@ private struct KernelModel {
         case .announce(let old, let new):
             guard let slot = slots[old.number], slot.isPlaced(like: old) else { return "unknown slot \(old.number)" }
             if let new { slots[old.number] = new }
-        case .settle: break
+        case .settle, .settleIfTables: break
         }
         return nil
     }
@@ -186,7 +186,8 @@ private struct KernelModel {
         let replace = try planner(.atomic).plan(from: slots, to: list(shadowed))
         #expect(
             replace.operations == [
-                .window(8..<12, from: content(0, 8), to: content(1, 8, readOnly: true)), .settle,
+                .window(8..<12, from: content(0, 8), to: content(1, 8, readOnly: true)),
+                .settleIfTables([ShownPages(pages: 8..<12, content: content(0, 8))]),
                 .announce(slots[0], becomes: replace.slots[0]),
             ])
         #expect(!replace.isPausing)
@@ -229,6 +230,27 @@ private struct KernelModel {
         #expect(try planner(.atomic, logged: [slots[0].number]).plan(from: slots, to: []).isPausing)
         let grown = try planner(.atomic).plan(from: slots, to: list(ram + [content(2, 50)]))
         #expect(!grown.isPausing && grown.slots.count == 2)
+    }
+
+    @Test("what goes and comes back finds its slot, unless others need slots more, or a device answers there")
+    func emptySlots() throws {
+        let ram = (0..<8).map { content(0, UInt64($0)) as ShownPages.Content? }
+        let slots = try planner(.atomic).plan(from: [], to: list(ram)).slots
+        let empty = try planner(.atomic).plan(from: slots, to: [])
+        #expect(empty.slots.count == 1 && empty.slots[0].pieces.isEmpty && !empty.isPausing)
+        let back = try planner(.atomic).plan(from: empty.slots, to: list(ram))
+        #expect(back.slots == slots)
+        let elsewhere = list(Layout(repeating: nil, count: 12) + [content(0, 0)])
+        #expect(try planner(.atomic).plan(from: empty.slots, to: elsewhere).slots.count == 2)
+        #expect(try planner(.atomic, limit: 3).plan(from: empty.slots, to: elsewhere).slots.count == 2)
+        var shadowed = ram
+        shadowed[3] = nil
+        var planner = planner(.atomic)
+        #expect(try planner.plan(from: slots, to: list(shadowed)).slots.count == 1)
+        planner.devices = [3..<4]
+        let split = try planner.plan(from: slots, to: list(shadowed))
+        #expect(split.isPausing && split.slots.map(\.guestPages) == [0..<3, 4..<8])
+        #expect(try planner.plan(from: empty.slots, to: []).slots.isEmpty)
     }
 
     @Test("a layout that needs more slots than there are is refused with both numbers")

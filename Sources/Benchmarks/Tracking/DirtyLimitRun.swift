@@ -12,9 +12,15 @@ struct DirtyLimitRun {
     /// The unit of `dirty-rate` is QEMU's: 2^20 bytes per second.
     private static let unitBytes = Double(1 << 20)
 
+    /// This VM has no such limits: the promise is not kept, and the rest is worth knowing all the same.
+    struct Unavailable: Error, CustomStringConvertible {
+        let description: String
+    }
+
     static func name(_ limit: UInt64) -> String { "dirty-limit \(limit) MB/s" }
 
     /// - Returns: for each limit that is wanted the achieved rates, in the limit's unit.
+    /// - Throws: `Unavailable` when the VM refuses to set a limit.
     func measure() throws -> [(limit: UInt64, rates: [Double])] {
         let wanted = Self.limitsMegabytesPerSecond.filter { options.wants(named: Self.name($0)) }
         guard !wanted.isEmpty else { return [] }
@@ -41,7 +47,10 @@ struct DirtyLimitRun {
     }
 
     private func rate(of vm: GodwitVM, _ limit: UInt64) throws -> Double {
-        try vm.child.execute("set-vcpu-dirty-limit", ["dirty-rate": JSON(limit)])
+        let client = try vm.child.client()
+        do throws(QMPClientError) {
+            try client.execute("set-vcpu-dirty-limit", ["dirty-rate": JSON(limit)])
+        } catch { throw Unavailable(description: "limits to the dirty rate were not measured: \(error)") }
         let (start, first) = (Clock.monotonicNanoseconds, try vm.guest().touches)
         let end = Deadline.after(seconds: scale.limitSeconds)
         while !end.hasPassed {

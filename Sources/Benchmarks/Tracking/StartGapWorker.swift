@@ -15,17 +15,18 @@ enum StartGapWorker: BenchmarkWorker {
 
     /// The word `C_GAP` of the first vCPU's page (Guests/layout.inc).
     private static let gapOffset = 0x10000 + 0x40
-    private static let stretchNanoseconds: UInt64 = 500_000_000
 
-    /// - Parameter arguments: as `TrackedGuest` has them, and `rounds`: how often tracking starts and stops again.
+    /// - Parameter arguments: as `TrackedGuest` has them, `rounds`: how often tracking starts and stops again, and
+    ///   `stretch-ms`: how long the guest is watched before and after.
     static func measure(_ arguments: JSON) throws -> JSON {
         let guest = try TrackedGuest(arguments)
         try guest.start()
         guard let memory = guest.machine.memory.blocks.first?.mapping else { throw CommandFailure("no memory") }
         let kilohertz = Double(try guest.machine.guestStatus().tscKilohertz)
+        let stretch = arguments["stretch-ms"]?.integerValue(as: UInt64.self) ?? 500
         func longestGap(_ body: () throws -> Void) throws -> JSON {
             memory.store(UInt64(0), at: gapOffset)
-            let end = Deadline.after(nanoseconds: stretchNanoseconds)
+            let end = Deadline.after(milliseconds: stretch)
             try body()
             Clock.sleep(nanoseconds: end.remainingNanoseconds ?? 0)
             return .double(Double(memory.load(at: gapOffset, as: UInt64.self)) / kilohertz)

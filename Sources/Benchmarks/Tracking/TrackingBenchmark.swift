@@ -24,6 +24,7 @@ public struct TrackingBenchmark: Benchmark {
         try session.measureStart()
         try session.measureLimits()
         var notes = session.notes
+        if options.only != nil { notes.append("with --only, promises whose cells were left out are not shown") }
         if options.isQuick {
             notes.append("QEMU and the ring of 4,096 entries are measured without --quick")
         } else {
@@ -44,8 +45,8 @@ struct TrackingSession {
     private(set) var notes: [String] = []
     /// Samples of the migrations by cell and quantity.
     var migrations: [TrackingCell: [String: [Double]]] = [:]
-    /// Milliseconds of the last collection, by GiB of guest memory.
-    var collections: [(gibibytes: UInt64, milliseconds: [Double], pages: [Double])] = []
+    /// Milliseconds of the last collection, and pages it found.
+    var collections: [(cell: CollectCell, milliseconds: [Double], pages: [Double])] = []
     var starts: [(gibibytes: UInt64, method: TrackingMethod, before: [Double], gap: [Double], took: [Double])] = []
     var limits: [(limit: UInt64, rates: [Double])] = []
     /// What `auto` took: how often, by load and method.
@@ -55,7 +56,7 @@ struct TrackingSession {
         "total-ms", "downtime-ms", "rounds", "sent-mb", "tracking-cpu-ms", "source-cpu-ms", "source-vmm-cpu-ms",
         "rate-before-mbs", "rate-during-mbs",
     ]
-    static let collectGibibytes: [UInt64] = [1, 512]
+    /// Guests of both sizes take turns.
     private static let collectTurns = 3
     private static let startMethods: [TrackingMethod] = [.log, .ring65536]
 
@@ -66,12 +67,11 @@ struct TrackingSession {
         let limits = DirtyLimitRun.limitsMegabytesPerSecond.count { options.wants(named: DirtyLimitRun.name($0)) }
         let starts = scale.gapMemoryGiB.flatMap { size in Self.startMethods.map { Self.startName(size, $0) } }
             .count { options.wants(named: $0) }
-        let collections = Self.collectGibibytes.count { options.wants(named: Self.collectName($0)) } * Self.collectTurns
+        let collections = scale.collectCells.count { options.wants(named: $0.name) } * Self.collectTurns
         progress = BenchmarkProgress(
             steps: migrations + (migrations > 0 ? 1 : 0) + limits + starts + collections, options)
     }
 
-    static func collectName(_ gibibytes: UInt64) -> String { "collect \(gibibytes) GiB" }
     static func startName(_ gibibytes: UInt64, _ method: TrackingMethod) -> String {
         "start-gap \(gibibytes) GiB \(method.rawValue)"
     }
@@ -115,18 +115,18 @@ struct TrackingSession {
     // MARK: Tracking itself
 
     mutating func measureCollect() throws {
-        let sizes = Self.collectGibibytes.filter { options.wants(named: Self.collectName($0)) }
-        collections = sizes.map { ($0, [], []) }
+        let cells = scale.collectCells.filter { options.wants(named: $0.name) }
+        collections = cells.map { ($0, [], []) }
         for _ in 0..<Self.collectTurns {
-            for (index, size) in sizes.enumerated() {
-                try progress.step(Self.collectName(size))
+            for (index, cell) in cells.enumerated() {
+                try progress.step(cell.name)
+                let samples = (scale.collectSamples + Self.collectTurns - 1) / Self.collectTurns
                 let answer = try CollectWorker.ask(
                     [
-                        "memory": JSON(size << 30), "guest": "dirty,working-set=64M,fill=none,random",
-                        "ring": 65536,
-                        "samples": JSON((scale.collectSamples + Self.collectTurns - 1) / Self.collectTurns),
+                        "memory": JSON(cell.gibibytes << 30), "guest": "dirty,working-set=64M,fill=none,random",
+                        "ring": JSON(cell.method == .log ? 0 : 65536), "samples": JSON(samples),
                     ], options: options)
-                try Self.requireVerified(answer, Self.collectName(size))
+                try Self.requireVerified(answer, cell.name)
                 collections[index].milliseconds += Self.numbers(answer["nanoseconds"]).map { $0 / 1e6 }
                 collections[index].pages += Self.numbers(answer["pages"])
             }
@@ -144,6 +144,7 @@ struct TrackingSession {
                         "memory": JSON(size << 30),
                         "guest": .string("dirty,fill=none,working-set=\(touched)M,heartbeat=1ms"),
                         "ring": method == .log ? 0 : 65536, "rounds": JSON(scale.gapRounds),
+                        "stretch-ms": JSON(scale.gapStretchMilliseconds),
                     ], options: options)
                 try Self.requireVerified(answer, Self.startName(size, method))
                 starts.append(
@@ -156,7 +157,12 @@ struct TrackingSession {
     }
 
     mutating func measureLimits() throws {
-        limits = try DirtyLimitRun(scale: scale, options: options, progress: progress).measure()
+        do {
+            limits = try DirtyLimitRun(scale: scale, options: options, progress: progress).measure()
+        } catch let error as DirtyLimitRun.Unavailable {
+            notes.append(error.description)
+            limits = DirtyLimitRun.limitsMegabytesPerSecond.map { ($0, []) }
+        }
     }
 
     private static func requireVerified(_ answer: JSON, _ name: String) throws(CommandFailure) {

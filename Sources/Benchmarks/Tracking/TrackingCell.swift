@@ -67,6 +67,14 @@ struct TrackingCell: Hashable, Sendable {
     var name: String { BenchmarkCell(parameters).name }
 }
 
+/// One measurement of the last collection.
+struct CollectCell: Hashable, Sendable {
+    var gibibytes: UInt64
+    var method: TrackingMethod
+
+    var name: String { "collect \(gibibytes) GiB \(method.rawValue)" }
+}
+
 /// How large everything is.
 struct TrackingScale: Sendable {
     var memoryMegabytes: UInt64
@@ -75,11 +83,13 @@ struct TrackingScale: Sendable {
     var settleMilliseconds: UInt64
     var runs: Int
     var cells: [TrackingCell]
+    var collectCells: [CollectCell]
     var collectSamples: Int
     var limitSeconds: UInt64
     var gapMemoryGiB: [UInt64]
     var gapTouchedMegabytes: UInt64
     var gapRounds: Int
+    var gapStretchMilliseconds: UInt64
 
     static func full(runs: Int?, hasQEMU: Bool) -> TrackingScale {
         TrackingScale(
@@ -89,7 +99,11 @@ struct TrackingScale: Sendable {
                     + TrackingMethod.allCases.filter { hasQEMU && $0.qemuAccelerator != nil }
                     .map { TrackingCell(vmm: .qemu, method: $0, load: load) }
             },
-            collectSamples: 41, limitSeconds: 10, gapMemoryGiB: [1, 256, 512], gapTouchedMegabytes: 4096, gapRounds: 5)
+            collectCells: [TrackingMethod.ring65536, .log].flatMap { method in
+                [1, 512].map { CollectCell(gibibytes: $0, method: method) }
+            }, collectSamples: 42, limitSeconds: 10, gapMemoryGiB: [1, 256, 512], gapTouchedMegabytes: 4096,
+            gapRounds: 5,
+            gapStretchMilliseconds: 1000)
     }
 
     static func quick(runs: Int?) -> TrackingScale {
@@ -106,6 +120,8 @@ struct TrackingScale: Sendable {
         }
         return TrackingScale(
             memoryMegabytes: 512, workingSetMegabytes: 256, settleMilliseconds: 100, runs: runs ?? 5, cells: cells,
-            collectSamples: 21, limitSeconds: 3, gapMemoryGiB: [1, 512], gapTouchedMegabytes: 1024, gapRounds: 2)
+            collectCells: [1, 512].map { CollectCell(gibibytes: $0, method: .ring65536) }, collectSamples: 21,
+            limitSeconds: 3, gapMemoryGiB: [1, 512], gapTouchedMegabytes: 1024, gapRounds: 2,
+            gapStretchMilliseconds: 250)
     }
 }

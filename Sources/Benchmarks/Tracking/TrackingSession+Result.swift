@@ -5,9 +5,9 @@ extension TrackingSession {
             guard let samples = migrations[cell] else { return nil }
             return BenchmarkCell(cell.parameters, Self.quantities.map { ($0, samples[$0] ?? []) })
         }
-        cells += collections.map { size, milliseconds, pages in
+        cells += collections.map { cell, milliseconds, pages in
             BenchmarkCell(
-                [("what", "collect"), ("memory", "\(size) GiB")],
+                [("what", "collect"), ("memory", "\(cell.gibibytes) GiB"), ("tracking", cell.method.rawValue)],
                 [("collect-ms", milliseconds), ("dirty-pages", pages)])
         }
         cells += starts.map { size, method, before, gap, took in
@@ -73,14 +73,17 @@ extension TrackingSession {
     }
 
     private var collectRatio: Double? {
-        guard let small = collections.first(where: { $0.gibibytes == 1 })?.milliseconds.median,
-            let large = collections.first(where: { $0.gibibytes == 512 })?.milliseconds.median, small > 0
-        else { return nil }
+        func median(_ gibibytes: UInt64) -> Double? {
+            collections.first { $0.cell == CollectCell(gibibytes: gibibytes, method: .ring65536) }?.milliseconds.median
+        }
+        guard let small = median(1), let large = median(512), small > 0 else { return nil }
         return large / small
     }
 
     private var worstLimitError: Double? {
         guard limits.count == DirtyLimitRun.limitsMegabytesPerSecond.count else { return nil }
+        // A limit that could not be set is no limit that was kept.
+        guard limits.allSatisfy({ !$0.rates.isEmpty }) else { return .nan }
         return limits.flatMap { limit, rates in rates.map { abs($0 / Double(limit) - 1) } }.max()
     }
 
