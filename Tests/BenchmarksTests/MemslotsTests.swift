@@ -8,8 +8,9 @@ import Testing
 @Suite("memslots", .serialized, .enabled(if: unsafe access("/dev/kvm", R_OK | W_OK) == 0, "no /dev/kvm to open"))
 struct MemslotsTests {
     /// A machine lasts as long as its process.
-    private static func inChild(_ body: () throws -> MemslotsRun.Outcome, holds: (MemslotsRun.Outcome) -> Bool) -> Never
-    {
+    private static func inChild(
+        _ body: () throws -> MemslotsRun.Outcome, about what: String = "", holds: (MemslotsRun.Outcome) -> Bool
+    ) -> Never {
         let sentence: String
         do {
             let outcome = try body()
@@ -18,7 +19,7 @@ struct MemslotsTests {
             rest.commitMilliseconds = []
             sentence = "\(rest)"
         } catch { sentence = "\(error)" }
-        Issue.record("\(sentence)")
+        Issue.record("\(what) \(sentence)")
         _ = try? Descriptor.standard(2, name: "standard error").writeAll(Array((sentence + "\n").utf8))
         _exit(1)
     }
@@ -66,8 +67,10 @@ struct MemslotsTests {
             let environment = ProcessEnvironment()
             let seed = environment.number("GODWIT_MEMSLOT_SEED") ?? UInt64.random(in: 0..<1 << 32)
             let changes = Int(environment.number("GODWIT_MEMSLOT_CHANGES") ?? 200)
-            print("replay: GODWIT_MEMSLOT_SEED=\(seed)")
-            Self.inChild({ try MemslotsStress(changes: changes, cpuCount: 4, seed: seed).carryOut() }) {
+            Self.inChild(
+                { try MemslotsStress(changes: changes, cpuCount: 4, seed: seed).carryOut() },
+                about: "replay: GODWIT_MEMSLOT_SEED=\(seed)"
+            ) {
                 $0.failures == 0 && $0.lostPages == 0 && $0.lostWrites == 0 && $0.writes > 0
                     && $0.commitMilliseconds.count == changes
             }
