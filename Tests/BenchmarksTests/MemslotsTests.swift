@@ -65,7 +65,7 @@ struct MemslotsTests {
         await #expect(processExitsWith: .success) {
             let environment = ProcessEnvironment()
             let seed = environment.number("GODWIT_MEMSLOT_SEED") ?? UInt64.random(in: 0..<1 << 32)
-            let changes = Int(environment.number("GODWIT_MEMSLOT_CHANGES") ?? 300)
+            let changes = Int(environment.number("GODWIT_MEMSLOT_CHANGES") ?? 200)
             print("replay: GODWIT_MEMSLOT_SEED=\(seed)")
             Self.inChild({ try MemslotsStress(changes: changes, cpuCount: 4, seed: seed).carryOut() }) {
                 $0.failures == 0 && $0.lostPages == 0 && $0.lostWrites == 0 && $0.writes > 0

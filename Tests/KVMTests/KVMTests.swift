@@ -159,6 +159,19 @@ struct KVMMachineTests {
         #expect(try other.registers().rdx == 0x80)
     }
 
+    @Test("a machine that nobody holds any more gives back its slots and vCPUs")
+    func lifetime() throws {
+        weak var slots: KVMSlots?
+        weak var cpu: KVMVirtualCPU?
+        do {
+            let accelerator = try KVMAccelerator(memory: try memory(1 << 20), cpuCount: 2)
+            slots = accelerator.slots
+            cpu = accelerator.cpus[1] as? KVMVirtualCPU
+            #expect(slots != nil && cpu != nil)
+        }
+        #expect(slots == nil && cpu == nil)
+    }
+
     @Test("tracking that is not on is refused, not answered with nothing")
     func notStarted() throws {
         let memory = try memory(1 << 20)

@@ -118,7 +118,8 @@ private struct MemslotsSession {
             (name: $0, samples: numbers(answer, $0))
         }
         let single = [
-            ("guest-failures", "failures"), ("pauses", "pauses"), ("outside-gap-ms", "gap-ms"),
+            ("rounds-inside", "rounds"), ("guest-failures", "failures"), ("pauses", "pauses"),
+            ("outside-gap-ms", "gap-ms"),
             ("lost-pages", "lost-pages"), ("lost-writes", "lost-writes"),
         ].map { (name: $0.0, samples: [answer[$0.1]?.doubleValue ?? .nan]) }
         return (lists + single).filter { !$0.samples.isEmpty }
@@ -150,7 +151,7 @@ private struct MemslotsSession {
         notes += [
             "Published figures of the thread of 2022 for the boot of a PC, at 1, 2, 4, 8, 16, 24 vCPUs: ioctl 2.1, 2.5, 2.2, 2.4, 3.6, "
                 + "12.5 ms; pause and resume 2.2, 3.0, 3.1, 3.4, 12, 20 ms. Another machine, with a processor for each vCPU.",
-            "A sequence is 37 commits. Every second vCPU spins inside of what changes; its failures are wrong data, wrong "
+            "A sequence is 37 commits. Every second vCPU spins inside of what changes, in rounds over all its places; its failures are wrong data, wrong "
                 + "code, faults and failed entries. Gaps of vCPUs outside hold the time in which others had their processor.",
         ]
         if !isComplete { notes.append("Not all cells were measured.") }

@@ -39,6 +39,8 @@ struct MemslotsRun {
         /// What vCPUs counted and no page holds.
         var lostWrites: UInt64 = 0
         var writes: UInt64 = 0
+        /// Rounds of the vCPUs that spin inside.
+        var rounds: UInt64 = 0
     }
 
     func carryOut() throws -> Outcome {
@@ -97,6 +99,7 @@ extension MemslotsRun.Outcome {
         (pauses, commits) = (statistics.pauses, statistics.commits)
         for (cpu, status) in machine.status.enumerated() {
             writes += status.writes
+            if !machine.guest.outside.contains(cpu) { rounds += status.rounds }
             let counted = counted(cpu)
             lostWrites += max(status.writes, counted) - min(status.writes, counted)
         }

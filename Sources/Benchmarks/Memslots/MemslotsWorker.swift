@@ -38,7 +38,7 @@ extension MemslotsRun.Outcome {
             "first-failure": firstFailure.map { .string($0) } ?? .null,
             "pauses": JSON(pauses), "commits": JSON(commits), "lost-pages": JSON(lostPages),
             "first-lost-page": firstLostPage.map { .string($0) } ?? .null,
-            "lost-writes": JSON(lostWrites), "writes": JSON(writes),
+            "lost-writes": JSON(lostWrites), "writes": JSON(writes), "rounds": JSON(rounds),
         ]
     }
 }
