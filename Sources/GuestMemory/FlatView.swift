@@ -133,6 +133,14 @@ public struct FlatView: Sendable {
         return index < sections.count && sections[index].guestAddress <= address ? sections[index] : nil
     }
 
+    /// Where devices answer, in order.
+    public var deviceRanges: [Range<UInt64>] {
+        sections.compactMap { section in
+            guard case .device = section.content else { return nil }
+            return section.guestAddress.value..<section.end.value
+        }
+    }
+
     /// The first address behind `address` where a section begins.
     func nextSection(after address: GuestPhysicalAddress) -> GuestPhysicalAddress? {
         let index = sections.firstIndex(endingAfter: address)
@@ -174,8 +182,8 @@ extension FlatViewChange {
             added: Self.parts(of: new.ranges, notIn: old.ranges))
     }
 
-    /// No memory comes, goes or changes; devices may.
-    public var isEmpty: Bool { removed.isEmpty && added.isEmpty }
+    /// No memory comes, goes or changes, and devices answer where they did before.
+    public var isEmpty: Bool { removed.isEmpty && added.isEmpty && old.deviceRanges == new.deviceRanges }
 
     private static func parts(of ranges: [FlatRange], notIn others: [FlatRange]) -> [FlatRange] {
         var parts: [FlatRange] = []

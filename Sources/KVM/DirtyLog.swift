@@ -16,6 +16,7 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
 
     let method = "log"
     let otherCPUNanoseconds: UInt64 = 0
+    let watchesWholeSlots = false
     /// What is set in the log stays set until it is cleared: nothing has to be remembered of a collect.
     let mark: UInt64 = 0
     private let machine: Descriptor

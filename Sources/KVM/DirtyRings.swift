@@ -14,6 +14,7 @@ import Synchronization
 /// back late: when a ring runs full, and before a client reads pages that were written again.
 final class DirtyRings: DirtySource, @unchecked Sendable {
     let method = "ring"
+    let watchesWholeSlots = true
     let rings: [DirtyRing]
     private let machine: Descriptor
     private let memory: GuestMemory
@@ -25,6 +26,9 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
     private let reaper: DirtyReaper
     /// Looks at the limits of vCPUs, or of one, and tells when to look again, in nanoseconds. Set once, before any vCPU runs.
     var limits: (@Sendable (Int?) -> UInt64?)?
+
+    /// Sending a page costs about as much as giving back so many entries, and the guest's faults that come of it.
+    private static let entriesPerPage: UInt64 = 4
 
     init(_ rings: [DirtyRing], sum: DirtyRingSum, machine: Descriptor, slots: KVMSlots, memory: GuestMemory) {
         self.rings = rings
@@ -82,12 +86,13 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
         let all = DirtyReport([chunk.pending]).and(others)
         for ring in rings { ring.harvest(all) }
         let again = chunk.pending[chunk.block].words(inCommonWith: chunk.marked, in: chunk.pages)
-        if again.contains(where: { $0 != 0 }) {
-            try giveBack(all: mark)
-            chunk.pending[chunk.block].clear(again, from: chunk.pages.lowerBound)
-        } else {
-            try giveBack(all: chunk.mark)
+        let count = again.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
+        // What is not forgotten is sent again in the next round, which costs less than giving back many entries for few pages.
+        guard count > 0, count * Self.entriesPerPage >= mark - resets.withLock({ $0 }) else {
+            return try giveBack(all: chunk.mark)
         }
+        try giveBack(all: mark)
+        chunk.pending[chunk.block].clear(again, from: chunk.pages.lowerBound)
     }
 
     func willChange(_ old: Slot, to new: Slot?, isOn: Bool, _ report: DirtyReport) throws(AcceleratorError) {

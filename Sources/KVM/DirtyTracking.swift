@@ -9,6 +9,8 @@ protocol DirtySource: AnyObject, Sendable {
     var method: String { get }
     /// CPU time of threads that harvest beside the trackers' calls, in nanoseconds. From any thread.
     var otherCPUNanoseconds: UInt64 { get }
+    /// Turning a slot's log on watches all of it at once: done just before its first page is sent.
+    var watchesWholeSlots: Bool { get }
     /// Grows with what is found out.
     var mark: UInt64 { get }
     /// An empty record of the kind that suits.
@@ -174,7 +176,10 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
             memory.hostWrites.collect(memory.blocks) { all.set($1, of: $0) }
             for slot in table {
                 let wasOn = logged.contains(slot.number)
-                if !wasOn, try isTouched(slot) { try turnOn(slot, all) }
+                if !wasOn, try isTouched(slot) {
+                    // Until it is sent, all of it stays reported: what is written meanwhile costs the guest nothing.
+                    if isLate(tracker) { try reportAllocated(slot, own) } else { try turnOn(slot, all) }
+                }
                 if wasOn, !record.hasAll { try reportAllocated(slot, own) }
             }
             if !record.hasAll { try reportUnshown(own) }
@@ -189,10 +194,35 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
     ) throws(AcceleratorError) {
         try whileUnchanged { () throws(AcceleratorError) in
             let record = try record(of: tracker)
+            if isLate(tracker) { try turnOnSlots(of: pages, block, marked, record) }
             let chunk = DirtyChunk(
                 pages: pages, block: block, marked: marked, pending: record.pending, mark: record.mark)
             let others = DirtyReport(records.filter { $0 !== record }.map(\.pending))
             try source.willSend(chunk, table.filter { logged.contains($0.number) }, others: others)
+        }
+    }
+
+    private func isLate(_ tracker: KVMDirtyTracker) -> Bool {
+        source.watchesWholeSlots && tracker.client == .migration
+    }
+
+    /// Turns on the slots that show some of these pages. No page of them was sent yet: what is marked there will be read later, and
+    /// need not be reported again for having been there.
+    private func turnOnSlots(
+        of pages: Range<PageIndex>, _ block: Int, _ marked: any DirtyPages, _ record: Record
+    ) throws(AcceleratorError) {
+        for slot in table where !logged.contains(slot.number) {
+            guard slot.pieces.contains(where: { $0.block == block && $0.slotPages(of: pages) != nil }) else { continue }
+            guard try isTouched(slot) else { continue }
+            try turnOn(slot)
+            for piece in slot.pieces where piece.block == block {
+                let first = PageIndex(piece.blockPages.lowerBound.value / 64 * 64)
+                let part = first..<piece.blockPages.upperBound
+                // Pages before the piece, in its first word, were not found by this.
+                var both = record.pending[block].words(inCommonWith: marked, in: part)
+                if !both.isEmpty { DirtyWords.clear(0..<UInt64(first.distance(to: piece.firstPage)), in: &both) }
+                record.pending[block].clear(both, from: first)
+            }
         }
     }
 

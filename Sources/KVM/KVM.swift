@@ -39,7 +39,7 @@ public final class KVMAccelerator: Accelerator {
         if let ringEntries { try system.enableRings(machine, entryCount: ringEntries) }
         let slots = try KVMSlots(
             machine: machine, memory: memory, limit: system.slotLimit(machine), strategy: slotStrategy,
-            shadowPaging: system.shadowPaging)
+            shadowPaging: system.shadowPaging, granule: ringEntries.map { _ in KVMSlots.fineGranule(for: memory) })
         self.slots = slots
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()

@@ -21,7 +21,8 @@ extension KVMSlots {
             do throws(MemoryError) {
                 guard try correct(address) else {
                     let place = address.map { " at \($0)" } ?? ""
-                    return .fail("KVM cannot reach the memory behind the guest's access\(place)")
+                    return .fail(
+                        "KVM cannot reach the memory behind the guest's access\(place); the host may have none left")
                 }
                 return retry()
             } catch { return .fail(error.description) }

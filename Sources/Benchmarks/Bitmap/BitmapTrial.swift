@@ -16,9 +16,17 @@ struct BitmapTrial {
     private let bitwise: Mapping
     private let aligned: DirtyBitmap
     private let unaligned: DirtyBitmap
-    private var samples: [(name: String, samples: [Double])] = []
+    /// By alignment: aligned first.
+    private var samples: [[(name: String, samples: [Double])]] = [[], []]
 
-    var quantities: [(name: String, samples: [Double])] { samples }
+    /// A cell for the aligned and one for the unaligned merge.
+    func cells(size: String, density: String) -> [BenchmarkCell] {
+        zip(Self.alignments, samples).map {
+            BenchmarkCell([("size", size), ("dirty", density), ("alignment", $0)], $1)
+        }
+    }
+
+    static let alignments = ["aligned", "unaligned"]
 
     init(gibibytes: UInt64, density: BitmapBenchmark.Density) throws {
         pageCount = gibibytes << 18
@@ -36,8 +44,8 @@ struct BitmapTrial {
         // The loops that promises are about run on memory that is there.
         try plain.advise(.populate)
         try bitwise.advise(.populate)
-        note("fresh-ms", time(1) { merge(into: aligned) })
-        mergeUnaligned(into: unaligned)
+        note(0, "fresh-ms", time(1) { merge(into: aligned) })
+        note(1, "fresh-ms", time(1) { mergeUnaligned(into: unaligned) })
     }
 
     /// Measures all loops, in turn, a few times each. The best time of each counts: what others do on this machine is not measured.
@@ -45,7 +53,7 @@ struct BitmapTrial {
         let repeats = max(1, (1 << 20) / wordCount)
         let sample = min(pageCount, 16 << 18)
         let scale = Double(pageCount) / Double(sample)
-        var best = [Double](repeating: .infinity, count: 6)
+        var best = [Double](repeating: .infinity, count: 7)
         for _ in 0..<Self.passes {
             let times = [
                 time(repeats) { merge(into: aligned) },
@@ -53,25 +61,27 @@ struct BitmapTrial {
                 time(repeats) { mergeUnaligned(into: unaligned) },
                 scale * time(1) { byBits(sample, from: 0, at: 0) },
                 scale * time(1) { byBits(sample, from: Self.firstBit, at: Self.firstPage) },
+                scale * time(1) { scan(sample, from: 0, at: 0) },
                 scale * time(1) { scan(sample, from: Self.firstBit, at: Self.firstPage) },
             ]
             for index in best.indices { best[index] = min(best[index], times[index]) }
         }
-        note("aligned-ms", best[0])
-        note("unaligned-ms", best[2])
-        note("bandwidth-ms", best[1])
-        note("bitwise-ms", best[3])
-        note("unaligned-bitwise-ms", best[4])
-        note("scan-ms", best[5])
-        let guest = Double(pageCount >> 18)
-        note("aligned-gib-per-s", guest / best[0] * 1000)
-        note("unaligned-gib-per-s", guest / best[2] * 1000)
-        note("aligned-vs-bitwise", best[3] / best[0])
-        note("unaligned-vs-bitwise", best[4] / best[2])
-        note("unaligned-vs-scan", best[5] / best[2])
-        note("aligned-vs-bandwidth", best[1] / best[0])
-        note("unaligned-vs-bandwidth", best[1] / best[2])
-        note("count-ms", time(1) { _ = aligned.count })
+        note(0, merge: best[0], bits: best[3], scan: best[5], bandwidth: best[1], of: aligned)
+        note(1, merge: best[2], bits: best[4], scan: best[6], bandwidth: best[1], of: unaligned)
+    }
+
+    private mutating func note(
+        _ alignment: Int, merge: Double, bits: Double, scan: Double, bandwidth: Double, of record: DirtyBitmap
+    ) {
+        note(alignment, "ms", merge)
+        note(alignment, "gib-per-s", Double(pageCount >> 18) / merge * 1000)
+        note(alignment, "bitwise-ms", bits)
+        note(alignment, "scan-ms", scan)
+        note(alignment, "bandwidth-ms", bandwidth)
+        note(alignment, "vs-bitwise", bits / merge)
+        note(alignment, "vs-scan", scan / merge)
+        note(alignment, "vs-bandwidth", bandwidth / merge)
+        note(alignment, "count-ms", time(1) { _ = record.count })
     }
 
     /// Holds both records against what a plain loop makes of the log.
@@ -149,11 +159,11 @@ struct BitmapTrial {
         return Double(Clock.monotonicNanoseconds - start) / 1e6 / Double(repeats)
     }
 
-    private mutating func note(_ name: String, _ value: Double) {
-        if let index = samples.firstIndex(where: { $0.name == name }) {
-            samples[index].samples.append(value)
+    private mutating func note(_ alignment: Int, _ name: String, _ value: Double) {
+        if let index = samples[alignment].firstIndex(where: { $0.name == name }) {
+            samples[alignment][index].samples.append(value)
         } else {
-            samples.append((name, [value]))
+            samples[alignment].append((name, [value]))
         }
     }
 }
