@@ -5,10 +5,10 @@ GODWIT = .build/release/godwit
 SOURCES = Sources Tests Package.swift
 
 .DEFAULT_GOAL = help
-.PHONY: help build demo test check bench fmt lint simulate guests completion man clean
+.PHONY: help build demo test check bench bench-house tracking-figures fmt lint simulate guests completion man clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
 
 build: ## build the release binary, .build/release/godwit
 	$(SWIFT) build -c release --product godwit
@@ -61,6 +61,14 @@ export BENCH_GODWIT_INCOMING ?= --incoming defer
 export BENCH_GODWIT_RING ?= --accel kvm,dirty-ring-size={entries}
 export BENCH_GODWIT_LOWEND_MB ?= 3072
 export BENCH_GODWIT_VERSION ?= $(abspath $(GODWIT)) --version
+
+bench-house: build ## the project's own benchmarks, each under a minute; fails if a promise does not hold
+	$(GODWIT) bench --quick
+
+tracking-figures: build ## measure the dirty tracking and put table and picture into its page; RESULT=file takes an earlier result
+	$(if $(RESULT),cp $(RESULT) .build/tracking.json,$(GODWIT) bench tracking --json > .build/tracking.json || [ -s .build/tracking.json ])
+	$(GODWIT) bench --from .build/tracking.json --markdown --plot Documentation/dirty-tracking.svg > .build/tracking.md || [ -s .build/tracking.md ]
+	sed -i -e '/^<!-- figures/,/^<!-- end of figures/{//!d}' -e '/^<!-- figures/r .build/tracking.md' Documentation/dirty-tracking.md
 
 bench: build ## side by side with QEMU: BENCH=harness BENCH_SCENARIOS=s1,s2 BENCH_RUNS=5
 	@if [ ! -x "$(BENCH)" ]; then \

@@ -79,7 +79,7 @@ let package = Package(
         tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),
-        tests("BenchmarksTests", of: ["Benchmarks"]),
+        tests("BenchmarksTests", of: ["Benchmarks", "QMP", "CommandLineKit", "GuestPrograms", "Host", "Machine"]),
         // Tests that start real processes.
         .target(name: "TestSupport", dependencies: ["Host", "QMP"], path: "Tests/Support", swiftSettings: house),
         tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream", "TestSupport"]),

@@ -1,7 +1,8 @@
 //! The Benchmarks room: the project's own benchmarks, each of which ends in promises that hold or do not.
 //!
 //! `godwit bench NAME` runs one. A `Benchmark` measures cells and returns a `BenchmarkResult`: every cell with its parameters, and the
-//! promises of SPECIFICATION.md by name. One folder or file per benchmark; `BenchmarkResult+JSON` and `+Text` print.
+//! promises of SPECIFICATION.md by name. One folder or file per benchmark; `BenchmarkReport+JSON` and `+Text` print,
+//! `Plot/` draws. What must be measured in a process of its own is a `BenchmarkWorker`.
 
 /// One benchmark of `godwit bench`.
 public protocol Benchmark: Sendable {
@@ -10,8 +11,14 @@ public protocol Benchmark: Sendable {
     /// One line for `godwit bench --list`.
     static var abstract: String { get }
     init()
+    /// The charts of `--plot`; `nil`: bars of the first quantity.
+    static func figure(of result: BenchmarkResult) -> Figure?
     /// Measures. - Throws: what kept it from measuring, as a sentence; a promise that does not hold is a result.
     func run(_ options: BenchmarkOptions) throws -> BenchmarkResult
+}
+
+extension Benchmark {
+    public static func figure(of result: BenchmarkResult) -> Figure? { nil }
 }
 
 /// What the command line asks for.
@@ -24,15 +31,19 @@ public struct BenchmarkOptions: Sendable {
     public var only: String?
     /// Told what is measured now, for people who wait.
     public var progress: @Sendable (String) -> Void
+    /// Whether the user asked for the end: to be looked at between runs, at least once a second.
+    public var isInterrupted: @Sendable () -> Bool
 
     public init(
         isQuick: Bool = false, runs: Int? = nil, only: String? = nil,
-        progress: @escaping @Sendable (String) -> Void = { _ in }
+        progress: @escaping @Sendable (String) -> Void = { _ in },
+        isInterrupted: @escaping @Sendable () -> Bool = { false }
     ) {
         self.isQuick = isQuick
         self.runs = runs
         self.only = only
         self.progress = progress
+        self.isInterrupted = isInterrupted
     }
 }
 

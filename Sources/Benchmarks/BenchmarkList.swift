@@ -1,4 +1,8 @@
 /// All benchmarks, in the order of `godwit bench --list`.
 public enum BenchmarkList {
-    public static let all: [any Benchmark.Type] = []
+    public static let all: [any Benchmark.Type] = [
+        BitmapBenchmark.self,
+        TrackingBenchmark.self,
+        MemslotsBenchmark.self,
+    ]
 }

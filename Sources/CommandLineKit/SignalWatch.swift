@@ -20,10 +20,16 @@ public enum SignalWatch {
         _ = try HostThread(name: "signals") { wait(for: watched, handler) }
     }
 
-    /// Notes that a signal came. - Throws: as `start`.
-    public static func startFlag() throws(SystemError) -> Flag {
+    /// Notes that a signal came.
+    /// - Parameter again: called for each signal after the first, from people who do not want to wait.
+    /// - Throws: as `start`.
+    public static func startFlag(
+        again: @escaping @Sendable (_ signal: CInt) -> Void = { _ in }
+    ) throws(SystemError) -> Flag {
         let flag = Flag()
-        try start { _ in flag.raise() }
+        try start { signal in
+            if flag.isRaised { again(signal) } else { flag.raise() }
+        }
         return flag
     }
 

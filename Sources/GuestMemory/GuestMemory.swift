@@ -1,20 +1,55 @@
 //! The GuestMemory room: what guest memory is, and what is known about who wrote to it.
 //!
-//! A `RAMBlock` is host memory with a name. A `FlatView` says where the guest sees which part of which block. `GuestMemory` holds
-//! both and reads and writes by guest-physical address. A `DirtyBitmap` is one client's record of written pages of one block.
+//! A `RAMBlock` is host memory with a name. A `MemoryTree` of regions says what lies where, and a `FlatView`, made of it, where the guest
+//! sees which part of which block. `GuestMemory` holds all of them, changes the layout by a `MemoryTransaction` (`+Commit`) and reads and
+//! writes by guest-physical address, for the monitor here, for a vCPU in `+Access`. A `DirtyBitmap` is one client's record of written
+//! pages of one block.
 
 import Host
+import Synchronization
 
 /// The memory of one virtual machine.
 public final class GuestMemory: Sendable {
+    /// All RAM there is; which parts of it the guest sees, and where, may change.
     public let blocks: [RAMBlock]
-    public let view: FlatView
     /// Pages which this process wrote, not the guest: the accelerator does not see them.
     public let hostWrites = HostWriteLog()
+    /// The regions and what the guest sees of them, always of the same commit.
+    let layout: Mutex<Layout>
+    /// Held over a commit: the next one waits.
+    let listeners = Mutex<[WeakListener]>([])
+    let commit = CommitInProgress()
 
+    struct Layout: Sendable {
+        var tree: MemoryTree
+        var view: FlatView
+    }
+
+    struct WeakListener {
+        weak var listener: (any MemoryListener)?
+    }
+
+    /// What the guest sees now: a value that does not change under its reader.
+    public var view: FlatView { layout.withLock { $0.view } }
+
+    /// The regions that make up the view.
+    public var tree: MemoryTree { layout.withLock { $0.tree } }
+
+    /// Tree and view, both of the same commit, for people.
+    public var mapLines: [String] { layout.withLock { $0.tree.lines + [""] + $0.view.lines } }
+
+    /// Memory of which the guest sees nothing yet.
+    public init(blocks: [RAMBlock]) {
+        self.blocks = blocks
+        layout = Mutex(Layout(tree: MemoryTree(), view: FlatView([])))
+    }
+
+    /// Memory with one region for every range of a view.
     public init(blocks: [RAMBlock], view: FlatView) {
         self.blocks = blocks
-        self.view = view
+        var tree = MemoryTree()
+        for section in view.sections { tree.show(section) }
+        layout = Mutex(Layout(tree: tree, view: view))
     }
 
     /// All RAM, in bytes.
@@ -35,20 +70,21 @@ public final class GuestMemory: Sendable {
         }
     }
 
-    /// Visits the pieces of a guest-physical range in order, as (block, offset in it, bytes).
+    /// Visits the pieces of a guest-physical range in order, as (block, offset in it, bytes); all of them as one view shows them.
     public func forEachPiece<E: Error>(
         at address: GuestPhysicalAddress, byteCount: UInt64, _ body: (RAMBlock, Int, Int) throws(E) -> Void,
         orThrow failure: (AccessError) -> E
     ) throws(E) {
+        let view = view
         var position = address
         var left = byteCount
         while left > 0 {
-            guard let range = view.range(at: position) else {
+            guard let section = view.section(at: position), case .memory(let block, let offset) = section.content else {
                 throw failure(AccessError(address: position, byteCount: left))
             }
-            let skip = position.value - range.guestAddress.value
-            let count = min(left, range.byteCount - skip)
-            try body(range.block, Int(range.offset.value + skip), Int(count))
+            let skip = position.value - section.guestAddress.value
+            let count = min(left, section.byteCount - skip)
+            try body(block, Int(offset.value + skip), Int(count))
             left -= count
             guard left > 0 else { return }
             position = GuestPhysicalAddress(position.value &+ count)
@@ -66,18 +102,19 @@ public final class GuestMemory: Sendable {
         return bytes
     }
 
-    /// Writes bytes to guest memory; nothing is written if a part of the range is not RAM. - Throws: `AccessError`.
+    /// Writes bytes to guest memory, that which is read-only for the guest too; nothing is written if a part of the range is not RAM.
+    /// - Throws: `AccessError`.
     public func write(_ bytes: [UInt8], at address: GuestPhysicalAddress) throws(AccessError) {
-        try forEachPiece(
-            at: address, byteCount: UInt64(bytes.count), { (_, _, _) throws(AccessError) in }, orThrow: { $0 })
-        var rest = bytes[...]
+        var pieces: [(block: RAMBlock, offset: Int, count: Int)] = []
         try forEachPiece(
             at: address, byteCount: UInt64(bytes.count),
-            { (block, offset, count) throws(AccessError) in
-                block.mapping.write(rest.prefix(count), at: offset)
-                hostWrites.record(block, offset: offset, count: count)
-                rest = rest.dropFirst(count)
-            }, orThrow: { $0 })
+            { (block, offset, count) throws(AccessError) in pieces.append((block, offset, count)) }, orThrow: { $0 })
+        var rest = bytes[...]
+        for piece in pieces {
+            piece.block.mapping.write(rest.prefix(piece.count), at: piece.offset)
+            hostWrites.record(piece.block, offset: piece.offset, count: piece.count)
+            rest = rest.dropFirst(piece.count)
+        }
     }
 
     /// Makes a range zero. Holes stay holes. - Throws: `AccessError` if a part of the range is not RAM.

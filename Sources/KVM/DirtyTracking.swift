@@ -182,6 +182,7 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
                 }
                 if wasOn, !record.hasAll { try reportAllocated(slot, own) }
             }
+            if !record.hasAll { try reportUnshown(own) }
             try source.collect(table.filter { logged.contains($0.number) }, for: tracker.client, all)
             record.hasAll = true
             record.mark = source.mark
@@ -251,6 +252,25 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
         do throws(SystemError) {
             for run in try slot.allocatedRuns(in: slot.allPages, of: memory) { report.set(run, of: slot) }
         } catch { throw AcceleratorError(error.description) }
+    }
+
+    /// What no slot shows now may have been written before, and may be shown later.
+    private func reportUnshown(_ report: DirtyReport) throws(AcceleratorError) {
+        for (index, block) in memory.blocks.enumerated() {
+            var shown = table.flatMap(\.pieces).filter { $0.block == index }.map(\.blockPages)
+            shown.sort { $0.lowerBound < $1.lowerBound }
+            shown.append(block.pages.upperBound..<block.pages.upperBound)
+            var position = block.pages.lowerBound
+            for range in shown {
+                if position < range.lowerBound {
+                    do throws(SystemError) {
+                        let runs = try block.allocatedRuns(in: position..<range.lowerBound)
+                        for run in runs { report.set(run, of: index) }
+                    } catch { throw AcceleratorError(error.description) }
+                }
+                position = max(position, range.upperBound)
+            }
+        }
     }
 
     func willAdd(_ slot: Slot) -> Bool {

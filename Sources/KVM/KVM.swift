@@ -18,6 +18,7 @@ public final class KVMAccelerator: Accelerator {
     public let tscKilohertz: UInt64
     public let dirtyRateControl: (any DirtyRateControl)?
     let machine: Descriptor
+    let slots: KVMSlots
     private let tracking: DirtyTracking
     public let dirtyTracking: DirtyTrackingFacts
     /// The system's state after creation, to which a reset returns.
@@ -28,7 +29,8 @@ public final class KVMAccelerator: Accelerator {
     /// - Parameter choice: log or ring; a machine has one of them for life.
     /// - Throws: `AcceleratorError`: no device, no permission, a capability missing, memory or CPUs refused.
     public init(
-        memory: GuestMemory, cpuCount: Int, dirtyTracking choice: DirtyTrackingChoice = .automatic
+        memory: GuestMemory, cpuCount: Int, dirtyTracking choice: DirtyTrackingChoice = .automatic,
+        slotStrategy: SlotStrategy = .atomic
     ) throws(AcceleratorError) {
         let system = try KVMSystem()
         let machine = try system.makeMachine()
@@ -36,19 +38,21 @@ public final class KVMAccelerator: Accelerator {
         let ringEntries = try choice.ringEntries(limit: system.ringLimit)
         if let ringEntries { try system.enableRings(machine, entryCount: ringEntries) }
         let slots = try KVMSlots(
-            machine: machine, memory: memory, limit: system.slotLimit(machine),
-            granule: ringEntries.map { _ in KVMSlots.fineGranule(for: memory) })
+            machine: machine, memory: memory, limit: system.slotLimit(machine), strategy: slotStrategy,
+            shadowPaging: system.shadowPaging, granule: ringEntries.map { _ in KVMSlots.fineGranule(for: memory) })
+        self.slots = slots
         try Self.addInterruptControllers(to: machine)
         let cpuid = try system.supportedCPUID()
         var msrs = try system.msrIndices()
         let sum = DirtyRingSum()
         var made: [KVMVirtualCPU] = []
         for index in 0..<cpuCount {
-            made.append(
-                try KVMVirtualCPU(
-                    index: index, machine: machine, runByteCount: system.runByteCount,
-                    cpuid: cpuid.forCPU(index, of: cpuCount), msrs: msrs,
-                    rings: ringEntries.map { (entryCount: $0, sum: sum) }))
+            let cpu = try KVMVirtualCPU(
+                index: index, machine: machine, slots: slots, runByteCount: system.runByteCount,
+                cpuid: cpuid.forCPU(index, of: cpuCount), msrs: msrs,
+                rings: ringEntries.map { (entryCount: $0, sum: sum) })
+            slots.hold.add(cpu)
+            made.append(cpu)
             msrs = made[0].msrIndices
         }
         cpus = made
@@ -80,7 +84,7 @@ public final class KVMAccelerator: Accelerator {
 
     public func dirtyTracker(for client: DirtyClient) -> any DirtyTracker { KVMDirtyTracker(tracking, for: client) }
 
-    private static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
+    static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.
         try kvm(gw_kvm_set_tss_addr(machine.number, 0xfffb_d000), "KVM_SET_TSS_ADDR")
         var identity: UInt64 = 0xfffb_c000

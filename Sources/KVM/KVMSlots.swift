@@ -5,58 +5,45 @@ import GuestMemory
 import Host
 import Synchronization
 
-/// A memory slot: a guest-physical range, and the pages of RAM blocks that stand behind it piece by piece.
-struct Slot: Sendable {
-    /// Consecutive pages of a slot that are consecutive pages of a block.
-    struct Piece: Sendable {
-        /// Pages of the slot, counted from its first.
-        let slotPages: Range<UInt64>
-        /// Index of the block in `GuestMemory.blocks`.
-        let block: Int
-        /// The page of the block that stands behind `slotPages.lowerBound`.
-        let firstPage: PageIndex
-
-        var blockPages: Range<PageIndex> { firstPage..<firstPage.advanced(by: slotPages.count) }
-    }
-
-    /// KVM's slot number.
-    let number: UInt32
-    let guestAddress: GuestPhysicalAddress
-    let pageCount: UInt64
-    let hostAddress: UInt
-    /// Guest writes leave the guest instead (KVM_MEM_READONLY).
-    var isReadOnly = false
-    /// In order, without overlap. What no piece covers shows no memory.
-    var pieces: [Piece]
-
-    var byteCount: UInt64 { pageCount << GuestPage.shift }
-}
-
-/// Is told of changes to slots, so that no dirty page is lost over them. Calls come one at a time, on the thread that commits.
-protocol SlotObserver: AnyObject, Sendable {
-    /// A slot is about to be made. - Returns: whether its log is on from the start.
-    func willAdd(_ slot: Slot) -> Bool
-    /// No vCPU can write through the pieces of `old` any more that `new` (the slot from now on; `nil`: it goes) does not have: the last
-    /// chance to ask the kernel what was written through them. What is reported for a page that has a new piece counts for both.
-    /// The table still holds `old`.
-    func willChange(_ old: Slot, to new: Slot?) throws(AcceleratorError)
-}
-
 /// The memory slots of a machine: which part of a RAM block the kernel shows where.
 ///
-/// Blocks are cut into large pieces, so that dirty logging is turned on, read and paid for only where a guest has memory in use. Pieces
-/// are not small, because making one takes the kernel about 20 ms (it waits for a grace period), whatever its size.
+/// Slots are cut into large pieces, so that dirty logging is turned on, read and paid for only where a guest has memory in use. Pieces
+/// are not small, because making one waits for a grace period of the kernel, whatever its size.
+///
+/// `SlotPlan` says how slots follow a change of the layout, `+Commit` carries plans out, `+Fault` corrects slots that promised more than
+/// the layout shows.
 final class KVMSlots: Sendable {
     let machine: Descriptor
+    let memory: GuestMemory
+    let strategy: SlotStrategy
+    /// Keeps vCPUs out of the guest for changes that cannot be made under them.
+    let hold = VirtualCPUHold()
     /// Held while slots change, or their logging does. Taken before the lock of a `SlotObserver`, never inside it.
     let changing = Mutex(())
-    private let table: Mutex<[Slot]>
-    private let observer = Mutex<(any SlotObserver)?>(nil)
+    /// How many changes are done: a vCPU that failed compares it with what it was before.
+    let generation = Atomic<UInt64>(0)
+    let counters = Mutex(MemorySlotStatistics())
+    let windows: SlotWindows
+    let limit: Int
+    let shadowPaging: ShadowPaging
+    let granulePages: UInt64
+    private let table = Mutex<[Slot]>([])
+    private let observing = Mutex<(any SlotObserver)?>(nil)
+    private let kernel = Mutex(Kernel())
+    private let scratch: ScratchSlot
+
+    /// What the kernel was told last.
+    private struct Kernel {
+        var slots: [UInt32: Slot] = [:]
+        var logged: Set<UInt32> = []
+    }
 
     /// The slots there are, by ascending guest address: a value that does not change under its reader.
     var slots: [Slot] { table.withLock { $0 } }
 
-    func setObserver(_ new: any SlotObserver) { observer.withLock { $0 = new } }
+    var observer: (any SlotObserver)? { observing.withLock { $0 } }
+
+    func setObserver(_ new: any SlotObserver) { observing.withLock { $0 = new } }
 
     /// Slots start at multiples of this many bytes; larger guests get larger slots, not more than some 32.
     static func granule(for memory: GuestMemory) -> UInt64 {
@@ -73,49 +60,188 @@ final class KVMSlots: Sendable {
         return granule
     }
 
-    /// - Parameter granule: slots start at multiples of this many bytes; large ones if left out.
+    /// Makes the slots that show a machine's memory as it is laid out now.
+    ///
+    /// - Parameter granule: slots end at multiples of this many bytes at the latest; large ones if left out.
     init(
-        machine: Descriptor, memory: GuestMemory, limit: Int, granule: UInt64? = nil
+        machine: Descriptor, memory: GuestMemory, limit: Int, strategy: SlotStrategy = .atomic,
+        shadowPaging: ShadowPaging = .anyMode, granule: UInt64? = nil
     ) throws(AcceleratorError) {
-        let granule = granule ?? Self.granule(for: memory)
-        var slots: [Slot] = []
-        for range in memory.view.ranges {
-            guard let block = memory.blocks.firstIndex(where: { $0 === range.block }) else { continue }
-            var done: UInt64 = 0
-            while done < range.byteCount {
-                let address = range.guestAddress + done
-                let size = min(range.byteCount - done, granule - address.value % granule)
-                let start = RAMOffset(range.offset.value + done)
-                let pages = size >> GuestPage.shift
-                slots.append(
-                    Slot(
-                        number: UInt32(slots.count), guestAddress: address, pageCount: pages,
-                        hostAddress: range.block.mapping.hostAddress(at: Int(start.value)),
-                        pieces: [Slot.Piece(slotPages: 0..<pages, block: block, firstPage: start.page)]))
-                done += size
-            }
-        }
-        guard slots.count <= limit else {
-            throw AcceleratorError(
-                "guest memory needs \(slots.count) memory slots, but this kernel's KVM has \(limit); use less memory")
-        }
         self.machine = machine
-        table = Mutex(slots)
-        for slot in slots { try set(slot, logging: false) }
+        self.memory = memory
+        self.limit = limit
+        self.strategy = strategy
+        self.shadowPaging = shadowPaging
+        granulePages = (granule ?? Self.granule(for: memory)) >> GuestPage.shift
+        windows = SlotWindows(granulePages: granulePages)
+        scratch = ScratchSlot(number: UInt32(limit - 1))
+        do throws(MemoryError) {
+            // There is no vCPU yet that would have to be held.
+            try perform(try plan(to: memory.view))
+        } catch { throw AcceleratorError(error.description) }
     }
 
-    /// Makes a slot, or changes whether it logs writes. The guest may run.
+    /// The plan from the slots there are to a layout. - Throws: a layout that cannot be shown.
+    func plan(to view: FlatView) throws(MemoryError) -> SlotPlan {
+        var shown: [ShownPages] = []
+        for range in view.ranges {
+            let page = GuestPage.byteCount
+            guard let block = memory.blocks.firstIndex(where: { $0 === range.block }) else {
+                throw MemoryError("\(range.place): block '\(range.block.name)' is none of this machine's")
+            }
+            guard range.guestAddress.value % page == 0, range.byteCount % page == 0, range.offset.value % page == 0
+            else {
+                throw MemoryError("\(range.place): KVM shows memory in whole pages of \(page) bytes")
+            }
+            guard range.offset.value <= range.block.byteCount,
+                range.byteCount <= range.block.byteCount - range.offset.value
+            else {
+                throw MemoryError(
+                    "\(range.place): block '\(range.block.name)' ends before, at \(range.block.byteCount) bytes")
+            }
+            let first = range.guestAddress.value >> GuestPage.shift
+            let pages = first..<first + range.byteCount >> GuestPage.shift
+            shown.append(
+                ShownPages(
+                    pages: pages,
+                    content: .init(block: block, firstPage: range.offset.page, isReadOnly: range.isReadOnly)))
+            guard strategy == .atomic, range.block.file != nil else { continue }
+            do throws(SystemError) { try windows.reserve(pages) } catch {
+                throw MemoryError("\(range.place): \(error.description)")
+            }
+        }
+        var planner = planner
+        planner.devices = view.devicePages
+        return try planner.plan(from: slots, to: shown)
+    }
+
+    var planner: SlotPlanner {
+        SlotPlanner(
+            strategy: strategy, hasFile: memory.blocks.map { $0.file != nil }, granulePages: granulePages,
+            limit: limit, hasShadowPaging: shadowPaging != .none, logged: kernel.withLock { $0.logged },
+            windowAddress: { [windows] in windows.hostAddress(of: $0) },
+            blockAddress: { [memory] in memory.blocks[$0].mapping.hostAddress(at: Int($1.offset.value)) })
+    }
+
+    func publish(_ slots: [Slot]) { table.withLock { $0 = slots } }
+
+    // MARK: The kernel
+
+    /// Changes whether a slot logs writes. The guest may run. A slot that has gone meanwhile is left alone.
     func set(_ slot: Slot, logging: Bool) throws(AcceleratorError) {
+        try kernel.withLock { (kernel) throws(AcceleratorError) in
+            guard let now = kernel.slots[slot.number], now.isPlaced(like: slot) else { return }
+            try tell(now, byteCount: now.byteCount, logging: logging)
+            if logging { kernel.logged.insert(slot.number) } else { kernel.logged.remove(slot.number) }
+        }
+    }
+
+    func isLogged(_ slot: Slot) -> Bool { kernel.withLock { $0.logged.contains(slot.number) } }
+
+    /// Makes a slot. The guest may run.
+    func make(_ slot: Slot, logging: Bool) throws(AcceleratorError) {
+        try kernel.withLock { (kernel) throws(AcceleratorError) in
+            try tell(slot, byteCount: slot.byteCount, logging: logging)
+            kernel.slots[slot.number] = slot
+            if logging { kernel.logged.insert(slot.number) }
+        }
+    }
+
+    /// Takes a slot away. The guest may run.
+    func remove(_ slot: Slot) throws(AcceleratorError) {
+        try kernel.withLock { (kernel) throws(AcceleratorError) in
+            try tell(slot, byteCount: 0, logging: false)
+            kernel.slots[slot.number] = nil
+            kernel.logged.remove(slot.number)
+        }
+    }
+
+    private func tell(_ slot: Slot, byteCount: UInt64, logging: Bool) throws(AcceleratorError) {
         var region = kvm_userspace_memory_region()
         region.slot = slot.number
         region.flags =
             (logging ? UInt32(KVM_MEM_LOG_DIRTY_PAGES) : 0) | (slot.isReadOnly ? UInt32(KVM_MEM_READONLY) : 0)
         region.guest_phys_addr = slot.guestAddress.value
-        region.memory_size = slot.byteCount
+        region.memory_size = byteCount
         region.userspace_addr = UInt64(slot.hostAddress)
-        let what = "KVM_SET_USER_MEMORY_REGION \(slot.guestAddress), \(slot.byteCount) bytes"
+        let what = "KVM_SET_USER_MEMORY_REGION \(slot.guestAddress), \(byteCount) bytes"
         let result = unsafe gw_kvm_set_user_memory_region(machine.number, &region)
-        try kvm(
-            result, what, remedy: result == -ENOMEM ? "the host has not enough memory for a guest of this size" : nil)
+        let remedy: String? =
+            switch result {
+            case -ENOMEM: "the host has not enough memory for a guest of this size"
+            case -EINVAL: "this address may lie beyond what the guest's processor can address"
+            default: nil
+            }
+        try kvm(result, what, remedy: remedy)
+    }
+
+    /// Waits for a grace period, in which the kernel forgets translations as well. The guest may run, and has no gap.
+    func settle() throws(AcceleratorError) {
+        counters.withLock { $0.zaps += 1 }
+        try scratch.move { (slot) throws(AcceleratorError) in
+            try tell(slot, byteCount: slot.byteCount, logging: false)
+        }
+    }
+}
+
+/// A slot of one page out of every guest's reach. To move it, the kernel takes it away and makes it again: both wait until no vCPU is
+/// inside an access to guest memory or a fault, and the first has the kernel forget every translation made from guest page tables
+/// (kvm_arch_flush_shadow_memslot). No other slot is touched.
+private final class ScratchSlot: Sendable {
+    private struct Place {
+        var address: GuestPhysicalAddress
+        var page: AddressWindow
+    }
+    private let number: UInt32
+    private let place = Mutex<Place?>(nil)
+    /// The ends of address spaces of 46, 39 and 36 bits: kernels refuse what lies beyond their own.
+    private static let candidates: [UInt64] = [(1 << 46) - (64 << 10), (1 << 39) - (64 << 10), (1 << 36) - (64 << 10)]
+
+    init(number: UInt32) { self.number = number }
+
+    func move(_ tell: (Slot) throws(AcceleratorError) -> Void) throws(AcceleratorError) {
+        try place.withLock { (place) throws(AcceleratorError) in
+            if place == nil { place = try make(tell) }
+            guard var moved = place else { return }
+            moved.address = GuestPhysicalAddress(moved.address.value ^ GuestPage.byteCount)
+            try tell(slot(at: moved))
+            place = moved
+        }
+    }
+
+    private func slot(at place: Place) -> Slot {
+        Slot(
+            number: number, guestAddress: place.address, pageCount: 1, hostAddress: place.page.hostAddress(at: 0),
+            pieces: [])
+    }
+
+    private func make(_ tell: (Slot) throws(AcceleratorError) -> Void) throws(AcceleratorError) -> Place {
+        let page: AddressWindow
+        do throws(SystemError) { page = try AddressWindow(byteCount: Int(GuestPage.byteCount)) } catch {
+            throw AcceleratorError(error.description)
+        }
+        var failure = AcceleratorError("")
+        for candidate in Self.candidates {
+            let place = Place(address: GuestPhysicalAddress(candidate), page: page)
+            do throws(AcceleratorError) {
+                try tell(slot(at: place))
+                return place
+            } catch { failure = error }
+        }
+        throw failure
+    }
+}
+
+extension FlatRange {
+    /// For sentences.
+    var place: String { "memory at \(guestAddress), \(byteCount) bytes" }
+}
+
+extension FlatView {
+    /// Guest pages where a device answers, be it in a part of them.
+    fileprivate var devicePages: [Range<UInt64>] {
+        deviceRanges.map { range in
+            range.lowerBound >> GuestPage.shift..<(range.upperBound + GuestPage.byteCount - 1) >> GuestPage.shift
+        }
     }
 }

@@ -50,6 +50,15 @@ struct KVMSystem {
         }
     }
 
+    /// What KVM makes of guest page tables. Where that is not known, everything.
+    var shadowPaging: ShadowPaging {
+        for parameter in ["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"] {
+            let text = try? Descriptor.contents(of: "/sys/module/\(parameter)")
+            if text?.first == UInt8(ascii: "Y") || text?.first == UInt8(ascii: "1") { return .none }
+        }
+        return unsafe access("/sys/module/kvm_pvm", F_OK) == 0 ? .longMode : .anyMode
+    }
+
     func slotLimit(_ machine: Descriptor) -> Int {
         let limit = gw_kvm_check_extension(machine.number, UInt(KVM_CAP_NR_MEMSLOTS))
         return limit > 0 ? Int(limit) : 32

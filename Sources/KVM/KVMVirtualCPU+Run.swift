@@ -11,26 +11,60 @@ extension KVMVirtualCPU {
     func run(_ bus: any Bus) -> ExitReason {
         if sleepWhilePaused() { return .interrupted }
         runner.withLock { $0 = pthread_self() }
-        guard enterGuest() else { return .failed("vcpu\(index): its dirty ring cannot be given back to the kernel") }
-        let result = gw_kvm_run(descriptor.number, 0)
-        ring?.isInGuest.store(false, ordering: .releasing)
+        let generation = slots.generation.load(ordering: .acquiring)
+        exitReason = 0
+        guard let result = enterGuest() else {
+            return .failed("vcpu\(index): its dirty ring cannot be given back to the kernel")
+        }
         hasPendingAccess = false
         guard result >= 0 else {
             if result == -EINTR || result == -EAGAIN { return .interrupted }
+            if result == -EFAULT { return resolveFault(since: generation) }
             return .failed(SystemError("KVM_RUN", "vcpu\(index)", code: -result).description)
         }
         // SAFETY: the kernel filled the shared area; it does not touch it again before the next KVM_RUN of this thread.
-        return unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
+        let reason = unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
             unsafe answer(area, area.baseAddress!.assumingMemoryBound(to: kvm_run.self), bus)
         }
+        if case .failed = reason, exitReason == UInt32(KVM_EXIT_INTERNAL_ERROR),
+            case .retry = slots.resolveEmulationFailure(since: generation)
+        {
+            return .handled
+        }
+        return reason
     }
 
-    /// Watched pages must be watched before the guest can write: see `DirtyRings.giveBack`. - Returns: whether they are.
-    private func enterGuest() -> Bool {
-        guard let ring else { return true }
+    /// KVM_RUN, unless vCPUs are held: then after that. - Returns: `nil` where pages that must be watched first are not.
+    private func enterGuest() -> CInt? {
+        slots.hold.enter(self)
+        defer { slots.hold.leave(self) }
+        guard let ring else { return gw_kvm_run(descriptor.number, 0) }
+        // Watched pages must be watched before the guest can write: see `DirtyRings.giveBack`.
         ring.isInGuest.store(true, ordering: .sequentiallyConsistent)
-        guard ring.sum.isResetDue.load(ordering: .sequentiallyConsistent) else { return true }
-        return (try? whenResetIsDue?()) != nil
+        defer { ring.isInGuest.store(false, ordering: .releasing) }
+        if ring.sum.isResetDue.load(ordering: .sequentiallyConsistent) {
+            guard (try? whenResetIsDue?()) != nil else { return nil }
+        }
+        return gw_kvm_run(descriptor.number, 0)
+    }
+
+    private var exitReason: UInt32 {
+        get { shared.load(at: MemoryLayout<kvm_run>.offset(of: \.exit_reason)!, as: UInt32.self) }
+        set { shared.store(newValue, at: MemoryLayout<kvm_run>.offset(of: \.exit_reason)!) }
+    }
+
+    /// The instruction that failed has not been carried out: it is tried again once the slots agree with the memory layout.
+    private func resolveFault(since generation: UInt64) -> ExitReason {
+        // Kernels that do not tell the address leave the reason alone.
+        var address: GuestPhysicalAddress?
+        if exitReason == UInt32(GW_KVM_EXIT_MEMORY_FAULT) {
+            let fault = MemoryLayout<kvm_run>.offset(of: \.apic_base)! + 8
+            address = GuestPhysicalAddress(shared.load(at: fault + 8, as: UInt64.self))
+        }
+        switch slots.resolveFault(at: address, since: generation) {
+        case .retry: return .handled
+        case .fail(let sentence): return .failed("vcpu\(index): \(sentence)")
+        }
     }
 
     private func answer(
@@ -115,8 +149,6 @@ extension KVMVirtualCPU {
         setImmediateExit(true)
         // What the guest is given may be written into its memory.
         _ = enterGuest()
-        _ = gw_kvm_run(descriptor.number, 0)
-        ring?.isInGuest.store(false, ordering: .releasing)
         hasPendingAccess = false
     }
 }

@@ -243,6 +243,10 @@ extension KVMVirtualCPU {
         }
         try kvm(unsafe gw_kvm_set_sregs(descriptor.number, &segments), "KVM_SET_SREGS")
         try setRegisters(general)
+        // KVM has all processors but the first wait for INIT at power-on.
+        unsafe try set("KVM_SET_MP_STATE", [UInt8](repeating: 0, count: 4), kvm_mp_state()) {
+            unsafe gw_kvm_set_mp_state($0, $1)
+        }
     }
 
     /// A flat 4 GiB segment of 32-bit protected mode. `type` as in the descriptor: 3 data, 11 code, both accessed.

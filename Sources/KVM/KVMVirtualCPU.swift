@@ -14,6 +14,9 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     /// The model-specific registers this kernel can both read and write.
     let msrIndices: [UInt32]
     let xsaveByteCount: Int
+    let slots: KVMSlots
+    /// Inside KVM_RUN, or about to be.
+    let isInside = Atomic<Bool>(false)
     /// What this vCPU makes dirty; `nil` where the machine has no rings.
     let ring: DirtyRing?
     /// Empties the ring when it is full. Set before the first run.
@@ -34,13 +37,14 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     var hasPendingAccess = false
 
     init(
-        index: Int, machine: Descriptor, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32],
+        index: Int, machine: Descriptor, slots: KVMSlots, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32],
         rings: (entryCount: Int, sum: DirtyRingSum)? = nil
     )
         throws(AcceleratorError)
     {
         self.index = index
         self.cpuid = cpuid
+        self.slots = slots
         let number = try kvm(gw_kvm_create_vcpu(machine.number, UInt(index)), "KVM_CREATE_VCPU \(index)")
         descriptor = Descriptor(owning: number, name: "vcpu\(index)")
         do throws(SystemError) {

@@ -66,9 +66,12 @@ final class Board: Bus {
         ports.write(port: port, size: size, value: value)
     }
 
-    /// Nothing is mapped outside RAM and the accelerator's interrupt controllers: reads float high.
-    func memoryRead(_ address: GuestPhysicalAddress, size: Int) -> UInt64 { .max }
-    func memoryWrite(_ address: GuestPhysicalAddress, size: Int, value: UInt64) {}
+    /// By the memory tree: a device, memory that was not shown at the moment or not for writing, or nothing, where reads float high.
+    func memoryRead(_ address: GuestPhysicalAddress, size: Int) -> UInt64 { memory.guestRead(address, byteCount: size) }
+
+    func memoryWrite(_ address: GuestPhysicalAddress, size: Int, value: UInt64) {
+        memory.guestWrite(address, byteCount: size, value: value)
+    }
 
     /// A stub's `out` stands in the middle of an instruction: finish it before the registers are looked at.
     private func serveBIOS(_ interrupt: UInt8, _ cpu: any VirtualCPU) {

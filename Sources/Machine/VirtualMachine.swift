@@ -51,6 +51,9 @@ public final class VirtualMachine: Sendable {
             kvm = try KVMAccelerator(
                 memory: memory, cpuCount: configuration.cpuCount, dirtyTracking: configuration.dirtyTracking)
         } catch { throw MachineError(error.description) }
+        do throws(MemoryError) { try memory.addListener(kvm.memoryListener, showing: memory.view) } catch {
+            throw MachineError(error.description)
+        }
         accelerator = kvm
         do throws(GuestProgramError) {
             bootPlan = try configuration.boot?.plan(
@@ -74,33 +77,23 @@ public final class VirtualMachine: Sendable {
 
     /// One block named `ram`, as QEMU's machine `none` has it; a PC shows it below 3 GiB and from 4 GiB on.
     private static func makeMemory(_ configuration: MachineConfiguration) throws(MachineError) -> GuestMemory {
-        do throws(SystemError) {
-            guard configuration.kind == .pc else {
-                let block = try RAMBlock(
-                    name: "ram", byteCount: configuration.memoryByteCount, backing: configuration.backing)
-                return GuestMemory(
-                    blocks: [block],
-                    view: FlatView([
-                        FlatRange(
-                            guestAddress: GuestPhysicalAddress(0), byteCount: block.byteCount, block: block,
-                            offset: RAMOffset(0))
-                    ]))
-            }
-            let layout: RAMLayout
-            do throws(MachineError) { layout = try Self.layout(configuration) } catch {
-                throw SystemError(error.description, code: 22)
-            }
-            let block = try RAMBlock(
-                name: "ram", byteCount: configuration.memoryByteCount, backing: configuration.backing)
+        let byteCount = configuration.memoryByteCount
+        let ranges = configuration.kind == .pc ? try layout(configuration).ranges : [0..<byteCount]
+        do {
+            let block = try RAMBlock(name: "ram", byteCount: byteCount, backing: configuration.backing)
+            let memory = GuestMemory(blocks: [block])
+            var transaction = MemoryTransaction()
             var offset: UInt64 = 0
-            let ranges = layout.ranges.map { range in
-                defer { offset += UInt64(range.count) }
-                return FlatRange(
-                    guestAddress: GuestPhysicalAddress(range.lowerBound), byteCount: UInt64(range.count), block: block,
-                    offset: RAMOffset(offset))
+            for range in ranges {
+                let name = range.lowerBound == 0 ? "ram" : "ram-above-4g"
+                let size = UInt64(range.count)
+                transaction.add(
+                    .ram(name, block, offset: RAMOffset(offset), byteCount: size), at: range.lowerBound)
+                offset += size
             }
-            return GuestMemory(blocks: [block], view: FlatView(ranges))
-        } catch { throw MachineError("guest memory of \(configuration.memoryByteCount) bytes: \(error.description)") }
+            try memory.commit(transaction)
+            return memory
+        } catch { throw MachineError("guest memory of \(byteCount) bytes: \(error)") }
     }
 
     // MARK: Observing

@@ -11,7 +11,7 @@ struct Godwit: ParsableCommand {
         subcommands: [
             Run.self, Migrate.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self,
             RawQMP.self,
-            Demo.self, Stream.self,
+            Demo.self, Bench.self, Stream.self, BenchWorker.self,
         ])
 
     /// Errors are one sentence on standard error: status 64 for a command line that makes no sense, 1 for the rest.

@@ -7,13 +7,16 @@ struct Info: ParsableCommand {
 
     enum Topic: String, ExpressibleByArgument, CaseIterable {
         case migrate, status, memory, vcpus
+        case dirtyRate = "dirty-rate"
 
+        /// What tells it; measured first, where it is `query-dirty-rate`.
         var command: String {
             switch self {
             case .migrate: "query-migrate"
             case .status: "query-status"
             case .memory: "query-memory-size-summary"
             case .vcpus: "query-cpus-fast"
+            case .dirtyRate: "query-dirty-rate"
             }
         }
     }
@@ -28,7 +31,7 @@ struct Info: ParsableCommand {
 
     func run() throws {
         guard let topic else { return try showOverview() }
-        let answer = try target.execute(topic.command)
+        let answer = topic == .dirtyRate ? try measuredDirtyRate() : try target.execute(topic.command)
         Terminal.output.write(json ? answer.prettyDescription + "\n" : Self.text(topic, answer))
     }
 
@@ -36,6 +39,14 @@ struct Info: ParsableCommand {
         let client = try target.vm.connect()
         let overview = try VMOverview(of: target.vm, client: client)
         Terminal.output.write(json ? overview.json.prettyDescription + "\n" : VMOverview.table([overview]))
+    }
+
+    private func measuredDirtyRate() throws -> JSON {
+        let client = try target.vm.connect()
+        defer { client.close() }
+        do { return try DirtyRateReading(measuredBy: client).json } catch QMPClientError.refused(let error) {
+            throw CommandFailure("VM \(target.vm): \(error)")
+        }
     }
 
     private static func text(_ topic: Topic, _ answer: JSON) -> String {
@@ -55,6 +66,7 @@ struct Info: ParsableCommand {
                 ])
             }
             return table.text
+        case .dirtyRate: return DirtyRateReading(answer).text
         }
     }
 }

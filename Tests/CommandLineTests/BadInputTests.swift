@@ -41,6 +41,7 @@ struct BadInputTests {
         Line("run --guest dirty,rate=fast", ["rate", "fast"]),
         Line("run --guest idle --boot-sector /etc/passwd", ["one of"], status: 64),
         Line("run --accel xen", ["xen", "kvm"], status: 64),
+        Line("run --accel kvm,dirty-ring-size=1048576", ["dirty-ring-size=1048576", "256 to"], status: 1),
         Line("run --accel kvm,dirty-ring-size=1000", ["dirty-ring-size '1000'", "a power of two"], status: 64),
         Line("run --accel kvm,dirty-ring-size=", ["dirty-ring-size ''", "a power of two"], status: 64),
         Line("run --accel kvm,dirty-tracking=both", ["dirty-tracking 'both'", "auto, log and ring"], status: 64),

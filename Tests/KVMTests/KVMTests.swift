@@ -104,6 +104,36 @@ struct KVMMachineTests {
         }
     }
 
+    @Test("what may be a page table is told from what cannot be one, without touching holes")
+    func tables() throws {
+        let memory = try memory(64 << 20)
+        let slots = try KVMSlots(
+            machine: KVMSystem().makeMachine(), memory: memory, limit: 509, shadowPaging: .longMode)
+        let block = memory.blocks[0]
+        func mayHold(_ pages: Range<UInt64>, readOnly: Bool = false) -> Bool {
+            slots.mayHoldTables([
+                ShownPages(
+                    pages: 0..<UInt64(pages.count),
+                    content: .init(block: 0, firstPage: PageIndex(pages.lowerBound), isReadOnly: readOnly))
+            ])
+        }
+        #expect(!mayHold(0..<16384))
+        #expect(try !block.isAllocated(in: block.pages))
+        // Text; an entry that points nowhere; one that nobody has used, which a table in read-only memory may be for all that.
+        block.mapping.write(Array("a page of text, aligned as it likes.....".utf8), at: 4096)
+        block.mapping.store(UInt64(0x7fff_ffff_f067), at: 8192)
+        block.mapping.store(UInt64(0x3f_f003), at: 12288)
+        #expect(!mayHold(0..<16384))
+        #expect(mayHold(3..<4, readOnly: true) && !mayHold(0..<2, readOnly: true))
+        block.mapping.store(UInt64(0x8000_0000_003f_f023), at: 20480 - 8)
+        #expect(mayHold(0..<5) && mayHold(4..<5) && !mayHold(0..<4) && !mayHold(5..<16384))
+        let any = try KVMSlots(machine: KVMSystem().makeMachine(), memory: memory, limit: 509, shadowPaging: .anyMode)
+        let narrow = ShownPages(pages: 0..<1, content: .init(block: 0, firstPage: PageIndex(6), isReadOnly: false))
+        #expect(!any.mayHoldTables([narrow]))
+        block.mapping.store(UInt64(0xffff_f023_0000_0000), at: 24576)
+        #expect(any.mayHoldTables([narrow]) && !slots.mayHoldTables([narrow]))
+    }
+
     @Test("more memory than there are slots for is refused with a remedy")
     func tooManySlots() throws {
         let memory = try memory(512 << 30)
@@ -129,6 +159,19 @@ struct KVMMachineTests {
         #expect(try other.registers().rdx == 0x80)
     }
 
+    @Test("a machine that nobody holds any more gives back its slots and vCPUs")
+    func lifetime() throws {
+        weak var slots: KVMSlots?
+        weak var cpu: KVMVirtualCPU?
+        do {
+            let accelerator = try KVMAccelerator(memory: try memory(1 << 20), cpuCount: 2)
+            slots = accelerator.slots
+            cpu = accelerator.cpus[1] as? KVMVirtualCPU
+            #expect(slots != nil && cpu != nil)
+        }
+        #expect(slots == nil && cpu == nil)
+    }
+
     @Test("tracking that is not on is refused, not answered with nothing")
     func notStarted() throws {
         let memory = try memory(1 << 20)
@@ -146,7 +189,7 @@ struct KVMMachineTests {
 }
 
 /// A seeded generator, so that a failure can be replayed.
-private struct SplitMix64: RandomNumberGenerator {
+struct SplitMix64: RandomNumberGenerator {
     var state: UInt64
     mutating func next() -> UInt64 {
         state &+= 0x9e37_79b9_7f4a_7c15

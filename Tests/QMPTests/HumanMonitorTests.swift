@@ -23,6 +23,18 @@ import Testing
                 == "Parameter 'cpu-index' expects a CPU number")
     }
 
+    @Test("info mtree prints the regions and what the guest sees of them")
+    func memoryTree() throws {
+        let vm = try MonitoredMachine()
+        let all = try vm.human("info mtree")
+        #expect(all.contains("address-space: memory\r\n"))
+        #expect(all.contains("0000000000000000-00003fffffffffff (prio 0, container): system\r\n"))
+        let view = try vm.human("info mtree -f")
+        #expect(view.hasPrefix("FlatView #0\r\n") && view.contains("(prio 0, ram): ram @ram 0000000000000000\r\n"))
+        #expect(all.hasSuffix(view))
+        #expect(try vm.human("info mtree -x").contains("extraneous"))
+    }
+
     @Test("unknown words and wrong operands are named")
     func wrong() throws {
         let vm = try MonitoredMachine()

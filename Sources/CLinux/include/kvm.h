@@ -69,6 +69,9 @@ GW_IOCTL_INT(gw_kvm_get_tsc_khz, KVM_GET_TSC_KHZ)
 GW_IOCTL_INT(gw_kvm_set_tsc_khz, KVM_SET_TSC_KHZ)
 GW_IOCTL_INT(gw_kvm_kvmclock_ctrl, KVM_KVMCLOCK_CTRL)
 
+/* Linux 6.8: KVM_RUN failed with EFAULT; flags, guest address and size stand in the union of kvm_run. */
+enum { GW_KVM_EXIT_MEMORY_FAULT = 39 };
+
 GW_IOCTL_PTR(gw_kvm_set_irqchip, KVM_SET_IRQCHIP, struct kvm_irqchip)
 
 /* Structures with a flexible tail, which Swift cannot express: the caller passes header and tail as one area. */

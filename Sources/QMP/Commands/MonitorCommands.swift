@@ -29,6 +29,7 @@ public final class MonitorCommands: Sendable {
             + MachineCommands(machine, name: name).all
             + MemoryCommands(machine).all
             + GuestCommands(machine).all
+            + DirtyRateCommands(DirtyRateMeter(machine)).all
             + [
                 Command(
                     "quit",

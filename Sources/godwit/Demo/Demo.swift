@@ -32,7 +32,7 @@ struct Demo: ParsableCommand {
 
     func run() throws {
         let interruption = try SignalWatch.startFlag()
-        let folder = try PrivateFolder()
+        let folder = try PrivateFolder("demo")
         defer { folder.remove() }
         let workingSet = max(1, memory.bytes >> 23)
         let demonstration = try Demonstration(

@@ -4,8 +4,8 @@ import QMP
 
 /// What `godwit demo` does: read `run`.
 struct Demonstration {
-    private let source: DemoVM
-    private let destination: DemoVM
+    private let source: ChildVM
+    private let destination: ChildVM
     private let title: String
     private let interruption: SignalWatch.Flag
     private let progress = Terminal.error
@@ -20,10 +20,12 @@ struct Demonstration {
         self.interruption = interruption
         title = "\(Amount.memory(memoryBytes)), \(cpuCount) \(cpuCount == 1 ? "vCPU" : "vCPUs"), guest \(guest)"
         let machine = ["--memory", "\(memoryBytes)", "--cpus", "\(cpuCount)", "--accel", accelerator]
-        source = try DemoVM("source", in: folder, options: machine + ["--guest", guest])
+        func serial(_ role: String) -> [String] { ["--serial", "file:\(folder)/\(role).serial"] }
+        source = try ChildVM("source", in: folder, options: machine + serial("source") + ["--guest", guest])
         do {
-            destination = try DemoVM(
-                "destination", in: folder, options: machine + ["--incoming", "tcp:127.0.0.1:0"])
+            destination = try ChildVM(
+                "destination", in: folder,
+                options: machine + serial("destination") + ["--incoming", "tcp:127.0.0.1:0"])
         } catch {
             source.end()
             throw error
@@ -55,11 +57,7 @@ struct Demonstration {
 
     private func addressOfDestination() throws -> String {
         _ = try source.client()
-        let listening = try destination.execute("query-migrate")["socket-address"]?[0]
-        guard let port = listening?["port"]?.stringValue else {
-            throw CommandFailure("destination VM: it does not tell where it waits")
-        }
-        return "tcp:127.0.0.1:\(port)"
+        return try destination.listeningAddress()
     }
 
     private func waitForGuest() throws {
@@ -109,7 +107,7 @@ struct Demonstration {
     // MARK: Pieces
 
     /// Pages the guest wrote or read since its start; heartbeats for a guest that only sleeps.
-    private func touches(of vm: DemoVM) throws -> UInt64 {
+    private func touches(of vm: ChildVM) throws -> UInt64 {
         let status = try vm.execute("x-query-guest")
         let name = status["kind"] == "idle" ? "heartbeats" : "touches"
         return status[name]?.integerValue(as: UInt64.self) ?? 0

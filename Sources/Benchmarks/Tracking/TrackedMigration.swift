@@ -1,0 +1,131 @@
+import CommandLineKit
+import Host
+import QMP
+
+/// One live migration between two processes on this machine, measured, and verified page by page at the destination.
+struct TrackedMigration {
+    let cell: TrackingCell
+    let scale: TrackingScale
+    let options: BenchmarkOptions
+
+    /// One run's quantities, in the order of the table.
+    typealias Sample = [(name: String, value: Double)]
+
+    /// A migration that did not end in time: QEMU may never converge where we do.
+    struct DidNotConverge: Error, CustomStringConvertible {
+        let description: String
+    }
+
+    /// The same for both VMMs: no limit to speak of.
+    private static let unlimitedBytesPerSecond = 1 << 40
+    private static let migrationSeconds: UInt64 = 60
+    private static let readySeconds: UInt64 = 60
+
+    /// - Throws: `CommandFailure` for a run that failed, or whose memory does not verify.
+    func measure() throws -> (sample: Sample, method: String?) {
+        let folder = try PrivateFolder("bench")
+        defer { folder.remove() }
+        let source = try start("source", in: folder.path)
+        defer { source.child.end() }
+        let destination = try start("destination", in: folder.path, isDestination: true)
+        defer { destination.child.end() }
+        let uri = try destination.child.listeningAddress()
+        for vm in [source, destination] { try prepare(vm.child) }
+        try waitUntilReady(source)
+
+        let rateBefore = try rate(of: source)
+        let threads = try source.child.execute("query-cpus-fast").arrayValue ?? []
+        let threadIDs = threads.compactMap { $0["thread-id"]?.integerValue() }
+        let before = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
+        let touchesBefore = try source.guest().touches
+        let answer = try migrate(source.child, to: uri)
+        let after = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
+        let touches = try source.guest().touches - touchesBefore
+        try destination.verify()
+
+        let reading = MigrationReading(answer)
+        let total = Double(reading.totalMilliseconds ?? 0)
+        let process = after.processMilliseconds - before.processMilliseconds
+        var sample: Sample = [
+            ("total-ms", total),
+            (
+                "downtime-ms",
+                reading.downtimeNanoseconds.map { Double($0) / 1e6 } ?? Double(reading.downtimeMilliseconds ?? 0)
+            ),
+            ("rounds", Double(reading.round)), ("sent-mb", Double(reading.transferredBytes) / 1e6),
+            ("source-cpu-ms", process),
+            ("source-vmm-cpu-ms", max(0, process - (after.threadMilliseconds - before.threadMilliseconds))),
+            ("rate-before-mbs", rateBefore), ("rate-during-mbs", Double(touches) * 4096 / 1e3 / max(1, total)),
+        ]
+        if let tracking = answer["x-tracking-cpu"]?.doubleValue {
+            sample.insert(("tracking-cpu-ms", tracking / 1e3), at: 4)
+        }
+        return (sample, answer["x-dirty-tracking"]?.stringValue)
+    }
+
+    private func start(_ role: String, in folder: String, isDestination: Bool = false) throws -> any MeasuredVM {
+        let machine = MeasuredMachine(
+            method: cell.method, memoryMegabytes: scale.memoryMegabytes,
+            guest: cell.load.guest(workingSetMegabytes: scale.workingSetMegabytes), isDestination: isDestination)
+        switch cell.vmm {
+        case .godwit: return try GodwitVM(role, in: folder, machine)
+        case .qemu: return try QEMUVM(role, in: folder, machine)
+        }
+    }
+
+    private func prepare(_ vm: ChildVM) throws {
+        try vm.execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
+        try vm.execute(
+            "migrate-set-parameters",
+            [
+                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
+                "downtime-limit": JSON(cell.load.downtimeLimitMilliseconds),
+            ])
+    }
+
+    private func waitUntilReady(_ vm: any MeasuredVM) throws {
+        let deadline = Deadline.after(seconds: Self.readySeconds)
+        while try !vm.guest().isReady {
+            try options.checkInterruption()
+            guard !deadline.hasPassed else {
+                throw CommandFailure("\(cell.name): the guest was not ready within \(Self.readySeconds) s")
+            }
+            Clock.sleep(nanoseconds: 20_000_000)
+        }
+    }
+
+    /// Megabytes of pages that the guest touches per second, left alone.
+    private func rate(of vm: any MeasuredVM) throws -> Double {
+        let (start, first) = (Clock.monotonicNanoseconds, try vm.guest().touches)
+        Clock.sleep(nanoseconds: scale.settleMilliseconds * 1_000_000)
+        let (end, second) = (Clock.monotonicNanoseconds, try vm.guest().touches)
+        return Double(second - first) * 4096 / 1e6 / (Double(end - start) / 1e9)
+    }
+
+    /// Waits for the end by events, because asking would take time from what is measured.
+    private func migrate(_ vm: ChildVM, to uri: String) throws -> JSON {
+        let client = try vm.client()
+        try vm.execute("migrate", ["uri": .string(uri)])
+        let deadline = Deadline.after(seconds: Self.migrationSeconds)
+        var status = ""
+        while !["completed", "failed", "cancelled"].contains(status) {
+            try options.checkInterruption()
+            guard !deadline.hasPassed else {
+                throw DidNotConverge(
+                    description: "\(cell.name): no end of the migration within \(Self.migrationSeconds) s")
+            }
+            do throws(QMPClientError) {
+                status =
+                    try client.waitForEvent("MIGRATION", deadline: .after(milliseconds: 200)).data["status"]?
+                    .stringValue ?? ""
+            } catch {
+                guard case .timedOut = error else { throw CommandFailure("\(vm.role) VM: \(error)") }
+            }
+        }
+        let answer = try vm.execute("query-migrate")
+        do { try MigrationReading(answer).requireCompletion(of: cell.name, to: uri) } catch {
+            throw CommandFailure("\(error) (\(vm.logTail(lines: 1).joined()))")
+        }
+        return answer
+    }
+}
