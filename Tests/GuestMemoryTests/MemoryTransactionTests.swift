@@ -138,14 +138,19 @@ final class RecordingListener: MemoryListener {
         #expect(ranges(change.reversed.added) == ["192+4 ram 192"])
     }
 
-    @Test("a transaction that changes no memory is told to nobody")
+    @Test("a transaction that changes nothing the guest sees is told to nobody; one that changes devices is")
     func noChange() throws {
         let listener = RecordingListener()
         try memory.addListener(listener)
         var transaction = MemoryTransaction()
-        transaction.add(.io("uart", byteCount: 8, device), at: 0x1000)
+        let device = transaction.add(.io("uart", byteCount: 8, device), at: 0x1000)
+        transaction.enable(device, false)
         try memory.commit(transaction)
         #expect(listener.state.withLock { $0.changes.isEmpty })
+        transaction = MemoryTransaction()
+        transaction.enable(device)
+        try memory.commit(transaction)
+        #expect(listener.state.withLock { $0.changes.count } == 1)
         #expect(memory.guestRead(at(0x1003), byteCount: 1) == 0xda)
     }
 
