@@ -42,34 +42,35 @@ extension TrackingSession {
         TrackingLoad.all.filter { load in scale.cells.contains { $0.load == load && $0.method == .auto } }
     }
 
-    private func median(_ method: TrackingMethod, _ load: TrackingLoad, _ quantity: String) -> Double? {
-        migrations[TrackingCell(vmm: .godwit, method: method, load: load)]?[quantity]?.median
-    }
-
-    /// The largest ratio, over all loads, of a method's median total time to the smallest of others'; `nil` if any of them was
-    /// not measured.
+    /// The largest ratio, over all loads and other methods, of a method's total time to another's: of each pair that was measured side by
+    /// side in one repetition, the median over repetitions. `nil` if any of them was not measured.
     private func worstTotal(of method: TrackingMethod, against others: [TrackingMethod]) -> Double? {
         var worst: Double?
         for load in comparedLoads {
-            let best = others.compactMap { median($0, load, "total-ms") }
-            guard let total = median(method, load, "total-ms"), best.count == others.count, let least = best.min(),
-                least > 0
-            else { return nil }
-            worst = max(worst ?? 0, total / least)
+            for other in others {
+                guard let ratio = pairedRatio(method, other, load, "total-ms") else { return nil }
+                worst = max(worst ?? 0, ratio)
+            }
         }
         return worst
     }
 
-    private func trackingCPURatio(at rate: UInt64) -> Double? {
-        let ratios = [false, true].compactMap { isRandom -> Double? in
-            let load = TrackingLoad(megabytesPerSecond: rate, isRandom: isRandom)
-            guard let ring = median(.ring65536, load, "tracking-cpu-ms"),
-                let log = median(.log, load, "tracking-cpu-ms"),
-                log > 0
-            else { return nil }
-            return ring / log
+    private func pairedRatio(
+        _ method: TrackingMethod, _ other: TrackingMethod, _ load: TrackingLoad, _ quantity: String
+    ) -> Double? {
+        func samples(_ method: TrackingMethod) -> [Double] {
+            migrations[TrackingCell(vmm: .godwit, method: method, load: load)]?[quantity] ?? []
         }
-        return ratios.max()
+        let (own, theirs) = (samples(method), samples(other))
+        guard own.count == theirs.count, theirs.allSatisfy({ $0 > 0 }) else { return nil }
+        return zip(own, theirs).map { $0 / $1 }.median
+    }
+
+    private func trackingCPURatio(at rate: UInt64) -> Double? {
+        [false, true].compactMap { isRandom in
+            pairedRatio(
+                .ring65536, .log, TrackingLoad(megabytesPerSecond: rate, isRandom: isRandom), "tracking-cpu-ms")
+        }.max()
     }
 
     private var collectRatio: Double? {
