@@ -1,5 +1,5 @@
 /// Sorts page numbers as rings deliver them: in no order, many of them more than once.
-@unsafe enum PageSort {
+@unsafe public enum PageSort {
     /// As many at a time as the second-level cache holds twice.
     private static let batch = 1 << 14
     private static let digitBits: UInt64 = 9
@@ -31,6 +31,15 @@
                     unsafe body(UnsafeBufferPointer(start: sorted, count: dropDuplicates(sorted, count)))
                 }
             }
+        }
+    }
+
+    /// Sorts numbers in place, ascending, duplicates and all.
+    public static func sort(_ numbers: UnsafeMutableBufferPointer<UInt64>) {
+        guard let start = numbers.baseAddress, numbers.count > 1 else { return }
+        unsafe withUnsafeTemporaryAllocation(of: UInt64.self, capacity: numbers.count) { spare in
+            let sorted = unsafe sort(start, spare: spare.baseAddress!, numbers.count)
+            if unsafe sorted != start { unsafe start.update(from: sorted, count: numbers.count) }
         }
     }
 

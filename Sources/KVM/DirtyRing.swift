@@ -36,9 +36,14 @@ final class DirtyRingSum: Sendable {
     /// By number: the pieces of the slots.
     private var pieces: [UInt32: [Slot.Piece]] = [:]
     private var batch: [UInt64] = []
+    /// For `take`: slot above page. Kept for its room.
+    private var found: [UInt64] = []
 
     /// Page numbers go into a record so many at a time.
     private static let batchPages = 1024
+    /// A slot has at most 2^31 pages, and its number 17 bits.
+    private static let pageBits: UInt64 = 40
+    private static let pageMask: UInt64 = 1 << pageBits - 1
 
     /// Maps the ring of a vCPU whose machine has rings. - Throws: when the kernel does not let it be mapped.
     init(of cpu: Descriptor, entryCount: Int, sum: DirtyRingSum) throws(AcceleratorError) {
@@ -114,33 +119,59 @@ final class DirtyRingSum: Sendable {
         unsafe entries + (index & (entryCount - 1))
     }
 
+    /// Entries go back sorted: the kernel watches pages afresh 64 at a time where entries that follow each other are near each other, and one
+    /// at a time where they are not, which costs a guest that writes here and there many times as much.
     private func take() -> Int {
-        // Locals: this loop is all that a page costs here.
+        // Locals: these loops are all that a page costs here.
         let (entries, mask, first) = unsafe (entries, entryCount - 1, next)
-        var batch = batch
-        self.batch = []
-        var slot: UInt32 = 0
-        var count = 0
-        while count < entryCount {
-            let entry = unsafe entries + ((first &+ count) & mask)
+        var found = found
+        self.found = []
+        defer {
+            found.removeAll(keepingCapacity: true)
+            self.found = found
+        }
+        var ascends = true
+        var last: UInt64 = 0
+        while found.count < entryCount {
+            let entry = unsafe entries + ((first &+ found.count) & mask)
             // Dirty and not taken yet.
             guard unsafe gw_dirty_gfn_flags(entry) & 3 == 1 else { break }
-            let (number, page) = unsafe (entry.pointee.slot, entry.pointee.offset)
-            unsafe gw_dirty_gfn_give_back(entry)
-            count &+= 1
-            if number != slot || batch.count == Self.batchPages {
-                stage(&batch, of: slot)
-                slot = number
-            }
-            batch.append(page)
+            let taken = unsafe UInt64(entry.pointee.slot) << Self.pageBits | entry.pointee.offset
+            if taken < last { ascends = false }
+            last = taken
+            found.append(taken)
         }
-        stage(&batch, of: slot)
-        self.batch = batch
-        next = first &+ count
+        let count = found.count
         guard count > 0 else { return 0 }
+        if !ascends { unsafe found.withUnsafeMutableBufferPointer { unsafe PageSort.sort($0) } }
+        for index in 0..<count {
+            let entry = unsafe entries + ((first &+ index) & mask)
+            if !ascends {
+                unsafe entry.pointee.slot = UInt32(truncatingIfNeeded: found[index] >> Self.pageBits)
+                unsafe entry.pointee.offset = found[index] & Self.pageMask
+            }
+            unsafe gw_dirty_gfn_give_back(entry)
+        }
+        stage(found)
+        next = first &+ count
         taken.add(UInt64(count), ordering: .relaxed)
         sum.taken.add(UInt64(count), ordering: .sequentiallyConsistent)
         return count
+    }
+
+    private func stage(_ found: [UInt64]) {
+        var batch = batch
+        self.batch = []
+        var slot: UInt64 = 0
+        for taken in found {
+            if taken >> Self.pageBits != slot || batch.count == Self.batchPages {
+                stage(&batch, of: UInt32(truncatingIfNeeded: slot))
+                slot = taken >> Self.pageBits
+            }
+            batch.append(taken & Self.pageMask)
+        }
+        stage(&batch, of: UInt32(truncatingIfNeeded: slot))
+        self.batch = batch
     }
 
     /// Puts a batch of slot pages into the records of the blocks behind them.
