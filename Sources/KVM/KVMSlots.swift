@@ -143,8 +143,6 @@ final class KVMSlots: Sendable {
         }
     }
 
-    func isLogged(_ slot: Slot) -> Bool { kernel.withLock { $0.logged.contains(slot.number) } }
-
     /// Makes a slot. The guest may run.
     func make(_ slot: Slot, logging: Bool) throws(AcceleratorError) {
         try kernel.withLock { (kernel) throws(AcceleratorError) in
