@@ -34,8 +34,8 @@ public protocol VirtualCPU: AnyObject, Sendable {
     var index: Int { get }
     /// Enters the guest until something happens. A pending `kick` returns at once.
     func run(_ bus: any Bus) -> ExitReason
-    /// Finishes an access whose answer the guest has not taken yet, so that the state is whole.
-    func completePendingAccess()
+    /// Finishes an access whose answer the guest has not taken yet, so that the state is whole; `bus` answers what is left of it.
+    func completePendingAccess(_ bus: any Bus)
     /// Makes `run` return `.interrupted`: now, or at once when it is entered next.
     func kick()
     /// Forgets kicks that have been served. Call before looking for requests.

@@ -29,7 +29,7 @@ extension DirtyBitmap {
         if let other = other as? DirtyBitmap {
             unsafe other.forEachGroup(in: other.allPages) { first, words in unsafe merge(words, at: first) }
         } else {
-            addRuns(of: other, in: other.allPages)
+            addRuns(of: other)
         }
     }
 
@@ -50,14 +50,6 @@ extension DirtyBitmap {
             moved = true
         }
         if pages == allPages { knownCount = 0 } else if moved { knownCount = nil }
-    }
-
-    private func addRuns(of other: any DirtyPages, in pages: Range<PageIndex>) {
-        var position = pages.lowerBound
-        while let run = other.nextRun(from: position, limit: .max), run.lowerBound < pages.upperBound {
-            set(run.clamped(to: pages))
-            position = run.upperBound
-        }
     }
 
     private func orWord(_ bits: UInt64, _ index: Int) {

@@ -47,4 +47,13 @@ extension DirtyPages {
 
     /// Moves everything into `other`: dirty there, clean here.
     public func takeAll(into other: any DirtyPages) { take(allPages, into: other) }
+
+    /// Marks what a record of another kind marks, run by run.
+    func addRuns(of other: any DirtyPages) {
+        var position = PageIndex(0)
+        while let run = other.nextRun(from: position, limit: .max) {
+            set(run)
+            position = run.upperBound
+        }
+    }
 }

@@ -136,7 +136,7 @@ public final class DirtySet: DirtyPages {
         } else if let other = other as? DirtyBitmap {
             unsafe other.forEachGroup(in: other.allPages) { first, words in unsafe merge(words, at: first) }
         } else {
-            addRuns(of: other, in: other.allPages)
+            addRuns(of: other)
         }
     }
 
@@ -340,14 +340,6 @@ public final class DirtySet: DirtyPages {
             }
         }
         dropEmptyRegions()
-    }
-
-    private func addRuns(of other: any DirtyPages, in pages: Range<PageIndex>) {
-        var position = pages.lowerBound
-        while let run = other.nextRun(from: position, limit: .max), run.lowerBound < pages.upperBound {
-            set(run.clamped(to: pages))
-            position = run.upperBound
-        }
     }
 
     /// Moves a part of a region; all of it as it stands where the other record is a set that has nothing there.

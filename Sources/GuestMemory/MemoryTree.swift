@@ -21,9 +21,6 @@ public struct MemoryTree: Sendable {
     /// A region; `nil` if it is not in the tree.
     public func region(_ id: MemoryRegionID) -> MemoryRegion? { nodes[id]?.region }
 
-    /// Where a region lies in its parent.
-    public func address(of id: MemoryRegionID) -> UInt64? { nodes[id]?.address }
-
     /// A part of a tree under construction.
     init(nodes: [MemoryRegionID: Node]) { self.nodes = nodes }
 
@@ -51,6 +48,9 @@ public struct MemoryTree: Sendable {
     private mutating func apply(_ change: MemoryTransaction.Change) throws(MemoryError) {
         switch change {
         case .create(let id, let region):
+            guard nodes[id] == nil else {
+                throw MemoryError("\(id): it is in this machine's memory already; a transaction is committed once")
+            }
             nodes[id] = Node(region: region)
             try checkSize(id)
         case .add(let id, let parent, let address, let priority): try add(id, to: parent, at: address, priority)

@@ -98,6 +98,10 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
 
         func willAdd(_ slot: Slot) -> Bool { tracking?.willAdd(slot) ?? false }
 
+        func wasRefused(_ slot: Slot) { tracking?.wasRefused(slot) }
+
+        var isTracking: Bool { tracking?.isTracking ?? false }
+
         func willChange(_ old: Slot, to new: Slot?) throws(AcceleratorError) {
             try tracking?.willChange(old, to: new)
         }
@@ -138,9 +142,14 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
     func hold(_ isHeld: Bool) throws(AcceleratorError) {
         try whileUnchanged { () throws(AcceleratorError) in
             if isHeld {
+                let wasHeld = self.isHeld
                 try begin()
                 self.isHeld = true
-                for slot in table { try turnOn(slot) }
+                do throws(AcceleratorError) { for slot in table { try turnOn(slot) } } catch {
+                    self.isHeld = wasHeld
+                    endIfUnused()
+                    throw error
+                }
             } else {
                 self.isHeld = false
                 endIfUnused()
@@ -214,14 +223,16 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
         for slot in table where !logged.contains(slot.number) {
             guard slot.pieces.contains(where: { $0.block == block && $0.slotPages(of: pages) != nil }) else { continue }
             guard try isTouched(slot) else { continue }
+            let parts = slot.pieces.filter { $0.block == block }.map { piece in
+                PageIndex(piece.blockPages.lowerBound.value / 64 * 64)..<piece.blockPages.upperBound
+            }
+            // What was known before was written through another slot, where it may not be watched again yet: that stays.
+            let known = parts.map { record.pending[block].words(inCommonWith: marked, in: $0) }
             try turnOn(slot)
-            for piece in slot.pieces where piece.block == block {
-                let first = PageIndex(piece.blockPages.lowerBound.value / 64 * 64)
-                let part = first..<piece.blockPages.upperBound
-                // Pages before the piece, in its first word, were not found by this.
-                var both = record.pending[block].words(inCommonWith: marked, in: part)
-                if !both.isEmpty { DirtyWords.clear(0..<UInt64(first.distance(to: piece.firstPage)), in: &both) }
-                record.pending[block].clear(both, from: first)
+            for (part, known) in zip(parts, known) {
+                var fresh = record.pending[block].words(inCommonWith: marked, in: part)
+                for index in known.indices { fresh[index] &= ~known[index] }
+                record.pending[block].clear(fresh, from: part.lowerBound)
             }
         }
     }
@@ -283,10 +294,23 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
         }) ?? false
     }
 
+    func wasRefused(_ slot: Slot) {
+        try? locked { () throws(AcceleratorError) in
+            table.removeAll { $0.number == slot.number }
+            logged.remove(slot.number)
+            // The kernel has no such slot that it could be asked for.
+            try source.willChange(slot, to: nil, isOn: false, DirtyReport(records.map(\.pending)))
+        }
+    }
+
+    var isTracking: Bool { lock.withLock { _ in isOn } }
+
     func willChange(_ old: Slot, to new: Slot?) throws(AcceleratorError) {
         try locked { () throws(AcceleratorError) in
-            try source.willChange(
-                old, to: new, isOn: logged.contains(old.number), DirtyReport(records.map(\.pending)))
+            let (wasOn, report) = (logged.contains(old.number), DirtyReport(records.map(\.pending)))
+            // Nobody looks into it any more: what was written since the last collect would never be heard of.
+            if isOn, !wasOn { try reportAllocated(old, report) }
+            try source.willChange(old, to: new, isOn: wasOn, report)
             table.removeAll { $0.number == old.number }
             if let new {
                 table.append(new)

@@ -80,7 +80,7 @@ extension KVMSlots: MemoryListener {
         case .create(let slot):
             let logging = observer?.willAdd(slot) ?? false
             do throws(AcceleratorError) { try make(slot, logging: logging) } catch {
-                try? observer?.willChange(slot, to: nil)
+                observer?.wasRefused(slot)
                 throw error
             }
         case .delete(let slot): try remove(slot)

@@ -115,10 +115,17 @@ final class KVMSlots: Sendable {
         return try planner.plan(from: slots, to: shown)
     }
 
+    /// Numbers of the slots whose writes are not to be lost over a change: one that nobody had written to when its log was to be turned on
+    /// may have been written since.
+    private var watched: Set<UInt32> {
+        let logged = kernel.withLock { $0.logged }
+        return observer?.isTracking == true ? logged.union(slots.map(\.number)) : logged
+    }
+
     var planner: SlotPlanner {
         SlotPlanner(
             strategy: strategy, hasFile: memory.blocks.map { $0.file != nil }, granulePages: granulePages,
-            limit: limit, hasShadowPaging: shadowPaging != .none, logged: kernel.withLock { $0.logged },
+            limit: limit, hasShadowPaging: shadowPaging != .none, logged: watched,
             windowAddress: { [windows] in windows.hostAddress(of: $0) },
             blockAddress: { [memory] in memory.blocks[$0].mapping.hostAddress(at: Int($1.offset.value)) })
     }
@@ -135,8 +142,6 @@ final class KVMSlots: Sendable {
             if logging { kernel.logged.insert(slot.number) } else { kernel.logged.remove(slot.number) }
         }
     }
-
-    func isLogged(_ slot: Slot) -> Bool { kernel.withLock { $0.logged.contains(slot.number) } }
 
     /// Makes a slot. The guest may run.
     func make(_ slot: Slot, logging: Bool) throws(AcceleratorError) {

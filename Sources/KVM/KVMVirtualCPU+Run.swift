@@ -144,11 +144,23 @@ extension KVMVirtualCPU {
         }
     }
 
-    func completePendingAccess() {
-        guard hasPendingAccess else { return }
-        setImmediateExit(true)
-        // What the guest is given may be written into its memory.
-        _ = enterGuest()
-        hasPendingAccess = false
+    func completePendingAccess(_ bus: any Bus) {
+        while hasPendingAccess {
+            setImmediateExit(true)
+            exitReason = 0
+            // What the guest is given may be written into its memory.
+            let result = enterGuest()
+            hasPendingAccess = false
+            guard let result, result >= 0, !isCompleting,
+                exitReason == UInt32(KVM_EXIT_IO) || exitReason == UInt32(KVM_EXIT_MMIO)
+            else { return }
+            // An access to two pages, or of more than 8 bytes, goes on in parts before its instruction is done.
+            isCompleting = true
+            defer { isCompleting = false }
+            // SAFETY: as in `run`.
+            _ = unsafe shared.withMutableBytes(at: 0, count: shared.byteCount) { area in
+                unsafe answer(area, area.baseAddress!.assumingMemoryBound(to: kvm_run.self), bus)
+            }
+        }
     }
 }

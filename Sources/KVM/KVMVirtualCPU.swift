@@ -35,6 +35,8 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     private(set) var powerOn: [UInt8] = []
     /// The last exit was an access whose answer the kernel takes on the next entry.
     var hasPendingAccess = false
+    /// Inside `completePendingAccess`: what it has answered does not complete anything in its turn.
+    var isCompleting = false
 
     init(
         index: Int, machine: Descriptor, slots: KVMSlots, runByteCount: Int, cpuid: CPUID, msrs candidates: [UInt32],

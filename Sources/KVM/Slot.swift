@@ -48,6 +48,10 @@ struct Slot: Sendable, Equatable {
 protocol SlotObserver: AnyObject, Sendable {
     /// A slot is about to be made. - Returns: whether its log is on from the start.
     func willAdd(_ slot: Slot) -> Bool
+    /// The kernel refused a slot that was to be made: it is not there, and nothing was written through it.
+    func wasRefused(_ slot: Slot)
+    /// Somebody is to hear of every written page, also where no log is on because nothing had been written.
+    var isTracking: Bool { get }
     /// No vCPU can write through the pieces of `old` any more that `new` (the slot from now on; `nil`: it goes) does not have: the last
     /// chance to ask the kernel what was written through them. What is reported for a page that has a new piece counts for both.
     /// The table still holds `old`.

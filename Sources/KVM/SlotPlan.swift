@@ -47,7 +47,7 @@ struct SlotPlanner {
     let hasShadowPaging: Bool
     /// Guest pages where a device answers: no slot covers them, not even with nothing behind it.
     var devices: [Range<UInt64>] = []
-    /// Numbers of slots whose writes are being reported.
+    /// Numbers of slots whose writes are to be reported.
     let logged: Set<UInt32>
     /// Where a guest page has its place in the windows.
     let windowAddress: (UInt64) -> UInt

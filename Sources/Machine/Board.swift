@@ -75,7 +75,7 @@ final class Board: Bus {
 
     /// A stub's `out` stands in the middle of an instruction: finish it before the registers are looked at.
     private func serveBIOS(_ interrupt: UInt8, _ cpu: any VirtualCPU) {
-        cpu.completePendingAccess()
+        cpu.completePendingAccess(self)
         guard var all = try? cpu.registers() else { return }
         var registers = BIOSRegisters()
         registers.eax = UInt32(truncatingIfNeeded: all.rax)

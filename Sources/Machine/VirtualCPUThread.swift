@@ -19,7 +19,7 @@ final class VirtualCPUThread: Sendable {
             gate.enter()
             let reason = runUntilStopped()
             // The answer to the last access must be in the registers before anybody saves them.
-            cpu.completePendingAccess()
+            cpu.completePendingAccess(board)
             let closings = gate.leave()
             if let reason {
                 ended(reason)

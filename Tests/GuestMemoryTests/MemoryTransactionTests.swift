@@ -226,6 +226,8 @@ final class RecordingListener: MemoryListener {
         #expect(refusal { $0.remove(.system) }.contains("'system': it is the whole address space"))
         let stranger = MemoryRegionID(name: "stranger")
         #expect(refusal { $0.enable(stranger) } == "memory region 'stranger': it is not in this machine's memory")
+        let committed = transaction
+        #expect(refusal { $0.append(committed) }.contains("'low': it is in this machine's memory already"))
         let foreign = try RAMBlock(name: "foreign", byteCount: 4096)
         #expect(refusal { $0.add(.ram("f", foreign), at: page(900)) }.contains("'f': block 'foreign' is none of this"))
         #expect(

@@ -337,6 +337,10 @@ private final class LogReader: SlotObserver, @unchecked Sendable {
         return true
     }
 
+    func wasRefused(_ slot: Slot) { known.remove(slot.number) }
+
+    let isTracking = true
+
     func willChange(_ old: Slot, to new: Slot?) throws(AcceleratorError) {
         if new == nil { known.remove(old.number) }
         if fails, new != nil, old.pieces.first?.block == 1 { throw AcceleratorError("the log is gone") }

@@ -95,7 +95,7 @@ final class SpinMachine: Sendable {
     private func run(_ cpu: any VirtualCPU) {
         while true {
             cpu.clearKick()
-            if isEnding.load(ordering: .sequentiallyConsistent) { return cpu.completePendingAccess() }
+            if isEnding.load(ordering: .sequentiallyConsistent) { return cpu.completePendingAccess(bus) }
             switch cpu.run(bus) {
             case .handled, .interrupted: continue
             case .halted: breakDown("vcpu\(cpu.index) halted")
