@@ -61,13 +61,17 @@ public final class ChildVM {
         }
     }
 
-    /// The address on which a destination waits for its migration. - Throws: `CommandFailure` if it does not tell.
+    /// The address on which a destination waits for its migration. - Throws: `CommandFailure` if it does not tell within 10 s.
     public func listeningAddress() throws -> String {
-        let listening = try execute("query-migrate")["socket-address"]?[0]
-        guard let port = listening?["port"]?.stringValue else {
-            throw CommandFailure("\(role) VM: it does not tell where it waits")
+        let deadline = Deadline.after(seconds: 10)
+        while true {
+            // It answers on its socket before it listens for a migration.
+            if let port = try execute("query-migrate")["socket-address"]?[0]?["port"]?.stringValue {
+                return "tcp:127.0.0.1:\(port)"
+            }
+            guard !deadline.hasPassed else { throw CommandFailure("\(role) VM: it does not tell where it waits") }
+            Clock.sleep(nanoseconds: 2_000_000)
         }
-        return "tcp:127.0.0.1:\(port)"
     }
 
     /// Ends the process: by command, else by signal.
