@@ -102,7 +102,8 @@ final class DirtyLimiter: DirtyRateControl, @unchecked Sendable {
                 let ran = reckon(&budget, rings.rings[index].count, now)
                 if budget.pages < 0 {
                     isAnybodyAhead = true
-                    budget.pausedUntil = now + UInt64(-budget.pages / budget.pagesPerNanosecond)
+                    // A limit of a few bytes per second would have it sleep for years.
+                    budget.pausedUntil = now + UInt64(min(-budget.pages / budget.pagesPerNanosecond, 60e9))
                     cpus[index].pause(until: budget.pausedUntil)
                 }
                 budgets[index] = budget

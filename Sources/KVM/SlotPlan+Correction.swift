@@ -60,6 +60,11 @@ extension SlotPlanner {
             }
             parts.append((slot, position..<slot.guestPages.upperBound, slot.isReadOnly))
         }
+        if kept.count + parts.count >= limit {
+            // Slots that show nothing stay for what may come back, until others need their numbers.
+            gone += kept.filter(\.shown.isEmpty)
+            kept.removeAll(where: \.shown.isEmpty)
+        }
         var numbers = FreeNumbers(taken: kept)
         let fresh = parts.compactMap { part -> Slot? in
             guard !part.pages.isEmpty, part.slot.shown.contains(where: { $0.pages.overlaps(part.pages) }) else {

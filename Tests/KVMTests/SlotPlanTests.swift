@@ -253,6 +253,22 @@ private struct KernelModel {
         #expect(try planner.plan(from: empty.slots, to: []).slots.isEmpty)
     }
 
+    @Test("a correction that needs slot numbers takes those of slots that show nothing")
+    func correctionAtLimit() throws {
+        let ram = (0..<8).map { content(0, UInt64($0)) as ShownPages.Content? }
+        let far = Layout(repeating: nil, count: 32) + [content(0, 32)]
+        let slots = try planner(.atomic).plan(from: [], to: list(ram + far[8...])).slots
+        var holed = ram
+        holed[3] = nil
+        let now = try planner(.atomic).plan(from: slots, to: list(holed)).slots
+        #expect(now.count == 2 && now[1].pieces.isEmpty)
+        let roomy = try planner(.atomic).correction(of: now) { $0.kind == .hole }
+        #expect(roomy.plan.slots.count == 3)
+        let tight = try planner(.atomic, limit: 3).correction(of: now) { $0.kind == .hole }
+        #expect(tight.plan.slots.map(\.guestPages) == [0..<3, 4..<8])
+        #expect(throws: MemoryError.self) { try planner(.atomic, limit: 2).correction(of: now) { $0.kind == .hole } }
+    }
+
     @Test("a layout that needs more slots than there are is refused with both numbers")
     func limit() throws {
         let layout = (0..<8).map { $0 % 2 == 0 ? content(2, UInt64($0)) : nil }
