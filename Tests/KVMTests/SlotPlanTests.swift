@@ -258,15 +258,17 @@ private struct KernelModel {
         let ram = (0..<8).map { content(0, UInt64($0)) as ShownPages.Content? }
         let far = Layout(repeating: nil, count: 32) + [content(0, 32)]
         let slots = try planner(.atomic).plan(from: [], to: list(ram + far[8...])).slots
-        var holed = ram
-        holed[3] = nil
-        let now = try planner(.atomic).plan(from: slots, to: list(holed)).slots
+        var flipped = ram
+        flipped[3] = content(0, 3, readOnly: true)
+        let now = try planner(.atomic).plan(from: slots, to: list(flipped)).slots
         #expect(now.count == 2 && now[1].pieces.isEmpty)
-        let roomy = try planner(.atomic).correction(of: now) { $0.kind == .hole }
-        #expect(roomy.plan.slots.count == 3)
-        let tight = try planner(.atomic, limit: 3).correction(of: now) { $0.kind == .hole }
-        #expect(tight.plan.slots.map(\.guestPages) == [0..<3, 4..<8])
-        #expect(throws: MemoryError.self) { try planner(.atomic, limit: 2).correction(of: now) { $0.kind == .hole } }
+        let roomy = try planner(.atomic).correction(of: now) { $0.kind == .readOnly }
+        #expect(roomy.plan.slots.count == 4)
+        let tight = try planner(.atomic, limit: 4).correction(of: now) { $0.kind == .readOnly }
+        #expect(tight.plan.slots.map(\.guestPages) == [0..<3, 3..<4, 4..<8])
+        #expect(throws: MemoryError.self) {
+            try planner(.atomic, limit: 3).correction(of: now) { $0.kind == .readOnly }
+        }
     }
 
     @Test("a layout that needs more slots than there are is refused with both numbers")
