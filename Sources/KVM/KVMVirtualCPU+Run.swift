@@ -13,8 +13,9 @@ extension KVMVirtualCPU {
         runner.withLock { $0 = pthread_self() }
         let generation = slots.generation.load(ordering: .acquiring)
         exitReason = 0
-        guard let result = enterGuest() else {
-            return .failed("vcpu\(index): its dirty ring cannot be given back to the kernel")
+        let result: CInt
+        do throws(SystemError) { result = try enterGuest() } catch {
+            return .failed("vcpu\(index): its dirty ring cannot be given back to the kernel: \(error.description)")
         }
         hasPendingAccess = false
         guard result >= 0 else {
@@ -34,8 +35,8 @@ extension KVMVirtualCPU {
         return reason
     }
 
-    /// KVM_RUN, unless vCPUs are held: then after that. - Returns: `nil` where pages that must be watched first are not.
-    private func enterGuest() -> CInt? {
+    /// KVM_RUN, unless vCPUs are held: then after that. - Throws: where pages cannot be watched that must be first.
+    private func enterGuest() throws(SystemError) -> CInt {
         slots.hold.enter(self)
         defer { slots.hold.leave(self) }
         guard let ring else { return gw_kvm_run(descriptor.number, 0) }
@@ -43,7 +44,7 @@ extension KVMVirtualCPU {
         ring.isInGuest.store(true, ordering: .sequentiallyConsistent)
         defer { ring.isInGuest.store(false, ordering: .releasing) }
         if ring.sum.isResetDue.load(ordering: .sequentiallyConsistent) {
-            guard (try? whenResetIsDue?()) != nil else { return nil }
+            try whenResetIsDue?()
         }
         return gw_kvm_run(descriptor.number, 0)
     }
@@ -149,7 +150,8 @@ extension KVMVirtualCPU {
             setImmediateExit(true)
             exitReason = 0
             // What the guest is given may be written into its memory.
-            let result = enterGuest()
+            // What is due and fails here fails again, with its sentence, when the vCPU is to run on.
+            let result = try? enterGuest()
             hasPendingAccess = false
             guard let result, result >= 0, !isCompleting,
                 exitReason == UInt32(KVM_EXIT_IO) || exitReason == UInt32(KVM_EXIT_MMIO)

@@ -102,7 +102,9 @@ final class SpinMachine: Sendable {
             case .failed(let sentence): breakDown(sentence)
             case .reset:
                 breakDown("vcpu\(cpu.index): triple fault")
-                try? cpu.reset(to: .protected32(entry: SpinGuest.entryAddress, ebx: UInt32(cpu.index)))
+                do throws(AcceleratorError) {
+                    try cpu.reset(to: .protected32(entry: SpinGuest.entryAddress, ebx: UInt32(cpu.index)))
+                } catch { breakDown("vcpu\(cpu.index) after that: \(error)") }
             }
         }
     }
