@@ -20,6 +20,8 @@ public struct MachineConfiguration: Sendable {
     public var boot: BootSource?
     /// What stands behind RAM.
     public var backing: RAMBacking
+    /// RAM is taken from the host when the machine is made, and not at its first touch.
+    public var isPreallocated: Bool
     /// How written pages are found.
     public var dirtyTracking: DirtyTrackingChoice
     /// The machine waits for a migration instead of booting.
@@ -29,7 +31,7 @@ public struct MachineConfiguration: Sendable {
 
     public init(
         kind: Kind = .pc, memoryByteCount: UInt64, cpuCount: Int = 1, boot: BootSource? = nil,
-        backing: RAMBacking = .anonymous,
+        backing: RAMBacking = .anonymous, isPreallocated: Bool = false,
         dirtyTracking: DirtyTrackingChoice = .automatic,
         isIncoming: Bool = false
     ) {
@@ -38,6 +40,7 @@ public struct MachineConfiguration: Sendable {
         self.cpuCount = kind == .none ? 0 : cpuCount
         self.boot = boot
         self.backing = backing
+        self.isPreallocated = isPreallocated
         self.dirtyTracking = dirtyTracking
         self.isIncoming = isIncoming
     }

@@ -81,6 +81,7 @@ public final class VirtualMachine: Sendable {
         let ranges = configuration.kind == .pc ? try layout(configuration).ranges : [0..<byteCount]
         do {
             let block = try RAMBlock(name: "ram", byteCount: byteCount, backing: configuration.backing)
+            if configuration.isPreallocated { try block.mapping.populate() }
             let memory = GuestMemory(blocks: [block])
             var transaction = MemoryTransaction()
             var offset: UInt64 = 0

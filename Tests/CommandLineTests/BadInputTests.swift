@@ -27,6 +27,7 @@ struct BadInputTests {
     private static let lines: [Line] = [
         Line("run --memory 4097", ["4097", "page size"]),
         Line("run --memory 0", ["0", "page size"]),
+        Line("run --machine none --memory 60T --memory-prealloc", ["preallocate", "available", "take less memory"]),
         Line("run --memory 3Q", ["3Q", "--memory"], status: 64),
         Line("run --cpus 0", ["0 vCPUs", "1 to 64"]),
         Line("run --cpus 65", ["65 vCPUs", "1 to 64"]),

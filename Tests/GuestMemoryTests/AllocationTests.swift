@@ -32,6 +32,22 @@ import Testing
         #expect(try !block.isAllocated(in: pages(64..<64)))
     }
 
+    @Test("memory taken beforehand has no holes left, on both kinds of memory", arguments: RAMBacking.allCases)
+    func preallocated(backing: RAMBacking) throws {
+        // Not a multiple of what a thread takes at a time.
+        let block = try RAMBlock(name: "ram", byteCount: (130 << 20) + 4096, backing: backing)
+        #expect(try !block.isAllocated(in: block.pages))
+        try block.mapping.populate()
+        #expect(try block.allocatedRuns(in: block.pages) == [block.pages])
+    }
+
+    @Test("more memory than the host has to give is refused before any of it is taken")
+    func preallocatedTooMuch() throws {
+        let block = try RAMBlock(name: "ram", byteCount: HostMemory.byteCount + (1 << 30))
+        #expect { try block.mapping.populate() } throws: { "\($0)".hasPrefix("preallocate \(block.byteCount) bytes") }
+        #expect(try !block.isAllocated(in: block.pages))
+    }
+
     @Test("random touches are found as they are, on both kinds of memory", arguments: RAMBacking.allCases)
     func model(backing: RAMBacking) throws {
         var random = SplitMix(state: 9)

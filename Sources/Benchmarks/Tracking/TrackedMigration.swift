@@ -34,8 +34,6 @@ struct TrackedMigration {
         try waitUntilReady(source)
 
         let rateBefore = try rate(of: source)
-        // What the destination will need, and a little for the processes. It is no fault of the method if there is less.
-        try? HostMemory.warm(byteCount: Int(scale.memoryMegabytes + 256) << 20)
         let threads = try source.child.execute("query-cpus-fast").arrayValue ?? []
         let threadIDs = threads.compactMap { $0["thread-id"]?.integerValue() }
         let before = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)

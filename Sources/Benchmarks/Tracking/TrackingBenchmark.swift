@@ -43,6 +43,8 @@ struct TrackingSession {
     let options: BenchmarkOptions
     private let progress: BenchmarkProgress
     private(set) var notes: [String] = []
+    /// Migrations of Godwit that failed, or whose memory did not verify. What happens to QEMU is noted.
+    private(set) var failures = 0
     /// Samples of the migrations by cell and quantity.
     var migrations: [TrackingCell: [String: [Double]]] = [:]
     /// Milliseconds of the last collection, and pages it found.
@@ -63,7 +65,7 @@ struct TrackingSession {
     init(scale: TrackingScale, options: BenchmarkOptions) {
         self.scale = scale
         self.options = options
-        let migrations = scale.cells.count { options.wants(named: $0.name) } * scale.runs
+        let migrations = scale.cells.filter { options.wants(named: $0.name) }.reduce(0) { $0 + scale.runs(of: $1) }
         let limits = DirtyLimitRun.limitsMegabytesPerSecond.count { options.wants(named: DirtyLimitRun.name($0)) }
         let starts = scale.gapMemoryGiB.flatMap { size in Self.startMethods.map { Self.startName(size, $0) } }
             .count { options.wants(named: $0) }
@@ -88,7 +90,7 @@ struct TrackingSession {
         for cell in wanted where !loads.contains(cell.load) { loads.append(cell.load) }
         for run in 0..<scale.runs {
             for (place, load) in loads.enumerated() {
-                let cells = wanted.filter { $0.load == load }
+                let cells = wanted.filter { $0.load == load && run < scale.runs(of: $0) }
                 for index in cells.indices { try measure(cells[(index + run + place) % cells.count], run: run) }
             }
         }
@@ -101,14 +103,18 @@ struct TrackingSession {
     }
 
     private mutating func measure(_ cell: TrackingCell, run: Int) throws {
-        try progress.step("\(cell.name), run \(run + 1) of \(scale.runs)")
+        try progress.step("\(cell.name), run \(run + 1) of \(scale.runs(of: cell))")
         do {
             let (sample, method) = try TrackedMigration(cell: cell, scale: scale, options: options).measure()
             for (name, value) in sample { migrations[cell, default: [:]][name, default: []].append(value) }
             if cell.method == .auto, let method { picks[cell.load, default: [:]][method, default: 0] += 1 }
-        } catch let error as TrackedMigration.DidNotConverge {
-            guard cell.vmm == .qemu else { throw CommandFailure(error.description) }
+        } catch let error as TrackedMigration.DidNotConverge where cell.vmm == .qemu {
             notes.append(error.description)
+        } catch {
+            // What was measured before, and what is still to come, is worth something without this run.
+            try options.checkInterruption()
+            if cell.vmm == .godwit { failures += 1 }
+            notes.append("\(cell.name), run \(run + 1) failed: \(error)")
         }
     }
 

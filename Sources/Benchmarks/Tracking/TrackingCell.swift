@@ -91,9 +91,12 @@ struct TrackingScale: Sendable {
     var gapRounds: Int
     var gapStretchMilliseconds: UInt64
 
+    /// QEMU's take some ten seconds each: five are enough to tell where it stands.
+    func runs(of cell: TrackingCell) -> Int { cell.vmm == .qemu ? min(runs, 5) : runs }
+
     static func full(runs: Int?, hasQEMU: Bool) -> TrackingScale {
         TrackingScale(
-            memoryMegabytes: 2048, workingSetMegabytes: 1024, settleMilliseconds: 500, runs: runs ?? 5,
+            memoryMegabytes: 2048, workingSetMegabytes: 1024, settleMilliseconds: 500, runs: runs ?? 11,
             cells: TrackingLoad.all.flatMap { load in
                 TrackingMethod.allCases.map { TrackingCell(vmm: .godwit, method: $0, load: load) }
                     + TrackingMethod.allCases.filter { hasQEMU && $0.qemuAccelerator != nil }

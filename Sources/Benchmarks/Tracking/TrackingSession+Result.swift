@@ -31,6 +31,7 @@ extension TrackingSession {
         add("ring-4096-vs-log", worstTotal(of: .ring4096, against: [.log]), limit: nil)
         add("auto-vs-best", worstTotal(of: .auto, against: [.log, .ring65536]), limit: 1.05)
         add("ring-cpu-vs-log-100mb", trackingCPURatio(at: 100), limit: 1)
+        add("failed-runs", migrations.isEmpty && failures == 0 ? nil : Double(failures), limit: 0)
         add("collect-512g-vs-1g", collectRatio, limit: 1.2)
         add("dirty-limit-error", worstLimitError, limit: 0.1)
         add("start-gap-512g-ms", longestStart(gibibytes: 512), limit: nil)

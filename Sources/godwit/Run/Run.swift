@@ -47,6 +47,9 @@ struct Run: ParsableCommand {
             valueName: "kind"))
     var memoryBacking: MemoryBackingOption = .anonymous
 
+    @Flag(help: "Take all RAM from the host before the guest starts or arrives, and not at its first touch.")
+    var memoryPrealloc = false
+
     @OptionGroup(title: "What to boot") var boot: BootOptions
 
     @Option(
@@ -86,7 +89,7 @@ struct Run: ParsableCommand {
         let configuration = MachineConfiguration(
             kind: machine.kind, memoryByteCount: memory.bytes, cpuCount: cpus,
             boot: try boot.source(memoryByteCount: memory.bytes), backing: memoryBacking.backing,
-            dirtyTracking: accel.dirtyTracking, isIncoming: incoming != nil)
+            isPreallocated: memoryPrealloc, dirtyTracking: accel.dirtyTracking, isIncoming: incoming != nil)
         let plan = VMProcess.Plan(
             name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
             startsPaused: paused)
