@@ -7,11 +7,14 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
 
-    var isOnByDefault: Bool { self != .pauseBeforeSwitchover }
+    /// Send pages over several channels; a destination needs it for a source that is no Godwit.
+    case multifd
+
+    var isOnByDefault: Bool { self != .pauseBeforeSwitchover && self != .multifd }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
+        "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
         "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
     ]

@@ -7,6 +7,19 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `avail-switchover-bandwidth`, bytes per second to count on for the last part; 0: what was measured.
     public var availableSwitchoverBytesPerSecond: UInt64 = 0
 
+    /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.
+    public var multifdChannels: UInt64 = 2
+    /// What `zero-page-detection` was set to; `nil`: `multifd` where pages go over several channels to a Godwit, else `legacy`.
+    public var chosenZeroPageDetection: ZeroPageDetection?
+    /// `x-multifd-flush-after-each-section`: what QEMU 8.0 and older want as a destination of several channels.
+    public var flushesMultifdAfterEachSection = false
+
+    /// `zero-page-detection` as it is told; setting it chooses.
+    public var zeroPageDetection: String {
+        get { (chosenZeroPageDetection ?? .legacy).rawValue }
+        set { chosenZeroPageDetection = ZeroPageDetection(rawValue: newValue) }
+    }
+
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 
     public init() {}

@@ -5,6 +5,12 @@ struct MigrationParameterEntry: Sendable {
     enum Meaning: Sendable {
         /// A number we have.
         case setting(any WritableKeyPath<MigrationParameters, UInt64> & Sendable)
+        /// A switch we have.
+        case flag(any WritableKeyPath<MigrationParameters, Bool> & Sendable)
+        /// A text we have; null stands for the empty one.
+        case text(any WritableKeyPath<MigrationParameters, String> & Sendable)
+        /// One of several names: those we have. The others that the parameter's kind lists are known, and refused.
+        case choice([String], any WritableKeyPath<MigrationParameters, String> & Sendable)
         /// The value by which QEMU's default says "not used", and what using it would need.
         case off(JSON, String)
         /// As `off`, and not listed as long as it is not set.
@@ -31,6 +37,12 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry("max-bandwidth", .unsigned(bits: 64), .setting(\.maxBandwidthBytesPerSecond)),
         MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
+        MigrationParameterEntry("multifd-channels", .unsigned(bits: 8), .setting(\.multifdChannels)),
+        MigrationParameterEntry(
+            "zero-page-detection", .enumeration(ZeroPageDetection.allCases.map(\.rawValue)),
+            .choice(ZeroPageDetection.allCases.map(\.rawValue), \.zeroPageDetection)),
+        MigrationParameterEntry(
+            "x-multifd-flush-after-each-section", .bool, .flag(\.flushesMultifdAfterEachSection)),
     ]
 
     private static func numbers(_ feature: String, _ defaults: [(String, Int, Int64)]) -> [MigrationParameterEntry] {
@@ -72,17 +84,13 @@ struct MigrationParameterEntry: Sendable {
         numbers(
             "sending over several channels (multifd)",
             [
-                ("multifd-channels", 8, 2), ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
+                ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
                 ("multifd-qatzip-level", 8, 1),
             ])
         + [
             MigrationParameterEntry(
                 "multifd-compression", .enumeration(["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
-                .off("none", "compression on several channels (multifd)")),
-            MigrationParameterEntry(
-                "zero-page-detection", .enumeration(["none", "legacy", "multifd"]),
-                // Zero pages are found by the thread that sends, which QEMU calls legacy.
-                .off("legacy", "another way to find zero pages")),
+                .off("none", "compression on several channels (multifd)"))
         ]
 
     private static let rest =
