@@ -7,12 +7,15 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
 
-    var isOnByDefault: Bool { self != .pauseBeforeSwitchover }
+    /// Stop the guest only when the destination said that it may be; to be set on both sides.
+    case switchoverAck = "switchover-ack"
+
+    var isOnByDefault: Bool { ![.pauseBeforeSwitchover, .switchoverAck].contains(self) }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
         "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
-        "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
+        "zero-copy-send", "postcopy-preempt", "dirty-limit", "mapped-ram",
     ]
 }

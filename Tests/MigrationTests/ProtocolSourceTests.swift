@@ -116,7 +116,7 @@ struct ProtocolSourceTests {
         #expect(
             commands == [
                 .openReturnPath, .ping(Wire.godwitPing), .begin(MigrationIdentifier(high: 1, low: 2), .all), .prepare,
-                .commit,
+                .commitWithin(attempt: 1, nanoseconds: 300_000_000),
             ])
         #expect(items.first == .header)
         #expect(items.contains(.ramRound(final: false)) && items.contains(.ramRound(final: true)))

@@ -188,7 +188,7 @@ struct MemslotsStress {
 }
 
 /// SplitMix64: the same numbers for the same seed.
-struct SeededNumbers {
+struct SeededNumbers: RandomNumberGenerator {
     private var state: UInt64
 
     init(seed: UInt64) { state = seed }

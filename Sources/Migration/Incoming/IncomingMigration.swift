@@ -34,7 +34,8 @@ final class IncomingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
-        descriptors: @escaping DescriptorResolver, report: @escaping @Sendable (MigrationEvent) -> Void
+        capabilities: Set<MigrationCapability>, descriptors: @escaping DescriptorResolver,
+        report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
@@ -50,12 +51,13 @@ final class IncomingMigration: Sendable {
                 case .unix(let path): .unix(path: path)
                 }
             })
-        let configuration = DestinationConfiguration(
+        var configuration = DestinationConfiguration(
             instance: .random(), machineName: machine.configuration.streamName,
             sections: machine.sections.map {
                 ExpectedSection(name: $0.name, instance: $0.instance, required: $0.isRequired)
             },
             startsGuest: startsGuest)
+        configuration.acknowledgesSwitchover = capabilities.contains(.switchoverAck)
         state = Mutex(State(core: DestinationCore(configuration)))
     }
 
@@ -176,7 +178,7 @@ final class IncomingMigration: Sendable {
         state.withLock { state in
             var events = [event]
             while !events.isEmpty {
-                let actions = state.core.handle(events.removeFirst())
+                let actions = state.core.handle(events.removeFirst(), at: Clock.monotonicNanoseconds)
                 // Whoever sees the last status sees the reason, too.
                 for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
                 for action in actions {

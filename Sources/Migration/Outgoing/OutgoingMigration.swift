@@ -44,7 +44,7 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        pausesBeforeSwitchover: Bool, descriptors: @escaping DescriptorResolver,
+        capabilities: Set<MigrationCapability>, descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
@@ -53,13 +53,18 @@ final class OutgoingMigration: Sendable {
         self.report = report
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
-        var policy = SwitchoverPolicy(downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000)
+        var policy = SwitchoverPolicy(
+            downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
+            overheadNanoseconds: Self.guessedOverhead(cpuCount: machine.configuration.cpuCount))
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
         }
-        configuration = SourceConfiguration(
+        var configuration = SourceConfiguration(
             migration: .random(), machineName: machine.configuration.streamName, blocks: blocks,
-            catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
+            catalogue: machine.sectionCatalogue,
+            pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
+        configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
+        self.configuration = configuration
         statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
         do {
             // A machine without vCPUs has no tracker: what is allocated is sent once.
@@ -70,6 +75,9 @@ final class OutgoingMigration: Sendable {
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
+
+    /// What a switchover takes besides its pages, as long as none was tried: a careful guess.
+    private static func guessedOverhead(cpuCount: Int) -> UInt64 { 1_500_000 + UInt64(cpuCount) * 400_000 }
 
     func start() throws(MigrationError) {
         post(.start)
@@ -119,9 +127,16 @@ final class OutgoingMigration: Sendable {
     // MARK: The migration thread
 
     private func run() {
+        HostThread.sleepExactly()
         var core = SourceCore(configuration)
         while let event = nextEvent() {
-            let actions = core.handle(event)
+            let actions = core.handle(event, at: Clock.monotonicNanoseconds)
+            if case .collected(let pages) = event, core.status == .active, core.configuration.switchover.knowsBandwidth
+            {
+                statistics.expect(
+                    downtimeNanoseconds: core.configuration.switchover.expectedDowntimeNanoseconds(
+                        remainingPages: pages))
+            }
             // Whoever sees the last status sees the reason, too.
             for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
             for action in actions { perform(action, core.phase) }
@@ -168,12 +183,15 @@ final class OutgoingMigration: Sendable {
                 post(.guestStopped(wasRunning: wasRunning))
             } catch { post(.stopFailed(error.description)) }
         case .resumeGuest:
-            statistics.endDowntime(completed: false)
             machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
+            statistics.endDowntime(completed: false)
         case .giveUpRightToRun:
             statistics.mark(.load)
             machine.handOver()
         case .regainRightToRun: break
+        case .brokeOff(let broken):
+            statistics.brokeOff(broken)
+            report(.notice(broken.description))
         case .saveState: saveState()
         case .flush: sender.enqueue(.flush)
         // A one-way reader may need long for what it was given; nobody else is waited for.

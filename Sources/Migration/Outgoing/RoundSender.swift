@@ -61,11 +61,12 @@ struct RoundSender: ~Copyable {
 
     /// Sends all dirty pages. `sent` is told of every batch (bytes, normal pages, zero pages) and returns whether to end early.
     mutating func send(
-        to channel: Channel, batches: Bool, tracker: (any DirtyTracker)?, pacer: consuming Pacer,
+        to channel: Channel, batches: Bool, tracker: (any DirtyTracker)?, pacer: Pacer,
         sent: (UInt64, UInt64, UInt64) -> Bool
     ) throws(Failure) -> RoundReport {
         var report = RoundReport(pages: 0, bytes: 0, nanoseconds: 0)
-        let most = UInt64(pacer.batchBytes(most: Int(batches ? Self.batchPages : Self.classicPages) * 4096) / 4096)
+        let largest = Int(batches ? Self.batchPages : Self.classicPages) * 4096
+        var most = UInt64(pacer.batchBytes(most: largest) / 4096)
         for block in bitmaps.indices {
             var chunk: UInt64? = nil
             var position = PageIndex(0)
@@ -89,7 +90,9 @@ struct RoundSender: ~Copyable {
                     report.interrupted = bitmaps.contains { !$0.isEmpty }
                     return report
                 }
-                if wait > 0 { Clock.sleep(nanoseconds: wait) }
+                pacer.wait(wait) { sent(0, 0, 0) }
+                // The rate may have been changed meanwhile.
+                most = UInt64(pacer.batchBytes(most: largest) / 4096)
             }
         }
         return report

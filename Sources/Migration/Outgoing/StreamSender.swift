@@ -24,7 +24,8 @@ final class StreamSender: Sendable {
     private let statistics: OutgoingStatistics
     private let interrupted = Atomic<Bool>(false)
     private let waiting = Atomic<Bool>(false)
-    private let bandwidth = Atomic<UInt64>(0)
+    /// Of all rounds but the last one; also for channels beside this one.
+    let pacer = Pacer(bytesPerSecond: 0)
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
@@ -43,9 +44,13 @@ final class StreamSender: Sendable {
 
     func interruptRound() { interrupted.store(true, ordering: .relaxed) }
 
-    func setBandwidth(_ bytesPerSecond: UInt64) { bandwidth.store(bytesPerSecond, ordering: .relaxed) }
+    func setBandwidth(_ bytesPerSecond: UInt64) { pacer.bytesPerSecond = bytesPerSecond }
 
-    func enqueue(_ job: Job) { queue.withLock { $0.jobs.append(job) } }
+    func enqueue(_ job: Job) {
+        // Not when the round begins: it may be ended while it still waits behind bytes that the peer does not take.
+        if case .round = job { interrupted.store(false, ordering: .relaxed) }
+        queue.withLock { $0.jobs.append(job) }
+    }
 
     /// Merges what the tracker reports into what is to be sent; without a tracker all allocated pages are dirty, once.
     ///
@@ -64,6 +69,7 @@ final class StreamSender: Sendable {
     // MARK: The thread
 
     private func run(_ channel: Channel, _ post: @escaping @Sendable (SourceEvent) -> Void) {
+        HostThread.sleepExactly()
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             do throws(ChannelError) {
                 switch job {
@@ -90,7 +96,6 @@ final class StreamSender: Sendable {
     )
         throws(ChannelError)
     {
-        interrupted.store(false, ordering: .relaxed)
         let began = Clock.monotonicNanoseconds
         var progress = Progress(post: post)
         var failure: ChannelError?
@@ -98,9 +103,9 @@ final class StreamSender: Sendable {
             do throws(RoundSender.Failure) {
                 return try round.send(
                     to: channel, batches: batches, tracker: tracker,
-                    pacer: Pacer(bytesPerSecond: final ? 0 : bandwidth.load(ordering: .relaxed))
+                    pacer: final ? .unlimited : pacer
                 ) { bytes, normal, duplicate in
-                    statistics.sent(bytes: bytes, normal: normal, duplicate: duplicate)
+                    if bytes > 0 { statistics.sent(bytes: bytes, normal: normal, duplicate: duplicate) }
                     progress.note()
                     return interrupted.load(ordering: .relaxed) || (!final && waiting.load(ordering: .relaxed))
                 }
