@@ -55,7 +55,7 @@ private struct Standstill {
 
     /// The timer of the contract that runs, as an event, and its length.
     var contract: (event: SourceEvent, nanoseconds: UInt64)? {
-        actions.compactMap { action in
+        actions.compactMap { action -> (event: SourceEvent, nanoseconds: UInt64)? in
             guard case .setTimer(let timer, let nanoseconds) = action, timer.kind == .contract else { return nil }
             return (.timer(timer), nanoseconds)
         }.last
