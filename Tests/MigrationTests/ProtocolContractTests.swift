@@ -66,6 +66,7 @@ private struct Standstill {
         for _ in 0..<200 where core.phase != .stoppingGuest {
             switch core.phase {
             case .resting: feed(deadline, after: 1_000_000)
+            case .draining: feed(.received(.pong(2)))
             case .collecting: feed(.collected(remainingPages: 1))
             case .sendingRound: feed(.roundSent(RoundReport(pages: 1, bytes: 4104, nanoseconds: 1000)))
             default: return
@@ -92,6 +93,8 @@ private struct Standstill {
         var commands: [ForwardCommand] = []
         while let item = try? decoder.next(from: &buffer) {
             if case .command(let command) = item { commands.append(command) }
+            // The text at the end is nobody's command.
+            if decoder.payloadBytes > 0 { break }
         }
         return commands
     }
@@ -119,7 +122,7 @@ struct ProtocolContractTests {
         let expired = try #require(driver.contract).event
         let actions = driver.feed(expired, after: Standstill.limit - driver.now)
         #expect(actions.contains(.resumeGuest) && driver.core.mayRun)
-        #expect(actions.contains(.report(.active)))
+        #expect(driver.core.status == .active)
         #expect(driver.broken.map(\.number) == [1])
         #expect(
             driver.broken.allSatisfy { $0.nanoseconds <= Standstill.limit && $0.limitNanoseconds == Standstill.limit })
