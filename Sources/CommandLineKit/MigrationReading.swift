@@ -33,6 +33,9 @@ public struct MigrationReading: Equatable, Sendable {
     public let downtimeMilliseconds: UInt64?
     public let downtimeNanoseconds: UInt64?
     public let downtimeParts: [DowntimePart]
+    /// Switchovers that were broken off to keep the downtime limit, and the longest standstill among them.
+    public let brokenSwitchovers: UInt64
+    public let longestBrokenNanoseconds: UInt64
     /// By which rule the right to run was handed over.
     public let handover: String?
     /// Why it failed, or what an operator must settle.
@@ -65,6 +68,9 @@ public struct MigrationReading: Equatable, Sendable {
         downtimeMilliseconds = milliseconds("downtime")
         downtimeNanoseconds = json["x-downtime-ns"]?.integerValue(as: UInt64.self)
         downtimeParts = Self.parts(json["x-downtime-parts"])
+        let broken = json["x-broken-switchovers"]
+        brokenSwitchovers = broken?["count"]?.integerValue(as: UInt64.self) ?? 0
+        longestBrokenNanoseconds = broken?["longest-ns"]?.integerValue(as: UInt64.self) ?? 0
         handover = json["x-handover"]?.stringValue
         errorDescription = json["error-desc"]?.stringValue
     }

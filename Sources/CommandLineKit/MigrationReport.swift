@@ -21,6 +21,10 @@ public struct MigrationReport: Sendable {
         add("total time", reading.totalMilliseconds, "ms")
         if reading.status != "completed" { add("expected downtime", reading.expectedDowntimeMilliseconds, "ms") }
         add("downtime", reading.downtimeMilliseconds, "ms")
+        if reading.brokenSwitchovers > 0 {
+            let longest = Self.milliseconds(reading.longestBrokenNanoseconds)
+            lines.append("broken switchovers: \(reading.brokenSwitchovers) (longest \(longest) ms)")
+        }
         add("setup", reading.setupMilliseconds, "ms")
         if reading.hasRAM { lines += ramLines }
         if let handover = reading.handover { lines.append("handover: \(handover)") }

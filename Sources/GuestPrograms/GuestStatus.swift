@@ -64,6 +64,11 @@ public struct GuestStatus: Equatable, Sendable {
     public var filledPages: UInt64 { cpus.reduce(0) { $0 &+ $1.filledPages } }
     public var tscBackwards: UInt64 { cpus.reduce(0) { $0 &+ $1.tscBackwards } }
     public var longestGapTicks: UInt64 { cpus.map(\.longestGapTicks).max() ?? 0 }
+    /// Where each vCPU keeps its longest gap, in guest-physical memory: eight bytes.
+    public var gapAddresses: [UInt64] {
+        cpus.indices.map { GuestLayout.cpuPageAddress($0) + UInt64(Word.gap.rawValue) * 8 }
+    }
+
     /// Passes which every vCPU that has work has completed.
     public var passes: UInt64 { cpus.filter { $0.phase == .running }.map(\.passes).min() ?? 0 }
 

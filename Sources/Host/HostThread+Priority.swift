@@ -1,6 +1,10 @@
+import CLinux
 import Glibc
 
 extension HostThread {
+    /// The calling thread's sleeps end when they should, not up to 50 microseconds later as the kernel likes it (PR_SET_TIMERSLACK).
+    public static func sleepExactly() { _ = gw_set_timer_slack(1) }
+
     /// The calling thread runs before every thread of ordinary priority that wants its processor, for good (SCHED_FIFO); threads that it
     /// starts do not. For measurements on hosts with more busy threads than processors. - Returns: `false` where the host does not allow it.
     public static func runBeforeOthers() -> Bool {

@@ -39,4 +39,16 @@ extension VirtualMachine {
     public func guestStatus() throws(GuestProgramError) -> GuestStatus {
         try unsafe GuestStatus(read: memory.guestReader)
     }
+
+    /// Has a built-in guest measure its longest gap afresh (`GuestStatus.CPU.longestGapTicks`). A running guest may just then store a
+    /// gap it found before: then that one stays.
+    ///
+    /// - Throws: `GuestProgramError` when no built-in guest runs here.
+    public func resetGuestGaps() throws(GuestProgramError) {
+        for address in try guestStatus().gapAddresses {
+            do {
+                try memory.write([UInt8](repeating: 0, count: 8), at: GuestPhysicalAddress(address))
+            } catch { throw .unreadable(physicalAddress: address, reason: "\(error)") }
+        }
+    }
 }

@@ -9,13 +9,15 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
 
     /// Send pages over several channels; a destination needs it for a source that is no Godwit.
     case multifd
+    /// Stop the guest only when the destination said that it may be; to be set on both sides.
+    case switchoverAck = "switchover-ack"
 
-    var isOnByDefault: Bool { self != .pauseBeforeSwitchover && self != .multifd }
+    var isOnByDefault: Bool { [.events, .returnPath].contains(self) }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
         "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
-        "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
+        "zero-copy-send", "postcopy-preempt", "dirty-limit", "mapped-ram",
     ]
 }

@@ -42,6 +42,12 @@ public struct MigrationInfo: Sendable, Equatable {
         }
     }
 
+    /// A switchover that would have broken the downtime limit: the guest ran on at the source.
+    public struct BrokenAttempt: Sendable, Equatable {
+        public var switchover: BrokenSwitchover
+        public var parts: Downtime
+    }
+
     public enum Direction: String, Sendable { case outgoing, incoming }
 
     public var status: MigrationStatus = .none
@@ -52,6 +58,11 @@ public struct MigrationInfo: Sendable, Equatable {
     public var setupNanoseconds: UInt64?
     public var expectedDowntimeNanoseconds: UInt64?
     public var downtime: Downtime?
+    /// How many switchovers were broken off, the longest standstill among them, and the last of them.
+    public var brokenSwitchovers: UInt64 = 0
+    public var longestBrokenNanoseconds: UInt64 = 0
+    public var brokenAttempts: [BrokenAttempt] = []
+    public static let brokenAttemptsKept = 16
     /// One sentence: why it failed, or what an operator must settle.
     public var errorDescription: String?
     /// How the right to run passed on.

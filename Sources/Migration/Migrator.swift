@@ -119,7 +119,7 @@ public final class Migrator: Sendable {
             }
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
-                pausesBeforeSwitchover: state.capabilities.contains(.pauseBeforeSwitchover), multifd: multifd,
+                capabilities: state.capabilities, multifd: multifd,
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()
@@ -136,7 +136,7 @@ public final class Migrator: Sendable {
                 throw MigrationError("migrate-incoming: the incoming migration has already been started")
             }
             let incoming = try IncomingMigration(
-                machine, on: address, startsGuest: startsGuest,
+                machine, on: address, startsGuest: startsGuest, capabilities: state.capabilities,
                 // What brings one connection brings no channels, whoever sent it.
                 multifdChannels: address.canReconnect ? state.multifd?.channels : nil,
                 descriptors: { [weak self] in self?.takeDescriptor($0) },

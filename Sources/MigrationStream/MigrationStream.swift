@@ -11,14 +11,19 @@
 ///       START ram: block list, EOS, FOOTER                 ---------->|
 ///       PART ram: page records (x batches), EOS, FOOTER    ---------->|  once per round, the guest runs on
 ///       --- the guest stops on the source ---                         |
-///       END ram: page records, EOS, FOOTER                 ---------->|
+///       PART ram: page records, EOS, FOOTER                ---------->|  the last round
 ///       FULL device sections, each with a FOOTER           ---------->|
 ///     x COMMAND PREPARE                                    ---------->|  checks and loads all state
 ///       |<----------------------------------------  x READY nanoseconds
-///     x COMMAND COMMIT  (the source may not run any more)  ---------->|  the guest starts
-///       EOF, VMDESCRIPTION json                            ---------->|
+///     x COMMAND COMMIT_WITHIN  (the source may not run any more) ---->|  the guest starts
 ///       |<----------------------------------------  x STARTED nanoseconds
 ///       |<----------------------------------------    SHUT 0
+///       END ram: EOS, FOOTER, EOF, VMDESCRIPTION json      ---------->|
+///
+/// A standstill that would take longer than its limit is taken back: instead of COMMIT_WITHIN the source says `x` RETRACT, or
+/// COMMIT_WITHIN arrives when its time has passed. The destination forgets the device state, says `x` RETRACTED, and PART ram
+/// follows, with the guest running on the source. (Peers without ``FeatureSet/retraction`` get END ram before the device
+/// sections, COMMIT instead of COMMIT_WITHIN, and EOF right behind it.)
 ///
 /// A QEMU destination answers PONG without HELLO: then nothing of Godwit's is sent, EOF alone tells it to start, and
 /// SHUT tells how it went. A connection lost after COMMIT is settled on a new one: header, `x` COMMAND SETTLE migration;
@@ -116,6 +121,8 @@ public enum CommandType: UInt16, Sendable {
     case commit = 0x4703
     case settle = 0x4704
     case cancel = 0x4705
+    case retract = 0x4710
+    case commitWithin = 0x4711
 }
 
 /// The numbers of return path messages. Zero is invalid.
@@ -133,6 +140,7 @@ public enum ReturnPathType: UInt16, Sendable {
     case started = 0x4703
     case failure = 0x4704
     case verdict = 0x4705
+    case retracted = 0x4710
 }
 
 /// What a run of a page batch holds: the low bits of its first word. Zero is invalid.
@@ -164,9 +172,11 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     public static let pageBatches = FeatureSet(rawValue: 1 << 1)
     /// Pages go over further channels, whose greetings name the migration: ``MultifdGreeting``.
     public static let multifd = FeatureSet(rawValue: 1 << 2)
+    /// RETRACT, RETRACTED, COMMIT_WITHIN: a switchover that takes too long is taken back. Only with ``twoPhaseHandover``.
+    public static let retraction = FeatureSet(rawValue: 1 << 8)
 
     /// All that this program knows.
-    public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd]
+    public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction]
 }
 
 /// Upper bounds of everything that a stream may announce. What exceeds one is an error, never memory.

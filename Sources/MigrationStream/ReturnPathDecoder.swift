@@ -57,6 +57,7 @@ public struct ReturnPathDecoder: Sendable {
                 throw StreamError(.unknownVerdict(buffer[4]), position: position)
             }
             return .verdict(verdict)
+        case .retracted: return length == 4 ? .retracted(attempt: buffer.be32(4)) : nil
         case .switchoverAcknowledged: return length == 0 ? .switchoverAcknowledged : nil
         case .invalid, .requestPagesWithName, .requestPages, .receivedBitmap, .resumeAcknowledged:
             throw StreamError(.unsupportedMessage(type.name), position: position)
@@ -81,6 +82,7 @@ extension ReturnPathType {
         case .started: "STARTED"
         case .failure: "FAILURE"
         case .verdict: "VERDICT"
+        case .retracted: "RETRACTED"
         }
     }
 }

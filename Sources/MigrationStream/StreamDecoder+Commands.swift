@@ -17,8 +17,18 @@ extension StreamDecoder {
         if case .begin(_, let features) = parsed, !describes {
             allowsPageBatches = features.contains(.pageBatches)
         }
+        switch parsed {
+        // The device sections before it may be void: those of the next attempt have the same numbers.
+        case .retract, .commitWithin: forgetDeviceSections()
+        default: break
+        }
         advance(5 + length, in: &buffer)
         return .item(.command(parsed))
+    }
+
+    private mutating func forgetDeviceSections() {
+        sections = sections.filter { $0.value.head.type != .full }
+        seenSections = sections.count
     }
 
     /// - Returns: nil when the length does not fit.
@@ -33,6 +43,9 @@ extension StreamDecoder {
             return length == 24 ? .begin(buffer.identifier(5), FeatureSet(rawValue: buffer.be64(21))) : nil
         case .prepare: return length == 0 ? .prepare : nil
         case .commit: return length == 0 ? .commit : nil
+        case .commitWithin:
+            return length == 12 ? .commitWithin(attempt: buffer.be32(5), nanoseconds: buffer.be64(9)) : nil
+        case .retract: return length == 4 ? .retract(attempt: buffer.be32(5)) : nil
         case .settle: return length == 16 ? .settle(buffer.identifier(5)) : nil
         case .cancel:
             guard let reason = buffer.text(5..<(5 + length)) else { throw error(.reasonNotText(type.name)) }
@@ -66,6 +79,8 @@ extension CommandType {
         case .commit: "COMMIT"
         case .settle: "SETTLE"
         case .cancel: "CANCEL"
+        case .retract: "RETRACT"
+        case .commitWithin: "COMMIT_WITHIN"
         }
     }
 }

@@ -93,6 +93,10 @@ public enum ForwardCommand: Hashable, Sendable {
     case begin(MigrationIdentifier, FeatureSet)
     case prepare
     case commit
+    /// COMMIT that counts only so long after READY was said, on the destination's clock; `attempt` comes back in RETRACTED.
+    case commitWithin(attempt: UInt32, nanoseconds: UInt64)
+    /// Takes PREPARE back: the device state is void, RAM goes on.
+    case retract(attempt: UInt32)
     case settle(MigrationIdentifier)
     case cancel(reason: String)
     /// Only from a decoder that describes streams instead of loading them.
@@ -112,6 +116,8 @@ public enum ReturnPathMessage: Hashable, Sendable {
     /// The destination gave up: the guest does not run there and never will.
     case failure(reason: String)
     case verdict(Verdict)
+    /// The switchover of that number is void: the guest did not start, and RAM is awaited again.
+    case retracted(attempt: UInt32)
     /// A message of QEMU that has no meaning without postcopy; it needs no answer.
     case switchoverAcknowledged
 }

@@ -81,6 +81,9 @@ extension StreamSummary {
             "\(CommandType.begin.name) \(migration) features 0x\(hexadecimal(features.rawValue))"
         case .prepare: CommandType.prepare.name
         case .commit: CommandType.commit.name
+        case .commitWithin(let attempt, let nanoseconds):
+            "\(CommandType.commitWithin.name) \(nanoseconds) ns of READY, attempt \(attempt)"
+        case .retract(let attempt): "\(CommandType.retract.name) attempt \(attempt)"
         case .settle(let migration): "\(CommandType.settle.name) \(migration)"
         case .cancel(let reason): "\(CommandType.cancel.name) \(reason)"
         case .other(let type, let length):

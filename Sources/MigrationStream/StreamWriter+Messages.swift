@@ -14,6 +14,13 @@ extension StreamWriter {
             be64(features.rawValue)
         case .prepare: head(CommandType.prepare.rawValue, 0)
         case .commit: head(CommandType.commit.rawValue, 0)
+        case .commitWithin(let attempt, let nanoseconds):
+            head(CommandType.commitWithin.rawValue, 12)
+            be32(attempt)
+            be64(nanoseconds)
+        case .retract(let attempt):
+            head(CommandType.retract.rawValue, 4)
+            be32(attempt)
         case .settle(let migration):
             head(CommandType.settle.rawValue, 16)
             identifier(migration)
@@ -48,6 +55,9 @@ extension StreamWriter {
         case .verdict(let verdict):
             head(ReturnPathType.verdict.rawValue, 1)
             append([verdict.rawValue])
+        case .retracted(let attempt):
+            head(ReturnPathType.retracted.rawValue, 4)
+            be32(attempt)
         case .switchoverAcknowledged: head(ReturnPathType.switchoverAcknowledged.rawValue, 0)
         }
     }

@@ -116,7 +116,8 @@ struct ProtocolSourceTests {
         #expect(
             commands == [
                 .openReturnPath, .ping(Wire.godwitPing),
-                .begin(MigrationIdentifier(high: 1, low: 2), [.twoPhaseHandover, .pageBatches]), .prepare, .commit,
+                .begin(MigrationIdentifier(high: 1, low: 2), [.twoPhaseHandover, .pageBatches, .retraction]), .prepare,
+                .commitWithin(attempt: 1, nanoseconds: 300_000_000),
             ])
         #expect(items.first == .header)
         #expect(items.contains(.ramRound(final: false)) && items.contains(.ramRound(final: true)))

@@ -46,17 +46,86 @@ struct ProtocolSwitchoverTests {
         for (overhead, expected) in [(0, .switchOver), (290_000_000, .iterate)] as [(UInt64, SwitchoverPolicy.Decision)]
         {
             var policy = SwitchoverPolicy(overheadNanoseconds: overhead)
-            _ = policy.decide(remainingPages: 20_000)
-            policy.sent(round(pages: 20_000))
-            #expect(policy.decide(remainingPages: 20_000) == expected)
+            _ = policy.decide(remainingPages: 40_000)
+            policy.sent(round(pages: 40_000))
+            #expect(policy.decide(remainingPages: 40_000) == expected)
         }
     }
 
-    @Test("nothing left is always reason to stop, even with a limit of zero")
+    @Test("with a limit of zero the guest is stopped when nothing is left")
     func nothingLeft() {
         var policy = SwitchoverPolicy(downtimeLimitNanoseconds: 0)
         #expect(policy.decide(remainingPages: 1) == .iterate)
         #expect(policy.decide(remainingPages: 0) == .switchOver)
+    }
+
+    @Test("a part that was measured counts whole, where a guess would not, until it has faded")
+    func measuredCosts() {
+        var policy = SwitchoverPolicy(downtimeLimitNanoseconds: 20_000_000, overheadNanoseconds: 30_000_000)
+        _ = policy.decide(remainingPages: 100)
+        #expect(policy.decide(remainingPages: 0) == .switchOver, "a guess keeps nobody from trying")
+        policy.costs.learn(.state, 1_000_000)
+        policy.costs.learn(.load, 40_000_000)
+        guard case .rest = policy.decide(remainingPages: 0) else {
+            Issue.record("a switchover that cannot fit is tried")
+            return
+        }
+        policy.costs.learn(.load, 5_000_000)
+        var looks = 0
+        while case .rest = policy.decide(remainingPages: 0), looks < 100 { looks += 1 }
+        #expect(looks > 3 && looks < 100, "tried again after \(looks) looks")
+    }
+
+    @Test(
+        "after broken switchovers it rests longer and longer, counts on less of the limit, and tries again all the same"
+    )
+    func broken() {
+        var policy = SwitchoverPolicy(downtimeLimitNanoseconds: 20_000_000)
+        var rests: [UInt64] = []
+        for _ in 0..<20 {
+            policy.brokeOff()
+            guard case .rest(let nanoseconds) = policy.decide(remainingPages: 10) else {
+                Issue.record("no rest after a broken switchover")
+                return
+            }
+            rests.append(nanoseconds)
+            var looks = 0
+            while policy.decide(remainingPages: 10) != .switchOver, looks < 50 {
+                policy.sent(round(pages: 2000))
+                looks += 1
+            }
+            #expect(looks < 50, "a guest that is nearly idle must be tried again")
+        }
+        #expect(rests == rests.sorted() && rests.first == 2_000_000 && rests.last == 500_000_000)
+        // 3,000 pages are 12.3 ms of 20: too much just after a switchover was broken off.
+        var full = SwitchoverPolicy(downtimeLimitNanoseconds: 20_000_000)
+        full.sent(round(pages: 3000))
+        var careful = full
+        careful.brokeOff()
+        careful.brokeOff()
+        for policy in [full, careful] {
+            var policy = policy
+            let isCareful = policy.brokenSwitchovers > 0
+            if isCareful { _ = policy.decide(remainingPages: 3000) }
+            _ = policy.decide(remainingPages: 3000)
+            #expect((policy.decide(remainingPages: 3000) == .switchOver) == !isCareful)
+        }
+    }
+
+    @Test("the rate to count on is the slowest of the last rounds, and a stall does not have the last word for ever")
+    func lowerBound() {
+        var policy = SwitchoverPolicy()
+        for rate in [2_000_000_000, 500_000_000, 1_000_000_000] as [UInt64] {
+            policy.sent(round(pages: 10_000, bytesPerSecond: rate))
+        }
+        #expect((499_000_000...501_000_000).contains(policy.bandwidthBytesPerSecond))
+        for _ in 0..<4 { policy.sent(round(pages: 10_000)) }
+        #expect((999_000_000...1_001_000_000).contains(policy.bandwidthBytesPerSecond))
+        policy.sent(round(pages: 100, bytesPerSecond: 1_000_000))
+        let stalled = policy.bandwidthBytesPerSecond
+        #expect(stalled < 2_000_000)
+        for _ in 0..<60 { policy.sent(round(pages: 10)) }
+        #expect(policy.bandwidthBytesPerSecond > 900_000_000)
     }
 
     @Test("an interrupted round is no proof that rounds stopped helping")

@@ -37,6 +37,8 @@ final class SimulatedConnection {
     var isSilent = false
     /// Nothing reaches the destination before that time.
     var isHeldUntil: UInt64 = 0
+    /// Nothing reaches the source before that time.
+    var answersAreHeldUntil: UInt64 = 0
 
     init(_ id: ConnectionID, isStranger: Bool = false) {
         self.id = id
@@ -72,9 +74,8 @@ extension Simulator {
 
     private func arrive(_ count: Int, on connection: SimulatedConnection, towards side: SimulationPlan.Side) {
         guard !connection.isSilent else { return }
-        if side == .destination, now < connection.isHeldUntil {
-            return schedule(at: connection.isHeldUntil) { [self] in arrive(count, on: connection, towards: side) }
-        }
+        let held = side == .destination ? connection.isHeldUntil : connection.answersAreHeldUntil
+        if now < held { return schedule(at: held) { [self] in arrive(count, on: connection, towards: side) } }
         if side == .destination {
             guard connection.isOpenAtDestination, connection.towardsDestination.pending >= count else { return }
             destinationReads(connection.towardsDestination.take(count), on: connection)
@@ -103,6 +104,16 @@ extension Simulator {
         end(&connection.towardsDestination, on: connection, towards: .destination, "the connection was reset")
     }
 
+    /// For a while nothing passes in that direction; then all of it does.
+    func stall(_ connection: SimulatedConnection, towards side: SimulationPlan.Side, for nanoseconds: UInt64) {
+        trace("network: connection \(connection.id.rawValue) stalls towards the \(side.rawValue)")
+        if side == .destination {
+            connection.isHeldUntil = max(connection.isHeldUntil, now + nanoseconds)
+        } else {
+            connection.answersAreHeldUntil = max(connection.answersAreHeldUntil, now + nanoseconds)
+        }
+    }
+
     /// One side closed (or died): the other is told after what is on the way; what was on the way to it is lost.
     func close(_ connection: SimulatedConnection, by side: SimulationPlan.Side) {
         if side == .source {
@@ -124,7 +135,7 @@ extension Simulator {
     ) {
         guard !pipe.isClosed else { return }
         pipe.isClosed = true
-        let earliest = max(now, side == .destination ? connection.isHeldUntil : 0)
+        let earliest = max(now, side == .destination ? connection.isHeldUntil : connection.answersAreHeldUntil)
         pipe.arrival = max(pipe.arrival, earliest + UInt64.random(in: plan.latency, using: &generator))
         schedule(at: pipe.arrival) { [self] in
             guard !connection.isSilent else { return }

@@ -42,6 +42,10 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case clearsDirtyMarkLate
     /// The source forgets the timers it was told to set.
     case losesTimers
+    /// The destination's clock does not go on: a word to start that comes too late is not noticed.
+    case stopsTheClock
+    /// The destination loads device state once; what comes after a retraction is not loaded.
+    case keepsOldState
 
     /// By which words of a violation it may be found.
     var symptoms: [String] {
@@ -49,7 +53,9 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .startsBeforeStateIsComplete: ["device state differs", "both sides have the right"]
         case .resumesAfterAcknowledgement: ["without the right", "both sides run"]
         case .losesFinalRound, .clearsDirtyMarkLate: ["pages differ at the switch"]
-        case .losesTimers: ["waits for ever"]
+        case .losesTimers: ["waits for ever", "nothing disturbed the migration"]
+        case .stopsTheClock: ["are allowed"]
+        case .keepsOldState: ["device state differs"]
         }
     }
 }
@@ -76,6 +82,8 @@ struct SimulationPlan: Sendable {
         case halfCut(Trigger, heldFor: UInt64)
         /// From then on nothing passes any more, and nobody is told; new connections work again later.
         case silence(Trigger, healsAfter: UInt64)
+        /// For a while nothing reaches that side.
+        case stall(Trigger, towards: Side, for: UInt64)
         case death(of: Side, Trigger)
         /// That local operation of that side fails, or never answers.
         case localFailure(Side, nth: Int, hangs: Bool)
@@ -99,6 +107,10 @@ struct SimulationPlan: Sendable {
     var cancelsAfter: UInt64?
     var proceedsAfter: UInt64 = 20 * millisecond
     var downtimeLimit: UInt64 = 300 * millisecond
+    /// A limit that cannot be kept is raised to ``generousLimit`` then.
+    var raisesLimitAfter: UInt64?
+    /// Everything the simulated hosts and network may need, twice.
+    var generousLimit: UInt64 { 2 * (40 * millisecond + 8 * latency.upperBound) }
 
     /// The plan that belongs to a seed.
     static func random(using generator: inout SeededGenerator) -> SimulationPlan {
@@ -113,12 +125,37 @@ struct SimulationPlan: Sendable {
         plan.writeInterval = generator.duration(5 * microsecond, 5 * millisecond)
         plan.guestRuns = generator.chance(0.9)
         plan.downtimeLimit = generator.duration(1 * millisecond, 500 * millisecond)
+        if plan.downtimeLimit < plan.generousLimit {
+            if generator.chance(0.6) {
+                plan.downtimeLimit = plan.generousLimit
+            } else {
+                plan.raisesLimitAfter = generator.duration(100 * millisecond, 5 * second)
+            }
+        }
         plan.pauses = generator.chance(0.2)
         plan.proceedsAfter = generator.duration(1 * millisecond, 100 * second)
         if generator.chance(0.25) { plan.cancelsAfter = generator.duration(10 * microsecond, 2 * second) }
+        if generator.chance(0.4) {
+            for _ in 0..<Int.random(in: 1...6, using: &generator) { plan.faults.append(stall(using: &generator)) }
+        }
         if generator.chance(0.85) { plan.faults.append(fault(plan, using: &generator)) }
         if generator.chance(0.25) { plan.faults.append(fault(plan, using: &generator)) }
         return plan
+    }
+
+    /// Around the switchover, where it breaks the limit.
+    private static func stall(using generator: inout SeededGenerator) -> Fault {
+        let phases: [SourcePhase] = [
+            .finalSending, .savingState, .preparing, .preparing, .committed, .retracting, .breakingOff, .collecting,
+        ]
+        let phase = phases.randomElement(using: &generator) ?? .preparing
+        let trigger =
+            generator.chance(0.3)
+            ? Trigger.step(.random(in: 0...300, using: &generator))
+            : .phase(phase, plus: .random(in: 0...4, using: &generator))
+        return .stall(
+            trigger, towards: Bool.random(using: &generator) ? .source : .destination,
+            for: generator.duration(1 * millisecond, 1500 * millisecond))
     }
 
     private static func fault(_ plan: SimulationPlan, using generator: inout SeededGenerator) -> Fault {
@@ -149,12 +186,14 @@ struct SimulationPlan: Sendable {
         if Bool.random(using: &generator) { return .step(.random(in: 0...150, using: &generator)) }
         let phases: [SourcePhase] = [
             .greeting, .sendingRound, .stoppingGuest, .savingState, .preparing, .preparing, .committed, .committed,
-            .acknowledged, .asking,
+            .acknowledged, .asking, .retracting, .breakingOff, .resting,
         ]
         let phase = phases.randomElement(using: &generator) ?? .committed
         return .phase(phase, plus: .random(in: 0...8, using: &generator))
     }
 
     /// Nothing goes wrong and nobody interferes: the migration must complete.
-    var isUndisturbed: Bool { faults.isEmpty && cancelsAfter == nil }
+    var isUndisturbed: Bool {
+        cancelsAfter == nil && faults.allSatisfy { if case .stall = $0 { true } else { false } }
+    }
 }

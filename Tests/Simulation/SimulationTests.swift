@@ -30,18 +30,22 @@ struct SimulationTests {
         }
         let count = Self.environment("GODWIT_SIMULATION_SEEDS") ?? 500
         var endings: [RunEnding: Int] = [:]
+        var broken = 0
         for seed in 1...max(count, 1) {
             do {
-                endings[try Simulator(seed: seed).run(), default: 0] += 1
+                let simulator = Simulator(seed: seed)
+                endings[try simulator.run(), default: 0] += 1
+                broken += simulator.brokenSwitchovers
             } catch {
                 Issue.record("\(Self.report(seed))")
                 return
             }
         }
         let summary = RunEnding.allCases.map { "\($0.rawValue) \(endings[$0, default: 0])" }.joined(separator: ", ")
-        print("simulation: \(count) seeds: \(summary)")
+        print("simulation: \(count) seeds: \(summary); \(broken) switchovers broken off")
         // Seeds that never get into trouble would prove nothing.
         if count >= 500 {
+            #expect(broken > 50, "no seed has a switchover broken off")
             for ending in RunEnding.allCases where ending != .stillUnsettled {
                 #expect(endings[ending, default: 0] > 0, "no seed ends as \(ending.rawValue)")
             }

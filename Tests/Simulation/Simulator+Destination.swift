@@ -17,7 +17,7 @@ extension Simulator {
     func feedDestination(_ event: DestinationEvent) {
         guard destinationIsAlive, violation == nil else { return }
         trace("  destination <- \(event)")
-        for action in destination.handle(event) { perform(action) }
+        for action in destination.handle(event, at: bug == .stopsTheClock ? 0 : now) { perform(action) }
         trace("  destination    \(destination.phase)")
     }
 
@@ -33,6 +33,7 @@ extension Simulator {
         case .loadState(let sections): loadState(sections)
         case .startGuest(let running):
             destinationOwnsGuest = true
+            checkContract()
             perform(.destination, 10 * microsecond, 5 * millisecond) { [self] in
                 destinationRuns(running)
             } failure: { [self] in
@@ -58,12 +59,22 @@ extension Simulator {
         }
         perform(.destination, 10 * microsecond, 10 * millisecond) { [self] in
             guard destination.phase == .loading else { return }
+            loads += 1
+            if bug == .keepsOldState, loads > 1 { return feedDestination(.stateLoaded(nanoseconds: 1000)) }
             let clock = sections.first { $0.name == "clock" }?.body ?? []
             destinationGuest.deviceState = clock.reversed().reduce(0) { $0 << 8 | UInt64($1) }
             feedDestination(.stateLoaded(nanoseconds: 1000))
         } failure: { [self] in
             feedDestination(.loadFailed("device 'cpu' refuses its state"))
         }
+    }
+
+    /// The guest is told to start: the limit must not have passed, whatever the network did.
+    private func checkContract() {
+        guard source.features.contains(.retraction), guestRanBeforeStop, let since = standsStillSince else { return }
+        let limit = source.configuration.switchover.downtimeLimitNanoseconds
+        guard limit > 0, now - since > limit else { return }
+        violate("the guest starts after a standstill of \((now - since) / 1000) us, \(limit / 1000) us are allowed")
     }
 
     /// The switch: everything must be here now.

@@ -65,6 +65,8 @@ extension Simulator {
                 if let connection = sourceConnection { cut(connection) }
             case .halfCut(let trigger, let heldFor) where strikes(trigger):
                 if let connection = sourceConnection { resetSource(connection, heldFor: heldFor) }
+            case .stall(let trigger, let side, let nanoseconds) where strikes(trigger):
+                if let connection = sourceConnection { stall(connection, towards: side, for: nanoseconds) }
             case .death(.source, let trigger) where strikes(trigger):
                 trace("source dies")
                 sourceIsAlive = false

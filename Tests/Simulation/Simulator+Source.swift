@@ -19,7 +19,8 @@ extension Simulator {
         trace("source   <- \(event)")
         if event == .received(.verdict(.unknown)) { violate("the destination forgot a migration that was begun there") }
         plantResume(event)
-        for action in source.handle(event) { perform(action) }
+        if event == .proceed, source.phase == .preSwitchover { standsStillSince = now }
+        for action in source.handle(event, at: now) { perform(action) }
         trace("source      \(source.phase)")
     }
 
@@ -43,7 +44,10 @@ extension Simulator {
             round = SimulatedRound(final: final, batches: batches, began: now)
             schedule(after: microsecond, 50 * microsecond) { [self] in batch() }
         case .interruptRound: round?.endsEarly = true
-        case .stopGuest: stopGuest()
+        case .stopGuest:
+            standsStillSince = now
+            stopGuest()
+        case .brokeOff: brokeOff()
         case .resumeGuest: resumeGuest()
         case .giveUpRightToRun: sourceOwnsGuest = false
         case .regainRightToRun: sourceOwnsGuest = true
@@ -154,6 +158,11 @@ extension Simulator {
         guard sourceIsAlive, var current = round else { return }
         // A peer that takes nothing: the write blocks after what the socket holds.
         if let connection = sourceConnection, connection.isSilent { return }
+        if let connection = sourceConnection, now < connection.isHeldUntil,
+            connection.towardsDestination.pending > Self.socketBytes
+        {
+            return schedule(at: connection.isHeldUntil) { [self] in batch() }
+        }
         sourceGuest.advance(to: now)
         let dirty = pending.indices.filter { pending[$0] }.prefix(24)
         let isEarly = current.endsEarly || (!current.final && generator.chance(0.02))
@@ -220,6 +229,9 @@ extension Simulator {
         return bytes
     }
 
+    /// What a socket holds before a write blocks.
+    private static let socketBytes = 20_000
+
     // MARK: The guest
 
     private func stopGuest() {
@@ -237,6 +249,14 @@ extension Simulator {
     func resumeGuest() {
         stopIsUnderWay = false
         if guestRanBeforeStop, !sourceGuest.runs { sourceGuest.run(at: now) }
+    }
+
+    /// A switchover was taken back: the guest must run on, and the migration with it.
+    private func brokeOff() {
+        brokenSwitchovers += 1
+        lastReport = .setup
+        if guestRanBeforeStop, !sourceGuest.runs { violate("a switchover was broken off, and the guest stands still") }
+        if !source.mayRun { violate("a switchover was broken off without the right to run") }
     }
 
     private func saveState() {

@@ -43,6 +43,9 @@ final class Simulator {
     var sourceOutcomes: [SourceOutcome] = []
     var doubts = 0
     var lastReport = MigrationStatus.none
+    /// When the present standstill began for the contract.
+    var standsStillSince: UInt64?
+    var brokenSwitchovers = 0
 
     // The destination's process.
     var destination: DestinationCore
@@ -50,6 +53,8 @@ final class Simulator {
     var destinationGuest: SimulatedGuest
     var destinationOwnsGuest = false
     var destinationStarts = 0
+    var startOrderedAt: UInt64 = 0
+    var loads = 0
     var readers: [ConnectionID: SimulatedReader] = [:]
     var destinationTimers: [ProtocolTimer.Kind: UInt64] = [:]
     var destinationOutcomes: [DestinationOutcome] = []
@@ -133,6 +138,9 @@ final class Simulator {
         if plan.guestRuns { sourceGuest.run(at: 0) }
         arrangeFaults()
         if let time = plan.cancelsAfter { schedule(at: time) { [self] in feedSource(.cancel) } }
+        if let time = plan.raisesLimitAfter {
+            schedule(at: time) { [self] in feedSource(.setDowntimeLimit(nanoseconds: plan.generousLimit)) }
+        }
         schedule(at: 1 * microsecond) { [self] in feedSource(.start) }
         while violation == nil, let (time, action) = queue.removeFirst() {
             now = time

@@ -86,6 +86,9 @@ enum { GW_SEEK_DATA = 3, GW_SEEK_HOLE = 4 };
 static inline int gw_thread_set_name(const char *_Nonnull name) {
     return prctl(PR_SET_NAME, name, 0, 0, 0) < 0 ? -errno : 0;
 }
+static inline int gw_set_timer_slack(unsigned long nanoseconds) {
+    return prctl(PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0) < 0 ? -errno : 0;
+}
 static inline int gw_die_with_parent(int signal_number) {
     return prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) < 0 ? -errno : 0;
 }

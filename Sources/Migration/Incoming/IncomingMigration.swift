@@ -36,8 +36,9 @@ final class IncomingMigration: Sendable {
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
 
     init(
-        _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool, multifdChannels: Int?,
-        descriptors: @escaping DescriptorResolver, report: @escaping @Sendable (MigrationEvent) -> Void
+        _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
+        capabilities: Set<MigrationCapability>, multifdChannels: Int?, descriptors: @escaping DescriptorResolver,
+        report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
@@ -62,6 +63,7 @@ final class IncomingMigration: Sendable {
                 ExpectedSection(name: $0.name, instance: $0.instance, required: $0.isRequired)
             },
             startsGuest: startsGuest)
+        configuration.acknowledgesSwitchover = capabilities.contains(.switchoverAck)
         configuration.multifdChannels = multifdChannels
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
@@ -155,7 +157,7 @@ final class IncomingMigration: Sendable {
         state.withLock { state in
             var events = [event]
             while !events.isEmpty {
-                let actions = state.core.handle(events.removeFirst())
+                let actions = state.core.handle(events.removeFirst(), at: Clock.monotonicNanoseconds)
                 // Whoever sees the last status sees the reason, too.
                 for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
                 for action in actions {

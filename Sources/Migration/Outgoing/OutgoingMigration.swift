@@ -46,7 +46,7 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        pausesBeforeSwitchover: Bool, multifd: (channels: Int, mode: MultifdMode)?,
+        capabilities: Set<MigrationCapability>, multifd: (channels: Int, mode: MultifdMode)?,
         descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
@@ -56,13 +56,17 @@ final class OutgoingMigration: Sendable {
         self.report = report
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
-        var policy = SwitchoverPolicy(downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000)
+        var policy = SwitchoverPolicy(
+            downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
+            overheadNanoseconds: Self.guessedOverhead(cpuCount: machine.configuration.cpuCount))
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
         }
         var configuration = SourceConfiguration(
             migration: .random(), machineName: machine.configuration.streamName, blocks: blocks,
-            catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
+            catalogue: machine.sectionCatalogue,
+            pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
+        configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
         configuration.multifd = multifd?.mode
         self.configuration = configuration
         channelCount = multifd?.channels ?? 0
@@ -77,6 +81,9 @@ final class OutgoingMigration: Sendable {
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
+
+    /// What a switchover takes besides its pages, as long as none was tried: a careful guess.
+    private static func guessedOverhead(cpuCount: Int) -> UInt64 { 1_500_000 + UInt64(cpuCount) * 400_000 }
 
     func start() throws(MigrationError) {
         post(.start)
@@ -126,9 +133,16 @@ final class OutgoingMigration: Sendable {
     // MARK: The migration thread
 
     private func run() {
+        HostThread.sleepExactly()
         var core = SourceCore(configuration)
         while let event = nextEvent() {
-            let actions = core.handle(event)
+            let actions = core.handle(event, at: Clock.monotonicNanoseconds)
+            if case .collected(let pages) = event, core.status == .active, core.configuration.switchover.knowsBandwidth
+            {
+                statistics.expect(
+                    downtimeNanoseconds: core.configuration.switchover.expectedDowntimeNanoseconds(
+                        remainingPages: pages))
+            }
             // Whoever sees the last status sees the reason, too.
             for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
             for action in actions { perform(action, core.phase) }
@@ -176,12 +190,15 @@ final class OutgoingMigration: Sendable {
                 post(.guestStopped(wasRunning: wasRunning))
             } catch { post(.stopFailed(error.description)) }
         case .resumeGuest:
-            statistics.endDowntime(completed: false)
             machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
+            statistics.endDowntime(completed: false)
         case .giveUpRightToRun:
             statistics.mark(.load)
             machine.handOver()
         case .regainRightToRun: break
+        case .brokeOff(let broken):
+            statistics.brokeOff(broken)
+            report(.notice(broken.description))
         case .saveState: saveState()
         case .flush: sender.enqueue(.flush)
         // A one-way reader may need long for what it was given; nobody else is waited for.

@@ -4,7 +4,21 @@ import Synchronization
 /// What is counted during an outgoing migration. Written by its threads, read by anybody.
 final class OutgoingStatistics: Sendable {
     /// The parts of the standstill, in order. `hold` is the operator's, with pause-before-switchover.
-    enum Part: String, CaseIterable, Sendable { case stop, hold, collect, send, state, load, start }
+    enum Part: String, CaseIterable, Sendable {
+        case stop, hold, collect, send, state, load, start
+
+        /// What comes behind those that have ended.
+        init(after parts: [(name: String, nanoseconds: UInt64)]) {
+            switch parts.last.flatMap({ Part(rawValue: $0.name) }) {
+            case .none: self = .stop
+            case .stop, .hold: self = .collect
+            case .collect: self = .send
+            case .send: self = .state
+            case .state: self = .load
+            case .load, .start: self = .start
+            }
+        }
+    }
 
     private struct State {
         var info = MigrationInfo()
@@ -12,6 +26,8 @@ final class OutgoingStatistics: Sendable {
         let began = Clock.monotonicNanoseconds
         var ended: UInt64?
         var lastMark: UInt64?
+        /// Of the standstill that ended last without a handover.
+        var brokenParts = MigrationInfo.Downtime()
         var sectionBytes: UInt64 = 0
         /// At the last collect: when, and what had been sent.
         var collectedAt: UInt64?
@@ -100,10 +116,6 @@ final class OutgoingStatistics: Sendable {
                 ram.pagesPerSecond = UInt64(Double(pages - state.pagesAtCollect) / seconds)
                 let fresh = remainingPages - min(remainingPages, state.remainingPages)
                 ram.dirtyPagesRate = UInt64(Double(fresh) / seconds)
-                if ram.pagesPerSecond > 0 {
-                    state.info.expectedDowntimeNanoseconds = UInt64(
-                        Double(remainingPages) / Double(ram.pagesPerSecond) * 1e9)
-                }
             } else {
                 ram.hole = ram.total / 4096 - min(ram.total / 4096, remainingPages)
             }
@@ -114,6 +126,11 @@ final class OutgoingStatistics: Sendable {
             (state.collectedAt, state.bytesAtCollect, state.pagesAtCollect) = (now, ram.transferred, pages)
             return ram.dirtySyncCount
         }
+    }
+
+    /// What the guest would see if it were stopped now.
+    func expect(downtimeNanoseconds: UInt64) {
+        state.withLock { $0.info.expectedDowntimeNanoseconds = downtimeNanoseconds }
     }
 
     // MARK: Downtime
@@ -138,8 +155,29 @@ final class OutgoingStatistics: Sendable {
     func endDowntime(completed: Bool) {
         if completed { mark(.start) }
         state.withLock { state in
+            if !completed {
+                // Not for nothing: the guest stood still all the same (`brokeOff`).
+                state.brokenParts = state.info.downtime ?? MigrationInfo.Downtime()
+                if let last = state.lastMark {
+                    let part = Part(after: state.brokenParts.parts)
+                    state.brokenParts.parts.append((part.rawValue, Clock.monotonicNanoseconds - last))
+                }
+                state.info.downtime = nil
+            }
             state.lastMark = nil
-            if !completed { state.info.downtime = nil }
+        }
+    }
+
+    /// The standstill that has just ended was broken off.
+    func brokeOff(_ switchover: BrokenSwitchover) {
+        state.withLock { state in
+            var switchover = switchover
+            switchover.nanoseconds = state.brokenParts.nanoseconds
+            state.info.brokenSwitchovers += 1
+            state.info.longestBrokenNanoseconds = max(state.info.longestBrokenNanoseconds, switchover.nanoseconds)
+            state.info.brokenAttempts.append(.init(switchover: switchover, parts: state.brokenParts))
+            let excess = state.info.brokenAttempts.count - MigrationInfo.brokenAttemptsKept
+            if excess > 0 { state.info.brokenAttempts.removeFirst(excess) }
         }
     }
 }

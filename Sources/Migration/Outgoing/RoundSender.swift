@@ -67,21 +67,21 @@ struct RoundSender: ~Copyable {
     /// Sends all dirty pages. `sent` is told of every write to the main channel, and asked with `nil` while nothing moves; it returns
     /// whether to end early.
     mutating func send(
-        over route: Route, tracker: (any DirtyTracker)?, pacer: consuming Pacer, sent: (RecordWriter.Sent?) -> Bool
+        over route: Route, tracker: (any DirtyTracker)?, pacer: Pacer, sent: (RecordWriter.Sent?) -> Bool
     ) throws(Failure) -> RoundReport {
         var report = RoundReport(pages: 0, bytes: 0, nanoseconds: 0)
         route.group?.beginRound(pacer)
-        report.interrupted = try walk(route, tracker, &pacer, &report, sent) && bitmaps.contains { !$0.isEmpty }
+        report.interrupted = try walk(route, tracker, pacer, &report, sent) && bitmaps.contains { !$0.isEmpty }
         do throws(ChannelError) { try synchronize(route, &report, sent) } catch { throw .channel(error) }
         return report
     }
 
     /// Goes through the dirty pages. - Returns: whether it was told to end early.
     private mutating func walk(
-        _ route: Route, _ tracker: (any DirtyTracker)?, _ pacer: inout Pacer, _ report: inout RoundReport,
+        _ route: Route, _ tracker: (any DirtyTracker)?, _ pacer: Pacer, _ report: inout RoundReport,
         _ sent: (RecordWriter.Sent?) -> Bool
     ) throws(Failure) -> Bool {
-        let most = mostPages(route, pacer)
+        var most = mostPages(route, pacer)
         for block in bitmaps.indices {
             var chunk: UInt64? = nil
             var position = PageIndex(0)
@@ -104,7 +104,10 @@ struct RoundSender: ~Copyable {
                 position = batch.end
                 let wait = route.group == nil ? pacer.sent(written.bytes, at: Clock.monotonicNanoseconds) : 0
                 if sent(written) { return true }
-                if wait > 0 { Clock.sleep(nanoseconds: wait) }
+                // To wait for its turn is no standstill of the peer.
+                pacer.wait(wait) { sent(RecordWriter.Sent()) }
+                // The rate may have been changed meanwhile.
+                most = mostPages(route, pacer)
             }
         }
         return false

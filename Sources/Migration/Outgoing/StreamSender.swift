@@ -26,7 +26,8 @@ final class StreamSender: Sendable {
     private let statistics: OutgoingStatistics
     private let interrupted = Atomic<Bool>(false)
     private let waiting = Atomic<Bool>(false)
-    private let bandwidth = Atomic<UInt64>(0)
+    /// Of all rounds but the last one; also for channels beside this one.
+    let pacer = Pacer(bytesPerSecond: 0)
     /// The channels for pages, if the migration has any, while they are open.
     private let group = Mutex<ChannelGroup?>(nil)
     private let mode: MultifdMode?
@@ -63,9 +64,13 @@ final class StreamSender: Sendable {
     /// Ends the channels for pages, whatever their threads are doing.
     func endChannels() { group.withLock { $0.take() }?.end() }
 
-    func setBandwidth(_ bytesPerSecond: UInt64) { bandwidth.store(bytesPerSecond, ordering: .relaxed) }
+    func setBandwidth(_ bytesPerSecond: UInt64) { pacer.bytesPerSecond = bytesPerSecond }
 
-    func enqueue(_ job: Job) { queue.withLock { $0.jobs.append(job) } }
+    func enqueue(_ job: Job) {
+        // Not when the round begins: it may be ended while it still waits behind bytes that the peer does not take.
+        if case .round = job { interrupted.store(false, ordering: .relaxed) }
+        queue.withLock { $0.jobs.append(job) }
+    }
 
     /// Merges what the tracker reports into what is to be sent; without a tracker all allocated pages are dirty, once.
     ///
@@ -86,6 +91,7 @@ final class StreamSender: Sendable {
     // MARK: The thread
 
     private func run(_ channel: Channel, _ post: @escaping @Sendable (SourceEvent) -> Void) {
+        HostThread.sleepExactly()
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             do throws(ChannelError) {
                 switch job {
@@ -113,15 +119,13 @@ final class StreamSender: Sendable {
     )
         throws(ChannelError)
     {
-        interrupted.store(false, ordering: .relaxed)
         let began = Clock.monotonicNanoseconds
         var progress = Progress(post: post)
         var failure: ChannelError?
         var report = round.withLock { round -> RoundReport in
             do throws(RoundSender.Failure) {
                 return try round.send(
-                    over: route(channel, batches: batches), tracker: tracker,
-                    pacer: Pacer(bytesPerSecond: final ? 0 : bandwidth.load(ordering: .relaxed))
+                    over: route(channel, batches: batches), tracker: tracker, pacer: final ? .unlimited : pacer
                 ) { sent in
                     if let sent {
                         statistics.sent(bytes: sent.bytes, normal: sent.normal, duplicate: sent.zero)

@@ -6,6 +6,8 @@ extension DestinationCore {
     mutating func stateLoaded(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         guard phase == .loading else { return }
         sections = []
+        if let attempt = retraction { return reopen(attempt, &actions) }
+        readyAt = now
         guard rule == .twoPhase else { return startGuest(&actions) }
         guard let source else { return fail("the source is lost", &actions) }
         send(.ready(nanoseconds: nanoseconds), to: source, &actions)
@@ -123,5 +125,6 @@ extension DestinationCore {
         sections = []
         stateBytes = 0
         guestState = nil
+        retraction = nil
     }
 }

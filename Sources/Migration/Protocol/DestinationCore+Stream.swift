@@ -33,7 +33,7 @@ extension DestinationCore {
         }
     }
 
-    private mutating func outOfTurn(_ what: String, _ actions: inout [DestinationAction]) {
+    mutating func outOfTurn(_ what: String, _ actions: inout [DestinationAction]) {
         fail("the source sent \(what) out of turn", &actions)
     }
 
@@ -50,7 +50,7 @@ extension DestinationCore {
 
     private mutating func take(_ command: ForwardCommand, _ actions: inout [DestinationAction]) {
         switch command {
-        case .openReturnPath: returnPathIsOpen = sourceHears
+        case .openReturnPath: openReturnPath(&actions)
         case .ping(let value): answer(ping: value, &actions)
         case .switchoverStart: break
         case .begin(let migration, let chosen): begin(migration, chosen, &actions)
@@ -60,9 +60,17 @@ extension DestinationCore {
         case .commit:
             guard phase == .ready else { return outOfTurn("COMMIT", &actions) }
             startGuest(&actions)
+        case .commitWithin(let attempt, let nanoseconds): commit(attempt, within: nanoseconds, &actions)
+        case .retract(let attempt): retract(attempt, &actions)
         case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
         case .settle, .other: outOfTurn("a command", &actions)
         }
+    }
+
+    private mutating func openReturnPath(_ actions: inout [DestinationAction]) {
+        returnPathIsOpen = sourceHears
+        guard let source, returnPathIsOpen, configuration.acknowledgesSwitchover else { return }
+        send(.switchoverAcknowledged, to: source, &actions)
     }
 
     private mutating func answer(ping value: UInt32, _ actions: inout [DestinationAction]) {
@@ -133,7 +141,9 @@ extension DestinationCore {
     /// The source says that it sent everything: only complete state is loaded, and all of it at once.
     private mutating func load(_ actions: inout [DestinationAction]) {
         guard phase == .receiving else { return outOfTurn("the end of its state", &actions) }
-        guard ramIsComplete else { return fail("the source ended its state before its RAM", &actions) }
+        guard ramIsComplete || features.contains(.retraction) else {
+            return fail("the source ended its state before its RAM", &actions)
+        }
         let missing = configuration.sections.filter { wanted in
             wanted.required && !sections.contains { $0.name == wanted.name && $0.instance == wanted.instance }
         }

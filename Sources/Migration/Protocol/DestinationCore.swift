@@ -26,7 +26,8 @@ public enum DestinationPhase: Int, Comparable, Sendable {
 ///
 /// Every connection begins as a visitor; the first that names the right machine is the source, others are turned away or
 /// come to ask (SETTLE). Its promise: the guest starts only on COMMIT (with QEMU: when the stream is complete), only after
-/// all state is loaded, and never once "never started" was answered or FAILURE was said.
+/// all state is loaded, and never once "never started" was answered or FAILURE was said. COMMIT_WITHIN that comes too late starts
+/// nothing: state is forgotten, and RAM awaited again (`DestinationCore+Retraction`).
 public struct DestinationCore: Sendable {
     public internal(set) var phase = DestinationPhase.waiting
     public internal(set) var status = MigrationStatus.none
@@ -78,6 +79,12 @@ public struct DestinationCore: Sendable {
     var channels: [ConnectionID: UInt8] = [:]
     /// How many a Godwit source says there are.
     var announcedChannels: Int?
+    /// When READY was said, at the latest.
+    var readyAt: UInt64 = 0
+    /// RETRACT came while state was being loaded: it is answered when that has ended.
+    var retraction: UInt32?
+    /// The moment of the event that is handled.
+    var now: UInt64 = 0
 
     public init(_ configuration: DestinationConfiguration) {
         self.configuration = configuration
@@ -89,7 +96,9 @@ public struct DestinationCore: Sendable {
     }
 
     /// Takes one event and returns what to do, in order.
-    public mutating func handle(_ event: DestinationEvent) -> [DestinationAction] {
+    /// - Parameter now: the moment of the event, in nanoseconds of a clock that never goes back.
+    public mutating func handle(_ event: DestinationEvent, at now: UInt64 = 0) -> [DestinationAction] {
+        self.now = max(now, self.now)
         var actions: [DestinationAction] = []
         switch event {
         case .accepted(let connection, let answers): accepted(connection, answers, &actions)

@@ -12,7 +12,7 @@ public import MigrationStream
 // * Timers are one-shot; setting a timer of the same `kind` replaces it. A timer that fires although it was replaced or
 //   cancelled is recognised by its generation and ignored.
 // * A core serves one migration (source) or one waiting process (destination). It holds no clock: durations come in
-//   events, measured by the shell.
+//   events, measured by the shell, and the moment of an event comes with it (`at`, monotonic).
 
 /// Which timer, and which setting of it.
 public struct ProtocolTimer: Hashable, Sendable {
@@ -21,6 +21,8 @@ public struct ProtocolTimer: Hashable, Sendable {
         case deadline
         /// The next sign of life to send.
         case keepAlive
+        /// By then the destination must have been told to start, or the guest runs on at the source.
+        case contract
         /// The wait for a further connection to say what it wants.
         case visitor(ConnectionID)
         /// The wait for all channels of a multifd migration.
@@ -82,6 +84,8 @@ public struct SourceConfiguration: Sendable {
     public var catalogue: SectionCatalogue
     /// Stop before the switch until `proceed` comes (QEMU's capability `pause-before-switchover`).
     public var pausesBeforeSwitchover: Bool
+    /// Do not stop the guest before the destination said that it may be (QEMU's capability `switchover-ack`).
+    public var awaitsSwitchoverAcknowledgement = false
     public var switchover: SwitchoverPolicy
     /// What is offered to a Godwit destination.
     public var features: FeatureSet
@@ -191,6 +195,8 @@ public enum SourceAction: Hashable, Sendable {
     case sendRound(final: Bool, batches: Bool)
     /// With multifd, once behind the list of blocks: SYNC on every channel. A round ends with it by itself.
     case synchronizeChannels
+    /// A switchover was broken off: `resumeGuest` came before, RAM goes on. For reports.
+    case brokeOff(BrokenSwitchover)
     /// End the round under way at the next batch, final or not; its `roundSent` still comes.
     case interruptRound
     /// -> `guestStopped`, `stopFailed`.
@@ -260,6 +266,8 @@ public struct DestinationConfiguration: Sendable {
     public var sections: [ExpectedSection]
     /// Run the guest if it ran on the source; false: leave it paused (`--paused`, QEMU's -S).
     public var startsGuest: Bool
+    /// Say at once that the source may stop the guest (QEMU's capability `switchover-ack`): no device here needs time for it.
+    public var acknowledgesSwitchover = false
     /// What is offered to a Godwit source.
     public var features: FeatureSet
     public var deadlines: ProtocolDeadlines

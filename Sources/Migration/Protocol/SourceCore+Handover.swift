@@ -4,8 +4,13 @@ import MigrationStream
 
 extension SourceCore {
     mutating func guestStopped(_ event: SourceEvent, _ actions: inout [SourceAction]) {
+        if phase == .breakingOff { return settleOwed(.stop, &actions) }
         guard phase == .stoppingGuest, case .guestStopped(let wasRunning) = event else { return }
         guestWasRunning = wasRunning
+        endPart(.stop)
+        // A guest that was paused waits for nothing; and an operator's hold is the operator's.
+        if !wasRunning || configuration.pausesBeforeSwitchover { suspendContract(&actions) }
+        if isTooLate() { return breakOff("the guest did not stop in time", &actions) }
         guard configuration.pausesBeforeSwitchover else { return beginSwitch(&actions) }
         report(.preSwitchover, &actions)
         enter(.preSwitchover, deadline: nil, &actions)
@@ -18,6 +23,8 @@ extension SourceCore {
             return
         }
         cancelTimer(.keepAlive, &actions)
+        partBegan = now
+        if guestWasRunning { beginStandstill(&actions) }
         beginSwitch(&actions)
     }
 
@@ -46,10 +53,18 @@ extension SourceCore {
     // MARK: State
 
     mutating func stateSaved(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
+        if phase == .breakingOff { return settleOwed(.state, &actions) }
         guard phase == .savingState else { return }
+        endPart(.state)
+        if isTooLate() { return breakOff("saving the state took too long", &actions) }
         sections = saved + [GlobalState(runState: guestWasRunning ? "running" : "paused").section]
         if let reason = unsendable { return retreat(.failed(reason), farewell: reason, &actions) }
         let described = describedSections
+        // Between two Godwits RAM is open until the guest runs there; for everybody else this is the point of no return.
+        if !features.contains(.retraction) {
+            suspendContract(&actions)
+            endRAM(&actions)
+        }
         send(&actions) { writer in
             for (index, entry) in described.enumerated() {
                 writer.deviceSection(entry.section, id: Self.ramSectionID + 1 + UInt32(index), layout: entry.layout)
@@ -57,6 +72,7 @@ extension SourceCore {
         }
         switch rule {
         case .twoPhase:
+            attempt &+= 1
             send(&actions) { $0.command(.prepare) }
             enter(.preparing, deadline: configuration.deadlines.ready, &actions)
         case .oneWay:
@@ -95,6 +111,13 @@ extension SourceCore {
         actions.append(.giveUpRightToRun)
     }
 
+    private mutating func endRAM(_ actions: inout [SourceAction]) {
+        send(&actions) { writer in
+            writer.ramRound(final: true, id: Self.ramSectionID)
+            writer.ramSectionEnd(id: Self.ramSectionID)
+        }
+    }
+
     private mutating func sendEnd(_ actions: inout [SourceAction]) {
         let json = VMDescription.json(for: describedSections)
         send(&actions) { writer in
@@ -104,20 +127,39 @@ extension SourceCore {
     }
 
     /// READY: the destination can start at once. The one place where it is told to.
-    private mutating func commit(_ actions: inout [SourceAction]) {
+    private mutating func commit(after loading: UInt64, _ actions: inout [SourceAction]) {
+        let travel = endPart(.load)
+        if travel > loading { roundTripNanoseconds = min(roundTripNanoseconds, travel - loading) }
+        if isTooLate() { return breakOff("the destination was not ready in time", &actions) }
+        let left = timeLeft
+        suspendContract(&actions)
         giveUpRightToRun(&actions)
-        send(&actions) { $0.command(.commit) }
-        sendEnd(&actions)
+        if features.contains(.retraction) {
+            let attempt = attempt
+            send(&actions) { $0.command(.commitWithin(attempt: attempt, nanoseconds: left)) }
+        } else {
+            send(&actions) { $0.command(.commit) }
+            sendEnd(&actions)
+        }
         enter(.committed, deadline: configuration.deadlines.acknowledgement, &actions)
     }
 
     mutating func received(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
-        if case .switchoverAcknowledged = message { return }
+        if case .switchoverAcknowledged = message {
+            switchoverIsAcknowledged = true
+            return
+        }
         switch phase {
         case .greeting: greeted(message, &actions)
         case .draining: drained(message, &actions)
+        case .confirming: confirmed(message, &actions)
+        case .retracting: retracted(message, &actions)
         case .preparing:
-            if case .ready = message { commit(&actions) } else { outOfTurn(message, &actions) }
+            if case .ready(let loading) = message {
+                commit(after: loading, &actions)
+            } else {
+                outOfTurn(message, &actions)
+            }
         case .committed: answered(message, &actions)
         case .acknowledged: complete(&actions)
         case .asking: judged(message, &actions)
@@ -129,11 +171,16 @@ extension SourceCore {
     private mutating func answered(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
         switch message {
         case .started where rule == .twoPhase:
+            if features.contains(.retraction) {
+                endRAM(&actions)
+                sendEnd(&actions)
+            }
             enter(.acknowledged, deadline: configuration.deadlines.acknowledgement, &actions)
         case .shut(0): complete(&actions)
         case .shut(let value) where rule == .qemu:
             takeBack("the destination could not run the guest (SHUT \(value))", &actions)
         case .failure(let reason): takeBack("the destination could not run the guest: \(reason)", &actions)
+        case .retracted(attempt) where features.contains(.retraction): cameTooLate(&actions)
         case .pong: break
         default: doubt("the destination answered COMMIT with something else", &actions)
         }
@@ -187,6 +234,7 @@ extension SourceCore {
     /// Everything stops: timers, tracking, the connection.
     mutating func wind(up actions: inout [SourceAction]) {
         cancelTimer(.keepAlive, &actions)
+        endStandstill(&actions)
         enter(.finished, deadline: nil, &actions)
         if isTracking { actions.append(.stopTracking) }
         isTracking = false

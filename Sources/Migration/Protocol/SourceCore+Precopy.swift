@@ -21,6 +21,7 @@ extension SourceCore {
         }
         self.direction = direction
         isConnected = true
+        greetedAt = now
         let name = configuration.machineName
         send(&actions) { writer in
             writer.header()
@@ -49,6 +50,7 @@ extension SourceCore {
                 retreat(.failed(reason), farewell: nil, &actions)
             }
         case .pong(Wire.godwitPing):
+            roundTripNanoseconds = min(roundTripNanoseconds, now - greetedAt)
             guard let features = helloFeatures else { return agree(on: .qemu, features: [], &actions) }
             let migration = configuration.migration
             send(&actions) { $0.command(.begin(migration, features)) }
@@ -76,7 +78,7 @@ extension SourceCore {
         collect(&actions)
     }
 
-    private mutating func collect(_ actions: inout [SourceAction]) {
+    mutating func collect(_ actions: inout [SourceAction]) {
         actions.append(.collect(final: false))
         enter(.collecting, deadline: configuration.deadlines.localWork, &actions)
     }
@@ -86,16 +88,31 @@ extension SourceCore {
         case .collecting:
             switch configuration.switchover.decide(remainingPages: pages) {
             case .iterate: sendRound(final: false, &actions)
+            // The destination has not said yet that it is prepared: what changes meanwhile is sent meanwhile.
+            case .switchOver where mustAwaitAcknowledgement: rest(Self.acknowledgementLookNanoseconds, &actions)
             case .switchOver where direction == .bothWays && undrainedBytes > Self.drainLimitBytes: drain(&actions)
+            case .rest(let nanoseconds): rest(nanoseconds, &actions)
             case .switchOver:
                 stopWasAsked = true
                 actions.append(.stopGuest)
+                beginStandstill(&actions)
                 enter(.stoppingGuest, deadline: configuration.deadlines.localWork, &actions)
             }
-        case .finalCollecting: sendRound(final: true, &actions)
+        case .finalCollecting:
+            endPart(.collect)
+            if isTooMuch(pages) { return breakOff("the last collection found too many pages", &actions) }
+            sendRound(final: true, &actions)
+        case .breakingOff: settleOwed(.collect, &actions)
         default: break
         }
     }
+
+    private var mustAwaitAcknowledgement: Bool {
+        configuration.awaitsSwitchoverAcknowledgement && direction == .bothWays && !switchoverIsAcknowledged
+    }
+
+    /// How often a source looks whether it may stop its guest.
+    private static let acknowledgementLookNanoseconds: UInt64 = 5_000_000
 
     /// The kernel took the last round, but the destination may be megabytes behind: the guest need not stand still for those.
     private mutating func drain(_ actions: inout [SourceAction]) {
@@ -111,7 +128,8 @@ extension SourceCore {
 
     private mutating func sendRound(final: Bool, _ actions: inout [SourceAction]) {
         ramSectionIsOpen = true
-        send(&actions) { $0.ramRound(final: final, id: Self.ramSectionID) }
+        // The last round is a part like any other: END says that there is no way back.
+        send(&actions) { $0.ramRound(final: false, id: Self.ramSectionID) }
         askForRound(final: final, &actions)
     }
 
@@ -131,14 +149,42 @@ extension SourceCore {
             closeRAMSection(&actions)
             collect(&actions)
         case .finalSending:
+            if isTooLate() {
+                configuration.switchover.sentBroken(round)
+                return breakOff("the last pages were not sent in time", &actions)
+            }
             // Nobody asked for an early end: whatever is left must still go.
             if round.interrupted { return askForRound(final: true, &actions) }
             closeRAMSection(&actions)
-            actions.append(.saveState)
-            enter(.savingState, deadline: configuration.deadlines.localWork, &actions)
+            if rule == .qemu, round.bytes > Self.drainLimitBytes { return confirm(&actions) }
+            saveState(&actions)
+        case .breakingOff:
+            configuration.switchover.sentBroken(round)
+            settleOwed(.round, &actions)
         case .retreating: finishRetreat(&actions)
         default: break
         }
+    }
+
+    private mutating func saveState(_ actions: inout [SourceAction]) {
+        endPart()
+        actions.append(.saveState)
+        enter(.savingState, deadline: configuration.deadlines.localWork, &actions)
+    }
+
+    /// The last word before END, which a QEMU destination takes for the end of RAM: it should not wait in a socket buffer.
+    private mutating func confirm(_ actions: inout [SourceAction]) {
+        attempt &+= 1
+        let value = Self.confirmPing &+ attempt
+        send(&actions) { $0.command(.ping(value)) }
+        enter(.confirming, deadline: configuration.deadlines.stall, &actions)
+    }
+
+    mutating func confirmed(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        guard message == .pong(Self.confirmPing &+ attempt) else { return outOfTurn(message, &actions) }
+        undrainedBytes = 0
+        if isTooLate() { return breakOff("the destination did not take the last pages in time", &actions) }
+        saveState(&actions)
     }
 
     mutating func closeRAMSection(_ actions: inout [SourceAction]) {

@@ -29,11 +29,16 @@ extension SourceCore {
 
     mutating func fired(_ timer: ProtocolTimer, _ actions: inout [SourceAction]) {
         guard timers.fired(timer) else { return }
-        if timer.kind == .keepAlive { return keepAlive(&actions) }
+        switch timer.kind {
+        case .keepAlive: return keepAlive(&actions)
+        case .contract: return contractExpired(&actions)
+        case .deadline where phase == .resting: return collect(&actions)
+        default: break
+        }
         let reason = missedDeadline
         switch phase {
         case .idle..<SourcePhase.committed:
-            let peerListens = phase > .greeting && phase != .sendingRound && phase != .finalSending
+            let peerListens = phase > .greeting && ![.sendingRound, .finalSending, .breakingOff].contains(phase)
             retreat(.failed(reason), farewell: peerListens ? reason : nil, &actions)
         case .committed, .handingOver, .closing, .reconnecting, .asking: doubt(reason, &actions)
         case .acknowledged: complete(&actions)
@@ -62,6 +67,7 @@ extension SourceCore {
         guard phase < .committed else { return }
         ending = outcome
         cancelTimer(.keepAlive, &actions)
+        endStandstill(&actions)
         if outcome == .cancelled { report(.cancelling, &actions) }
         if stopWasAsked { actions.append(.resumeGuest) }
         stopWasAsked = false

@@ -11,11 +11,19 @@ public enum SourcePhase: Int, Comparable, Sendable {
     case sendingRound
     /// PING was said before the guest is stopped, PONG is awaited: what stands in socket buffers arrives while the guest runs.
     case draining
+    /// A switchover is not worth trying just now: the guest runs, a moment is let pass.
+    case resting
+    /// A switchover was broken off and the guest runs again; what was under way then is to end.
+    case breakingOff
+    /// RETRACT was said, RETRACTED is awaited.
+    case retracting
     case stoppingGuest
     /// The operator wants to be asked before the switch.
     case preSwitchover
     case finalCollecting
     case finalSending
+    /// QEMU's rule: PING was said behind the last pages, PONG is awaited. There is no way back once END was said.
+    case confirming
     case savingState
     /// One-way: all but EOF leaves.
     case flushingState
@@ -46,7 +54,8 @@ public enum SourcePhase: Int, Comparable, Sendable {
 /// shell does with them.
 ///
 /// Its promise: the guest runs here, or is made to run again after any failure, as long as ``mayRun``; and the right to
-/// run is given up before the bytes that let the destination start it are sent.
+/// run is given up before the bytes that let the destination start it are sent. A guest that would stand still for longer than the
+/// downtime limit runs on here instead, as long as the destination was not told to start it (`SourceCore+Contract`).
 public struct SourceCore: Sendable {
     public internal(set) var phase = SourcePhase.idle
     public internal(set) var status = MigrationStatus.none
@@ -60,6 +69,8 @@ public struct SourceCore: Sendable {
     static let ramSectionID: UInt32 = 2
     /// The PING of `draining`.
     static let drainPing: UInt32 = 2
+    /// The PING of `confirming`, counted up from here.
+    static let confirmPing: UInt32 = 0x100
     /// So little in flight is not waited for.
     static let drainLimitBytes: UInt64 = 64 << 10
 
@@ -73,11 +84,28 @@ public struct SourceCore: Sendable {
     var stopWasAsked = false
     var isTracking = false
     var unansweredPings: UInt64 = 0
+    /// The destination said that the guest may be stopped (SWITCHOVER_ACK).
+    var switchoverIsAcknowledged = false
     /// What the destination may not have taken yet: sent since its last PONG.
     var undrainedBytes: UInt64 = 0
     var guestWasRunning = true
     /// All that is sent behind RAM.
     var sections: [DeviceSection] = []
+    /// The moment of the event that is handled.
+    var now: UInt64 = 0
+    /// When the guest was told to stop, or the operator let it go on from `preSwitchover`.
+    var stoppedAt: UInt64?
+    /// When the part of the standstill that is under way began.
+    var partBegan: UInt64 = 0
+    /// Whether the downtime limit binds the standstill that is under way.
+    var isBound = false
+    /// Attempts that came as far as PREPARE, or as far as the PING of `confirming`.
+    var attempt: UInt32 = 0
+    /// Answers of the shell that are still to come, `breakingOff`.
+    var awaited: Awaited?
+    /// The shortest way there and back so far.
+    var roundTripNanoseconds: UInt64 = 200_000
+    var greetedAt: UInt64 = 0
     /// How the migration will end once it has retreated, and what the destination hears of it.
     var ending: SourceOutcome?
     var farewell: String?
@@ -86,8 +114,13 @@ public struct SourceCore: Sendable {
         self.configuration = configuration
     }
 
+    /// What the shell of a broken switchover still owes.
+    enum Awaited: Sendable { case stop, collect, round, state, nothing }
+
     /// Takes one event and returns what to do, in order.
-    public mutating func handle(_ event: SourceEvent) -> [SourceAction] {
+    /// - Parameter now: the moment of the event, in nanoseconds of a clock that never goes back.
+    public mutating func handle(_ event: SourceEvent, at now: UInt64 = 0) -> [SourceAction] {
+        self.now = max(now, self.now)
         var actions: [SourceAction] = []
         handle(event, &actions)
         return actions
@@ -114,7 +147,8 @@ public struct SourceCore: Sendable {
         case .cancel: cancel(&actions)
         case .proceed: proceed(&actions)
         case .settle(let settlement): settle(settlement, &actions)
-        case .setDowntimeLimit(let nanoseconds): configuration.switchover.downtimeLimitNanoseconds = nanoseconds
+        case .setDowntimeLimit(let nanoseconds):
+            configuration.switchover.downtimeLimitNanoseconds = nanoseconds
         }
     }
 
@@ -146,7 +180,7 @@ public struct SourceCore: Sendable {
 
     private mutating func progressed(_ actions: inout [SourceAction]) {
         switch phase {
-        case .sendingRound, .finalSending, .flushingState, .handingOver:
+        case .sendingRound, .finalSending, .breakingOff, .flushingState, .handingOver:
             enter(phase, deadline: configuration.deadlines.stall, &actions)
         default: break
         }
@@ -159,8 +193,10 @@ public struct SourceCore: Sendable {
         case .greeting, .asking: "the destination does not answer"
         case .startingTracking: "dirty page tracking did not start in time"
         case .collecting, .finalCollecting: "the dirty pages were not collected in time"
-        case .sendingRound, .finalSending, .flushingState, .handingOver: "the destination takes no more data"
-        case .draining: "the destination does not take what was sent"
+        case .sendingRound, .finalSending, .breakingOff, .flushingState, .handingOver:
+            "the destination takes no more data"
+        case .draining, .confirming: "the destination does not take what was sent"
+        case .retracting: "the destination did not take the switchover back in time"
         case .stoppingGuest: "the guest did not stop in time"
         case .savingState: "the device state was not saved in time"
         case .preparing: "the destination did not become ready in time"

@@ -1,7 +1,7 @@
 import GuestPrograms
 import Machine
 
-/// What the VM knows about its built-in guests: `x-check-guest`, `x-query-guest`.
+/// What the VM knows about its built-in guests: `x-check-guest`, `x-query-guest`, `x-reset-guest-gap`.
 struct GuestCommands: Sendable {
     private let machine: VirtualMachine
 
@@ -11,6 +11,10 @@ struct GuestCommands: Sendable {
         [
             Command("x-check-guest") { [machine] _ in try machine.checkGuest().json },
             Command("x-query-guest") { [machine] _ in try machine.guestStatus().json },
+            Command("x-reset-guest-gap") { [machine] _ in
+                try machine.resetGuestGaps()
+                return [:]
+            },
         ]
     }
 }

@@ -22,13 +22,28 @@ extension MigrationInfo {
         if let expected = expectedMilliseconds(limit: downtimeLimitMilliseconds) {
             members["expected-downtime"] = JSON(expected)
         }
+        if brokenSwitchovers > 0 { members["x-broken-switchovers"] = brokenJSON }
         if status == .completed, let downtime {
             members["downtime"] = milliseconds(downtime.nanoseconds)
             members["x-downtime-ns"] = JSON(downtime.nanoseconds)
-            members["x-downtime-parts"] = .array(
-                downtime.parts.map { ["name": .string($0.name), "nanoseconds": JSON($0.nanoseconds)] })
+            members["x-downtime-parts"] = downtime.partsJSON
         }
         return .object(members)
+    }
+
+    /// Switchovers that were broken off to keep the downtime limit: all are counted, the last ones told in full.
+    private var brokenJSON: JSON {
+        [
+            "count": JSON(brokenSwitchovers), "longest-ns": JSON(longestBrokenNanoseconds),
+            "attempts": .array(
+                brokenAttempts.map { attempt in
+                    [
+                        "number": JSON(attempt.switchover.number), "nanoseconds": JSON(attempt.switchover.nanoseconds),
+                        "limit-ns": JSON(attempt.switchover.limitNanoseconds),
+                        "reason": .string(attempt.switchover.reason), "parts": attempt.parts.partsJSON,
+                    ]
+                }),
+        ]
     }
 
     /// What a standstill would take now: measured, or else the limit. `nil` unless an outgoing migration is at work.
@@ -41,6 +56,12 @@ extension MigrationInfo {
     }
 
     private func milliseconds(_ nanoseconds: UInt64) -> JSON { JSON(nanoseconds / 1_000_000) }
+}
+
+extension MigrationInfo.Downtime {
+    fileprivate var partsJSON: JSON {
+        .array(parts.map { ["name": .string($0.name), "nanoseconds": JSON($0.nanoseconds)] })
+    }
 }
 
 extension MigrationInfo.RAM {

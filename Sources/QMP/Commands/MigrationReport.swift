@@ -36,6 +36,11 @@ struct MigrationReport {
         if info.status == .completed, let downtime = info.downtime {
             lines.append("downtime: \(downtime.nanoseconds / 1_000_000) ms")
         }
+        if info.brokenSwitchovers > 0 {
+            lines.append(
+                "broken switchovers: \(info.brokenSwitchovers) (longest \(info.longestBrokenNanoseconds / 1_000_000) ms)"
+            )
+        }
         if let expected = info.expectedMilliseconds(limit: downtimeLimitMilliseconds) {
             lines.append("expected downtime: \(expected) ms")
         }

@@ -1,0 +1,82 @@
+import CommandLineKit
+import Host
+
+/// `godwit bench downtime`: is the downtime limit kept by every switchover that was committed?
+///
+/// A guest that writes moves from process to process, through a proxy that stalls at random in both directions. The guest's own clock
+/// measures how long it stood still; a control thread measures how long the host keeps a thread waiting.
+public struct DowntimeBenchmark: Benchmark {
+    public static let name = "downtime"
+    public static let abstract = "switchovers through a network that stalls: is the downtime limit kept?"
+
+    private static let limitsMilliseconds: [UInt64] = [5, 20, 100]
+    private static let fullRuns = 334
+    private static let quickRuns = 20
+    /// Pages are checked that often, in switchovers.
+    private static let checkEvery = 50
+
+    public init() {}
+
+    public func run(_ options: BenchmarkOptions) throws -> BenchmarkResult {
+        let runs = options.runs ?? (options.isQuick ? Self.quickRuns : Self.fullRuns)
+        let limits = Self.limitsMilliseconds.filter { options.wants(named: Self.name(ofLimit: $0)) }
+        let progress = BenchmarkProgress(steps: max(1, runs * limits.count), options)
+        let seed = UInt64.random(in: 0...UInt64.max)
+        let chain = try SwitchoverChain(options: options, seed: seed)
+        defer { chain.end() }
+        var samples: [UInt64: [SwitchoverSample]] = [:]
+        var unfinished = 0
+        for run in 0..<runs {
+            for limit in limits {
+                try progress.step("\(Self.name(ofLimit: limit)), switchover \(run + 1) of \(runs)")
+                if let sample = try chain.measure(limitMilliseconds: limit) {
+                    samples[limit, default: []].append(sample)
+                } else {
+                    unfinished += 1
+                }
+            }
+            if run % Self.checkEvery == Self.checkEvery - 1 { try chain.verify() }
+        }
+        try chain.verify()
+        return Self.result(samples, runs: runs, unfinished: unfinished, seed: seed)
+    }
+
+    private static func name(ofLimit milliseconds: UInt64) -> String { "limit \(milliseconds) ms" }
+
+    private static func result(
+        _ samples: [UInt64: [SwitchoverSample]], runs: Int, unfinished: Int, seed: UInt64
+    ) -> BenchmarkResult {
+        let all = samples.values.flatMap { $0 }
+        let broken = all.reduce(0) { $0 + $1.broken }
+        let cells = samples.sorted { $0.key < $1.key }.map { limit, samples in
+            BenchmarkCell(
+                [("what", name(ofLimit: limit))],
+                [
+                    ("gap-ms", samples.map(\.gap)), ("reported-ms", samples.map(\.reported)),
+                    ("control-ms", samples.map(\.control)), ("broken-off", samples.map { Double($0.broken) }),
+                    ("longest-broken-ms", samples.filter { $0.broken > 0 }.map(\.longestBroken)),
+                    ("total-ms", samples.map(\.total)), ("stalls", samples.map { Double($0.stalls) }),
+                ])
+        }
+        let promises = [
+            BenchmarkPromise(
+                "contract-violations", Double(all.count(where: \.isViolation)), limit: 0, better: .lower),
+            BenchmarkPromise("gaps-above-limit", Double(all.count(where: \.isAbove)), limit: nil, better: .lower),
+            BenchmarkPromise("switchovers-committed", Double(all.count), limit: nil, better: .higher),
+            BenchmarkPromise("switchovers-broken-off", Double(broken), limit: nil, better: .lower),
+        ]
+        var notes = [
+            "\(all.count) switchovers were committed, \(broken) broken off and resumed; the seed of the stalls was \(seed)",
+            "a violation is a gap of more than the limit, 5 ms, and what the control thread was kept waiting meanwhile; "
+                + "gaps-above-limit leaves the control thread out",
+        ]
+        for sample in all.filter(\.isAbove).sorted(by: { $0.gap - $0.limit > $1.gap - $1.limit }).prefix(10) {
+            notes.append(
+                "above: limit \(Amount.decimal(sample.limit, digits: 0)) ms, gap \(Amount.decimal(sample.gap, digits: 2)) ms, "
+                    + "reported \(Amount.decimal(sample.reported, digits: 2)) ms, control "
+                    + "\(Amount.decimal(sample.control, digits: 2)) ms")
+        }
+        if unfinished > 0 { notes.append("\(unfinished) migrations were not completed within 60 s and cancelled") }
+        return BenchmarkResult(bench: name, runs: runs, cells: cells, promises: promises, notes: notes)
+    }
+}

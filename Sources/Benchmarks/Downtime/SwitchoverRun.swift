@@ -1,0 +1,172 @@
+import CommandLineKit
+import Host
+import QMP
+
+/// What one switchover was like, in milliseconds.
+struct SwitchoverSample {
+    var limit: Double
+    /// The longest gap in the guest's own clock that can be of the standstill that was committed.
+    var gap: Double
+    /// What the source says of it.
+    var reported: Double
+    var total: Double
+    /// Standstills that were broken off, and the longest of them.
+    var broken: Int
+    var longestBroken: Double
+    /// How much too late the control thread woke at most meanwhile.
+    var control: Double
+    var stalls: Int
+
+    /// What is allowed above the limit.
+    static let tolerance = 5.0
+
+    var isAbove: Bool { gap > limit + Self.tolerance }
+    /// Above, and by more than the host kept the control thread waiting.
+    var isViolation: Bool { gap > limit + Self.tolerance + control }
+}
+
+/// A chain of switchovers: each destination is the source of the next. All VMs are processes of their own.
+final class SwitchoverChain {
+    private let folder: PrivateFolder
+    private let options: BenchmarkOptions
+    private let control: SchedulingControl
+    private var source: ChildVM?
+    private var count = 0
+    private(set) var seed: UInt64
+
+    private static let memory = "64M"
+    private static let guest = "dirty,working-set=16M,fill=48M,rate=80M,random,heartbeat=1ms"
+    private static let migrationSeconds: UInt64 = 60
+    /// The network: a stall every so often, from a fraction of a millisecond to three times the limit.
+    private static let meanGapMilliseconds = 30.0
+
+    init(options: BenchmarkOptions, seed: UInt64) throws {
+        folder = try PrivateFolder("bench")
+        self.options = options
+        self.seed = seed
+        control = try SchedulingControl()
+    }
+
+    func end() {
+        source?.end()
+        control.end()
+        folder.remove()
+    }
+
+    private func start(_ arguments: [String]) throws -> ChildVM {
+        count += 1
+        return try ChildVM(
+            "vm\(count)", in: folder.path, options: ["--memory", Self.memory, "--serial", "none"] + arguments)
+    }
+
+    private func readySource() throws -> ChildVM {
+        if let source { return source }
+        let vm = try start(["--guest", Self.guest])
+        source = vm
+        let deadline = Deadline.after(seconds: 60)
+        while try vm.execute("x-query-guest")["ready"] != true {
+            try options.checkInterruption()
+            guard !deadline.hasPassed else { throw CommandFailure("the guest was not ready within 60 s") }
+            Clock.sleep(nanoseconds: 5_000_000)
+        }
+        return vm
+    }
+
+    /// - Returns: `nil` for a migration that did not complete in time: the limit was never kept, and so never broken.
+    func measure(limitMilliseconds limit: UInt64) throws -> SwitchoverSample? {
+        let source = try readySource()
+        let destination = try start(["--incoming", "tcp:127.0.0.1:0"])
+        seed &+= 2
+        let now = Clock.monotonicNanoseconds
+        func schedule(_ seed: UInt64) -> StallSchedule {
+            StallSchedule(
+                meanGapNanoseconds: Self.meanGapMilliseconds * 1e6, shortest: 2e5, longest: Double(limit) * 3e6,
+                seed: seed,
+                from: now)
+        }
+        let proxy = try StallingProxy(
+            to: try destination.listeningAddress(), forward: schedule(seed), backward: schedule(seed &+ 1))
+        defer { proxy.close() }
+        try source.execute("migrate-set-parameters", ["downtime-limit": JSON(limit)])
+        try source.execute("x-reset-guest-gap")
+        _ = control.takeLongestNanoseconds()
+        try source.execute("migrate", ["uri": .string(proxy.uri)])
+        guard let answer = try awaitEnd(of: source) else {
+            destination.end()
+            return nil
+        }
+        let here = try source.execute("x-query-guest")
+        let there = try lookAgain(destination, after: here)
+        guard there["tsc-backwards"] == 0 else { throw CommandFailure("the guest's clock went back over a migration") }
+        let reading = MigrationReading(answer)
+        let reported = Double(reading.downtimeNanoseconds ?? 0) / 1e6
+        let sample = SwitchoverSample(
+            limit: Double(limit), gap: try Self.gap(here, there, reported: reported), reported: reported,
+            total: Double(reading.totalMilliseconds ?? 0), broken: Int(reading.brokenSwitchovers),
+            longestBroken: Double(reading.longestBrokenNanoseconds) / 1e6,
+            control: Double(control.takeLongestNanoseconds()) / 1e6, stalls: proxy.held.stalls)
+        source.end()
+        self.source = destination
+        return sample
+    }
+
+    /// Of the standstill that was committed, by the guest's clock. What the source's memory tells was before it: a longer gap at the
+    /// destination is this one. If there is none, a gap of before was longer; then the source's account is an upper bound, too.
+    private static func gap(_ here: JSON, _ there: JSON, reported: Double) throws(CommandFailure) -> Double {
+        guard let kilohertz = there["tsc-kilohertz"]?.doubleValue, let before = here["longest-gap-ticks"]?.doubleValue,
+            let after = there["longest-gap-ticks"]?.doubleValue, kilohertz > 0
+        else { throw CommandFailure("the guest does not tell its longest gap") }
+        return after > before ? after / kilohertz : min(after / kilohertz, reported)
+    }
+
+    /// The guest must have looked at its clock since it was started there.
+    private func lookAgain(_ destination: ChildVM, after here: JSON) throws -> JSON {
+        func touches(_ guest: JSON) -> UInt64 { guest["touches"]?.integerValue(as: UInt64.self) ?? 0 }
+        let deadline = Deadline.after(seconds: 20)
+        while true {
+            let there = try destination.execute("x-query-guest")
+            if touches(there) > touches(here) { return there }
+            guard !deadline.hasPassed else { throw CommandFailure("the guest does not run on at its destination") }
+            Clock.sleep(nanoseconds: 1_000_000)
+        }
+    }
+
+    private func awaitEnd(of vm: ChildVM) throws -> JSON? {
+        let client = try vm.client()
+        let deadline = Deadline.after(seconds: Self.migrationSeconds)
+        var broken: UInt64 = 0
+        while !deadline.hasPassed {
+            let answer = try vm.execute("query-migrate")
+            // What a switchover that was broken off cost is told by the source: the guest measures afresh, for the next one.
+            let count = MigrationReading(answer).brokenSwitchovers
+            if count > broken, answer["status"] == "active" { try vm.execute("x-reset-guest-gap") }
+            broken = count
+            switch answer["status"]?.stringValue {
+            case "completed": return answer
+            case "failed", "cancelled", "x-unsettled":
+                throw CommandFailure("a migration failed: \(answer["error-desc"]?.stringValue ?? "no reason is told")")
+            default: break
+            }
+            try options.checkInterruption()
+            do throws(QMPClientError) {
+                try client.waitForEvent("MIGRATION", deadline: .after(milliseconds: 200))
+            } catch {
+                guard case .timedOut = error else { throw error }
+            }
+        }
+        try vm.execute("migrate_cancel")
+        let cancelled = Deadline.after(seconds: 10)
+        while try vm.execute("query-migrate")["status"] != "cancelled", !cancelled.hasPassed {
+            Clock.sleep(nanoseconds: 10_000_000)
+        }
+        return nil
+    }
+
+    /// Checks every page of the guest where it is now.
+    func verify() throws {
+        let result = try readySource().execute("x-check-guest", deadline: .after(seconds: 120))
+        guard result["verified"] == true else {
+            throw CommandFailure("after \(count) switchovers: \(result["summary"]?.stringValue ?? "\(result)")")
+        }
+    }
+}

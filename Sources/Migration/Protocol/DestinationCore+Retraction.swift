@@ -1,0 +1,34 @@
+import MigrationStream
+
+// A switchover that would take longer than the source's downtime limit is void: what was loaded is forgotten, RAM is awaited again.
+
+extension DestinationCore {
+    /// COMMIT_WITHIN counts from READY on, by our own clock: the source cannot have heard READY before it was said, so a guest that
+    /// starts in time has stood still for no longer than the source allows.
+    mutating func commit(_ attempt: UInt32, within nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
+        guard features.contains(.retraction), phase == .ready else { return outOfTurn("COMMIT", &actions) }
+        guard now - readyAt <= nanoseconds else { return reopen(attempt, &actions) }
+        startGuest(&actions)
+    }
+
+    mutating func retract(_ attempt: UInt32, _ actions: inout [DestinationAction]) {
+        guard features.contains(.retraction), retraction == nil else { return outOfTurn("RETRACT", &actions) }
+        switch phase {
+        case .loading: retraction = attempt
+        case .ready: reopen(attempt, &actions)
+        default: outOfTurn("RETRACT", &actions)
+        }
+    }
+
+    /// As if PREPARE had not been said, nor any device state sent.
+    mutating func reopen(_ attempt: UInt32, _ actions: inout [DestinationAction]) {
+        guard let source else { return fail("the source is lost", &actions) }
+        retraction = nil
+        sections = []
+        stateBytes = 0
+        guestState = nil
+        send(.retracted(attempt: attempt), to: source, &actions)
+        phase = .receiving
+        expectMore(&actions)
+    }
+}
