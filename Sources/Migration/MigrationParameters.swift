@@ -7,6 +7,13 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `avail-switchover-bandwidth`, bytes per second to count on for the last part; 0: what was measured.
     public var availableSwitchoverBytesPerSecond: UInt64 = 0
 
+    /// `tls-creds`: the id of the credentials that every channel uses; empty: plaintext.
+    public var tlsCredentials = ""
+    /// `tls-hostname`: the name a destination's certificate must have; empty: the host of the address.
+    public var tlsHostname = ""
+    /// `tls-authz`: the id of the list of sources that may come; empty: all with good credentials.
+    public var tlsAuthorization = ""
+
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 
     public init() {}

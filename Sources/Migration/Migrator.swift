@@ -12,6 +12,8 @@ public import Transport
 /// Migrates one machine: parameters, the outgoing or incoming migration, and what is known about it. From any thread.
 public final class Migrator: Sendable {
     public let machine: VirtualMachine
+    /// Credentials and lists of peers, by id.
+    public let security: SecurityObjects
     private let state = Mutex(State())
     private let observers = Mutex<[@Sendable (MigrationEvent) -> Void]>([])
     /// Under a lock of its own: a listener asks for one while `state` is held.
@@ -24,7 +26,11 @@ public final class Migrator: Sendable {
         var incoming: IncomingMigration?
     }
 
-    public init(_ machine: VirtualMachine) { self.machine = machine }
+    /// - Parameter allowsPlaintext: whether a migration may be waited for without TLS where other machines reach it.
+    public init(_ machine: VirtualMachine, allowsPlaintext: Bool = false) {
+        self.machine = machine
+        security = SecurityObjects(allowsPlaintext: allowsPlaintext)
+    }
 
     /// Calls `observer` with every event from now on, on the thread where it happens.
     public func observe(_ observer: @escaping @Sendable (MigrationEvent) -> Void) {
@@ -102,6 +108,7 @@ public final class Migrator: Sendable {
             }
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
+                tls: security.settings(state.parameters, "migrate"),
                 pausesBeforeSwitchover: state.capabilities.contains(.pauseBeforeSwitchover),
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
@@ -120,6 +127,8 @@ public final class Migrator: Sendable {
             }
             let incoming = try IncomingMigration(
                 machine, on: address, startsGuest: startsGuest,
+                tls: security.settings(state.parameters, "migrate-incoming"),
+                allowsPlaintext: security.allowsPlaintext,
                 descriptors: { [weak self] in self?.takeDescriptor($0) },
                 report: { [weak self] in self?.report($0) })
             state.incoming = incoming

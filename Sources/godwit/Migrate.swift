@@ -32,6 +32,18 @@ struct Migrate: ParsableCommand {
         transform: { try ByteSize($0) })
     var bandwidth: ByteSize?
 
+    @Option(
+        help: ArgumentHelp(
+            "Encrypt, with the credentials of this id (godwit run --object, QMP object-add); '' for plaintext.",
+            valueName: "id"))
+    var tls: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "The name that the destination's certificate must have, if not the host of the address.", valueName: "name")
+    )
+    var tlsHostname: String?
+
     @Flag(help: "Print the last query-migrate answer as JSON instead of a report.")
     var json = false
 
@@ -77,6 +89,8 @@ struct Migrate: ParsableCommand {
         settings.downtime = downtime
         settings.bandwidthBytesPerSecond = bandwidth?.bytes
         settings.holdsBeforeSwitchover = hold
+        settings.tlsCredentials = tls
+        settings.tlsHostname = tlsHostname
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

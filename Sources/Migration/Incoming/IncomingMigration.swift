@@ -15,6 +15,7 @@ final class IncomingMigration: Sendable {
     private let report: @Sendable (MigrationEvent) -> Void
     private let statistics: IncomingStatistics
     private let blocks: [RAMBlockDescription]
+    private let handshakes = HandshakeQueue()
 
     private struct State {
         var core: DestinationCore
@@ -34,12 +35,14 @@ final class IncomingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
-        descriptors: @escaping DescriptorResolver, report: @escaping @Sendable (MigrationEvent) -> Void
+        tls: TLSSettings?, allowsPlaintext: Bool, descriptors: @escaping DescriptorResolver,
+        report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
         do throws(ChannelError) {
-            listener = try Listener(on: address, descriptors: descriptors)
+            listener = try Listener(
+                on: address, tls: tls, allowsPlaintext: allowsPlaintext, descriptors: descriptors)
         } catch { throw MigrationError(error.description) }
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         statistics = IncomingStatistics(
@@ -87,9 +90,14 @@ final class IncomingMigration: Sendable {
                 return ConnectionID(state.connectionCount)
             }
             channels.withLock { $0[id] = channel }
-            post(.accepted(id, answers: channel.kind == .socket))
+            // Nobody is a visitor before the handshake; but who alone can come is one at once, or nobody would be waited for.
+            let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
+            if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
             do throws(SystemError) {
-                _ = try HostThread(name: "migration-recv") { [self] in read(channel, id) }
+                _ = try HostThread(name: "migration-recv") { [self] in
+                    guard shakeHands(channel, id, isVisitor: isVisitor) else { return }
+                    read(channel, id)
+                }
             } catch {
                 post(.disconnected(id, error.description))
                 channel.cancel()
@@ -109,6 +117,23 @@ final class IncomingMigration: Sendable {
                 Clock.sleep(nanoseconds: Self.acceptPauseNanoseconds)
             }
         }
+    }
+
+    /// The TLS handshake, if there is one. - Returns: whether the connection is a visitor's now.
+    private func shakeHands(_ channel: Channel, _ id: ConnectionID, isVisitor: Bool) -> Bool {
+        guard channel.awaitsHandshake else { return true }
+        handshakes.enter(id, channel)
+        defer { handshakes.leave(id) }
+        do throws(ChannelError) { try channel.handshake() } catch {
+            channels.withLock { _ = $0.removeValue(forKey: id) }
+            channel.cancel()
+            let reason = error == .cancelled ? "\(channel.peer): its TLS handshake was given up" : error.description
+            if isVisitor { post(.disconnected(id, reason)) } else { report(.notice(reason)) }
+            return false
+        }
+        if let words = channel.securityNotice { report(.notice(words)) }
+        if !isVisitor { post(.accepted(id, answers: true)) }
+        return true
     }
 
     private func read(_ channel: Channel, _ id: ConnectionID) {

@@ -16,6 +16,8 @@ final class OutgoingMigration: Sendable {
     private let machine: VirtualMachine
     private let address: MigrationAddress
     private let descriptors: DescriptorResolver
+    /// For every channel of the migration; `nil`: plaintext.
+    private let tls: TLSSettings?
     private let report: @Sendable (MigrationEvent) -> Void
     private let blocks: [RAMBlockDescription]
     private let configuration: SourceConfiguration
@@ -44,12 +46,13 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        pausesBeforeSwitchover: Bool, descriptors: @escaping DescriptorResolver,
+        tls: TLSSettings?, pausesBeforeSwitchover: Bool, descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.address = address
         self.descriptors = descriptors
+        self.tls = tls
         self.report = report
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
@@ -197,7 +200,7 @@ final class OutgoingMigration: Sendable {
     // MARK: Actions
 
     private func connect() {
-        let connector = Connector(descriptors: descriptors)
+        let connector = Connector(tls: tls, descriptors: descriptors)
         let address = address
         let token: CancelToken
         do throws(SystemError) { token = try CancelToken() } catch {
@@ -208,6 +211,7 @@ final class OutgoingMigration: Sendable {
         startThread("migration-conn") { [self] in
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
+                if let words = channel.securityNotice { report(.notice(words)) }
                 open.withLock { $0 = channel }
                 sender.attach(channel) { [self] in post($0) }
                 let answers = channel.kind == .socket
