@@ -130,7 +130,7 @@ public final class Channel: Sendable {
         // SAFETY: the caller's buffer is valid during this call.
         let isFirst = !hasReceived.load(ordering: .relaxed)
         let count = try receiveOnce { (descriptor) throws(SystemError) in unsafe try descriptor.read(into: buffer) }
-        if isFirst, kind == .socket { try unsafe refuseTLS(UnsafeRawBufferPointer(rebasing: buffer.prefix(count))) }
+        if isFirst, kind == .socket { try unsafe refuseTLS(buffer.prefix(min(count, 3))) }
         return count
     }
 
@@ -146,6 +146,7 @@ public final class Channel: Sendable {
             count = try receive(into: &bytes, from: old, through: tls)
             return count
         }
+        let isFirst = !hasReceived.load(ordering: .relaxed)
         count = try receiveOnce { (descriptor) throws(SystemError) in
             var result: Result<Int?, SystemError> = .success(nil)
             unsafe bytes.withUnsafeMutableBytes { all in
@@ -157,6 +158,7 @@ public final class Channel: Sendable {
             }
             return try result.get()
         }
+        if isFirst, kind == .socket { try refuseTLS(bytes[old..<old + count]) }
         return count
     }
 

@@ -97,7 +97,8 @@ struct TLSChannelTests {
     func closedByDefault() throws {
         for host in ["", "0.0.0.0", "::", "192.0.2.1"] {
             let error = #expect(throws: ChannelError.self) { try Listener(on: .tcp(host: host, port: "0")) }
-            #expect(error?.description.contains("--insecure-plaintext") == true, "\(host): \(String(describing: error))")
+            #expect(
+                error?.description.contains("--insecure-plaintext") == true, "\(host): \(String(describing: error))")
         }
         for host in ["127.0.0.1", "localhost", "127.3.2.1"] { _ = try Listener(on: .tcp(host: host, port: "0")) }
         _ = try Listener(on: .tcp(host: "", port: "0"), allowsPlaintext: true)

@@ -50,7 +50,7 @@ struct Meeting {
             do {
                 try channel.handshake(deadline: deadline)
                 // Plaintext is found out by what comes.
-                if server == nil { _ = try channel.receive(exactly: 1) }
+                if server == nil { try Self.receive(from: channel) }
                 try channel.send([42])
             } catch {
                 channel.cancel()
@@ -62,10 +62,19 @@ struct Meeting {
             let channel = try Connector(tls: client).connect(
                 to: .tcp(host: host, port: port), deadline: deadline)
             if client == nil { try channel.send(Array("QEVM plaintext".utf8)) }
-            #expect(try channel.receive(exactly: 1) == [42])
+            #expect(try Self.receive(from: channel) == [42])
             return channel
         }
         self.server = Result { try serving.value() }
+    }
+
+    @discardableResult
+    private static func receive(from channel: Channel) throws -> [UInt8] {
+        var bytes: [UInt8] = []
+        guard try channel.receive(appendingTo: &bytes, upTo: 100) > 0 else {
+            throw ChannelError.endOfStream(peer: channel.peer, received: 0, wanted: 1)
+        }
+        return bytes
     }
 
     /// The sentence of a failure.

@@ -102,11 +102,9 @@ extension Channel {
     // MARK: Plaintext that is none
 
     /// The first bytes of a stream that begins with a TLS record: a handshake, or an alert from a peer that wanted TLS.
-    ///
-    /// SAFETY: the buffer is used during the call.
-    func refuseTLS(_ start: UnsafeRawBufferPointer) throws(ChannelError) {
-        guard start.count >= 3, unsafe start[0] == 0x16 || start[0] == 0x15, unsafe start[1] == 3, unsafe start[2] <= 4
-        else { return }
+    func refuseTLS(_ start: some Collection<UInt8>) throws(ChannelError) {
+        let head = Array(start.prefix(3))
+        guard head.count == 3, head[0] == 0x16 || head[0] == 0x15, head[1] == 3, head[2] <= 4 else { return }
         throw .tls("receive from \(peer): it speaks TLS, and this side does not; set tls-creds here, or clear it there")
     }
 }

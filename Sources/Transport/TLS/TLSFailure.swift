@@ -33,6 +33,8 @@ enum TLSFailure {
     /// Whether the stream ended without the peer saying so.
     static func isTruncation(_ codes: [UInt]) -> Bool { codes.contains { reason($0) == Reason.endOfStream } }
 
+    static func isNotTLS(_ codes: [UInt]) -> Bool { codes.contains { reason($0).map(Reason.notTLS.contains) ?? false } }
+
     /// The words for a certificate that we did not accept.
     static func ofCertificate(_ code: Int, subject: String, wanted: String?, _ crypto: LibCrypto) -> String {
         let its = subject.isEmpty ? "its certificate" : "its certificate (\(subject))"

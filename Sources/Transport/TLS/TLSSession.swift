@@ -22,6 +22,8 @@ import Synchronization
         /// The certificate's subject, or the user name of the key.
         var peerName = ""
         var listRefused = false
+        /// It does not speak TLS, so OpenSSL has not told it anything.
+        var isNotTLS = false
     }
 
     let settings: TLSSettings
@@ -133,6 +135,7 @@ import Synchronization
         } else if TLSFailure.isTruncation(codes), operation == Self.handshaking {
             words = "it closed the connection in the middle; it may not speak TLS (tls-creds), or its log says more"
         } else {
+            findings.withLock { $0.isNotTLS = TLSFailure.isNotTLS(codes) }
             words = TLSFailure.ofProtocol(codes, settings.credentials.kind, crypto)
         }
         return .tls("\(operation) \(peer): \(words)")
@@ -214,6 +217,10 @@ import Synchronization
 
     /// After a failure: an alert is on its way, and a close with bytes unread would take it back.
     private func linger() {
+        if findings.withLock({ $0.isNotTLS }) {
+            // RFC 8446, section 6: a fatal alert, protocol_version. A Godwit that sent plaintext knows what it means.
+            _ = try? socket.write([0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x46])
+        }
         try? Socket.finishSending(socket)
         let deadline = Deadline.after(milliseconds: 500)
         var room = 1 << 20

@@ -65,9 +65,13 @@ final class VMProcess: Sendable {
             machine = try VirtualMachine(configuration, serial: port)
             migrator = Migrator(machine, allowsPlaintext: plan.allowsPlaintext)
             let ending = ending
-            commands = MonitorCommands(machine: machine, migrator: migrator, name: plan.name.text) {
+            let commands = MonitorCommands(machine: machine, migrator: migrator, name: plan.name.text) {
                 ending.withLock { $0 = $0 ?? .quit }
             }
+            // Before anybody can ask for them.
+            for object in plan.objects { try commands.addObject(object) }
+            if !plan.parameters.isEmpty { try commands.setParameters(plan.parameters) }
+            self.commands = commands
             server = try QMPServer(sockets: sockets, table: commands.table)
         } catch {
             sockets.forEach { $0.remove() }
@@ -82,8 +86,6 @@ final class VMProcess: Sendable {
         defer { tearDown() }
         commands.sendEvents { [server] in server.post($0, data: $1) }
         observe()
-        for object in plan.objects { try commands.addObject(object) }
-        if !plan.parameters.isEmpty { try commands.setParameters(plan.parameters) }
         if case .address(let address) = plan.incoming {
             try migrator.acceptMigration(on: address, startsGuest: !plan.startsPaused)
         }
