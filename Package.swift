@@ -56,8 +56,8 @@ let package = Package(
         room(
             "Benchmarks",
             standsOn: [
-                "Host", "GuestMemory", "Accelerator", "KVM", "GuestPrograms", "Machine", "Migration", "QMP",
-                "CommandLineKit",
+                "Host", "GuestMemory", "Transport", "Accelerator", "KVM", "GuestPrograms", "Machine", "Migration",
+                "QMP", "CommandLineKit",
             ]),
         .executableTarget(
             name: "godwit",
@@ -71,7 +71,7 @@ let package = Package(
         tests("HostTests", of: ["Host"]),
         tests("GuestMemoryTests", of: ["GuestMemory", "Host"]),
         tests("MigrationStreamTests", of: ["MigrationStream"]),
-        tests("TransportTests", of: ["Transport", "Host", "GuestMemory"]),
+        tests("TransportTests", of: ["Transport", "Host", "GuestMemory", "TestSupport"]),
         tests("KVMTests", of: ["KVM", "Accelerator", "GuestMemory", "Host"]),
         tests("GuestProgramsTests", of: ["GuestPrograms"]),
         tests("DevicesTests", of: ["Devices", "Host"]),

@@ -5,5 +5,6 @@ public enum BenchmarkList {
         TrackingBenchmark.self,
         MemslotsBenchmark.self,
         DowntimeBenchmark.self,
+        TransportBenchmark.self,
     ]
 }

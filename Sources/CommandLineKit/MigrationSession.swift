@@ -7,6 +7,9 @@ public struct MigrationSession {
     public struct Settings: Sendable {
         public var downtime: TimeSpan?
         public var bandwidthBytesPerSecond: UInt64?
+        /// The id of TLS credentials, and the name the destination's certificate must have; empty for none.
+        public var tlsCredentials: String?
+        public var tlsHostname: String?
         /// Stop in `pre-switchover` until somebody says `migrate-continue`.
         public var holdsBeforeSwitchover = false
         /// Channels for pages besides the main one; 0 for none.
@@ -48,6 +51,8 @@ public struct MigrationSession {
         }
         if let bandwidth = settings.bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidth) }
         if let channels = settings.channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
+        if let credentials = settings.tlsCredentials { parameters["tls-creds"] = .string(credentials) }
+        if let name = settings.tlsHostname { parameters["tls-hostname"] = .string(name) }
         if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
         if let channels = settings.channels { try turn("multifd", channels > 0) }
         if settings.holdsBeforeSwitchover { try hold(true) }

@@ -60,6 +60,37 @@ import Glibc
         }
     }
 
+    /// The size of the first range in bytes; 0 if there is none.
+    public var firstRangeByteCount: Int { unsafe byteCount > 0 ? entries[first].iov_len : 0 }
+
+    /// Moves bytes from the front into `buffer`, as many as fit. - Returns: how many.
+    @unsafe public mutating func gather(into buffer: UnsafeMutableRawBufferPointer) -> Int {
+        var filled = 0
+        while byteCount > 0, filled < buffer.count {
+            // SAFETY: the entry is inside its mapping (see `entries`), and the copy ends where entry or buffer end.
+            let entry = unsafe entries[first]
+            let count = unsafe min(entry.iov_len, buffer.count - filled)
+            unsafe memcpy(buffer.baseAddress! + filled, entry.iov_base, count)
+            advance(by: count)
+            filled += count
+        }
+        return filled
+    }
+
+    /// Hands the first range to `body` and drops from it as many bytes as that returns. - Returns: that number.
+    ///
+    /// SAFETY for the callers: the buffer is used during the call only, and no more is returned than it has.
+    @unsafe public mutating func withFirstRange<E: Error>(
+        _ body: (UnsafeMutableRawBufferPointer) throws(E) -> Int
+    ) throws(E) -> Int {
+        guard byteCount > 0 else { return 0 }
+        let entry = unsafe entries[first]
+        let count = try unsafe body(UnsafeMutableRawBufferPointer(start: entry.iov_base, count: entry.iov_len))
+        unsafe precondition(count >= 0 && count <= entry.iov_len, "inside the range")
+        advance(by: count)
+        return count
+    }
+
     /// SAFETY for the callers: the pointer is used for one system call.
     @unsafe mutating func withEntries<R>(_ body: (UnsafeMutablePointer<iovec>, CInt) -> R) -> R {
         unsafe entries.withUnsafeMutableBufferPointer { buffer in

@@ -85,6 +85,21 @@ public struct SocketAddress: Sendable, Hashable {
     /// The port; `nil` for a unix address.
     public var port: UInt16? { isUnix || bytes.count < 4 ? nil : UInt16(bytes[2]) << 8 | UInt16(bytes[3]) }
 
+    /// Whether only this machine reaches what listens there: a unix path, 127.0.0.0/8, ::1, and those IPv4 addresses within IPv6.
+    /// The unspecified address stands for all, so it is not.
+    public var isLocal: Bool {
+        switch family {
+        case AF_UNIX: return true
+        case AF_INET: return bytes.count >= 8 && bytes[4] == 127
+        case AF_INET6:
+            guard bytes.count >= 24 else { return false }
+            let address = bytes[8..<24]
+            let mapped: [UInt8] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127]
+            return address.starts(with: mapped) || address.elementsEqual([UInt8](repeating: 0, count: 15) + [1])
+        default: return false
+        }
+    }
+
     @unsafe func withKernelAddress<R>(_ body: (UnsafePointer<sockaddr>, socklen_t) -> R) -> R {
         // SAFETY: the socket calls take any address structure through this type, with its true length.
         unsafe bytes.withUnsafeBytes {

@@ -19,6 +19,12 @@ public struct MigrationParameters: Sendable, Equatable {
         get { (chosenZeroPageDetection ?? .legacy).rawValue }
         set { chosenZeroPageDetection = ZeroPageDetection(rawValue: newValue) }
     }
+    /// `tls-creds`: the id of the credentials that every channel uses; empty: plaintext.
+    public var tlsCredentials = ""
+    /// `tls-hostname`: the name a destination's certificate must have; empty: the host of the address.
+    public var tlsHostname = ""
+    /// `tls-authz`: the id of the list of sources that may come; empty: all with good credentials.
+    public var tlsAuthorization = ""
 
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 

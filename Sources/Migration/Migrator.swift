@@ -13,6 +13,8 @@ public import Transport
 /// Migrates one machine: parameters, the outgoing or incoming migration, and what is known about it. From any thread.
 public final class Migrator: Sendable {
     public let machine: VirtualMachine
+    /// Credentials and lists of peers, by id.
+    public let security: SecurityObjects
     private let state = Mutex(State())
     private let observers = Mutex<[@Sendable (MigrationEvent) -> Void]>([])
     /// Under a lock of its own: a listener asks for one while `state` is held.
@@ -33,7 +35,11 @@ public final class Migrator: Sendable {
         }
     }
 
-    public init(_ machine: VirtualMachine) { self.machine = machine }
+    /// - Parameter allowsPlaintext: whether a migration may be waited for without TLS where other machines reach it.
+    public init(_ machine: VirtualMachine, allowsPlaintext: Bool = false) {
+        self.machine = machine
+        security = SecurityObjects(allowsPlaintext: allowsPlaintext)
+    }
 
     /// Calls `observer` with every event from now on, on the thread where it happens.
     public func observe(_ observer: @escaping @Sendable (MigrationEvent) -> Void) {
@@ -120,6 +126,7 @@ public final class Migrator: Sendable {
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
                 capabilities: state.capabilities, multifd: multifd,
+                tls: security.settings(state.parameters, "migrate"),
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()
@@ -139,6 +146,8 @@ public final class Migrator: Sendable {
                 machine, on: address, startsGuest: startsGuest, capabilities: state.capabilities,
                 // What brings one connection brings no channels, whoever sent it.
                 multifdChannels: address.canReconnect ? state.multifd?.channels : nil,
+                tls: security.settings(state.parameters, "migrate-incoming"),
+                allowsPlaintext: security.allowsPlaintext,
                 descriptors: { [weak self] in self?.takeDescriptor($0) },
                 report: { [weak self] in self?.report($0) })
             state.incoming = incoming

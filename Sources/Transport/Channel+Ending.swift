@@ -5,9 +5,10 @@ import Synchronization
 extension Channel {
     /// Says that everything was handed over.
     ///
-    /// A socket's peer reads to the end, and may still answer. A pipe is closed. A file is closed and reports what a file system
-    /// met that writes at close; nothing waits for the disk. A command sees the end of its input and is waited for; what it still
-    /// prints is dropped, unless this side sends and has received (a return path): then go on receiving to its end.
+    /// A socket's peer reads to the end (TLS tells it so: close_notify), and may still answer. A pipe is closed. A file is closed and
+    /// reports what a file system met that writes at close; nothing waits for the disk. A command sees the end of its input and is
+    /// waited for; what it still prints is dropped, unless this side sends and has received (a return path): then go on receiving to
+    /// its end.
     /// - Parameter deadline: for the end of a command; `nil` is the send stall limit from now.
     /// - Throws: `ChannelError`: `commandFailed` for a command that did not end with status 0.
     public func finish(deadline: Deadline? = nil) throws(ChannelError) {
@@ -15,6 +16,7 @@ extension Channel {
         switch kind {
         case .socket:
             guard let input else { return }
+            try tls?.finish(limit: stallLimits.sendMilliseconds)
             do throws(SystemError) { try Socket.finishSending(input) } catch {
                 throw failure("finish sending to", error)
             }

@@ -10,10 +10,24 @@ extension Channel {
         case outgoing, incoming
     }
 
-    /// A connected stream socket.
+    /// A connected stream socket, in plaintext.
     convenience init(socket: Descriptor, peer: String, limits: StallLimits) throws(SystemError) {
         Socket.tuneForMessages(socket)
         try self.init(.socket, peer: peer, input: socket, output: socket, limits: limits)
+    }
+
+    /// A connected stream socket; with TLS settings nothing goes through it before the handshake.
+    static func socket(
+        _ socket: Descriptor, peer: String, limits: StallLimits, tls settings: TLSSettings?
+    ) throws(ChannelError) -> Channel {
+        let token = try channelled { () throws(SystemError) in try CancelToken() }
+        var session: TLSSession?
+        if let settings { session = try TLSSession(settings, socket: socket, token: token, peer: peer) }
+        Socket.tuneForMessages(socket)
+        return try channelled { () throws(SystemError) in
+            try Channel(
+                .socket, peer: peer, input: socket, output: socket, limits: limits, token: token, tls: session)
+        }
     }
 
     /// A child process: we write to its standard input and read from its standard output, as QEMU does in both directions.
@@ -62,18 +76,19 @@ extension Channel {
 
     /// A descriptor we were given: a connected socket, a pipe or a file, from where it stands.
     static func descriptor(
-        _ descriptor: Descriptor, _ direction: Direction, limits: StallLimits
+        _ descriptor: Descriptor, _ direction: Direction, limits: StallLimits, tls: TLSSettings? = nil
     ) throws(ChannelError) -> Channel {
         let name = descriptor.name
         let kind = descriptor.kind
         if kind == .socket {
-            return try channelled { () throws(SystemError) in
+            try channelled { () throws(SystemError) in
                 guard try Socket.isStream(descriptor) else {
                     throw SystemError("use", name, code: EPROTOTYPE, remedy: "the socket must be of type SOCK_STREAM")
                 }
-                return try Channel(socket: descriptor, peer: name, limits: limits)
             }
+            return try Channel.socket(descriptor, peer: name, limits: limits, tls: tls)
         }
+        guard tls == nil else { throw .tls("\(name): TLS needs a socket, and this is none; clear tls-creds") }
         let access = try channelled { () throws(SystemError) in try descriptor.access() }
         switch direction {
         case .outgoing:

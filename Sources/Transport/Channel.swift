@@ -21,17 +21,19 @@ public final class Channel: Sendable {
     /// The child of an `exec:` channel.
     let child: ChildProcess?
     let token: CancelToken
+    /// Encrypts what goes through a socket; `nil` for plaintext.
+    let tls: TLSSession?
     private let limits: Mutex<StallLimits>
     let hasReceived = Atomic(false)
     /// Whether `finish` drops what a command still prints, though some of it was received.
     let isIncoming: Bool
-    private let sent = Atomic<UInt64>(0)
-    private let received = Atomic<UInt64>(0)
+    let sent = Atomic<UInt64>(0)
+    let received = Atomic<UInt64>(0)
 
     /// Takes what was opened (see `Channel+Opening.swift`).
     init(
         _ kind: Kind, peer: String, input: Descriptor?, output: Descriptor?, child: ChildProcess? = nil,
-        isIncoming: Bool = false, limits: StallLimits
+        isIncoming: Bool = false, limits: StallLimits, token: CancelToken? = nil, tls: TLSSession? = nil
     ) throws(SystemError) {
         self.kind = kind
         self.peer = peer
@@ -40,10 +42,11 @@ public final class Channel: Sendable {
         self.child = child
         self.isIncoming = isIncoming
         self.limits = Mutex(limits)
-        token = try CancelToken()
+        if let token { self.token = token } else { self.token = try CancelToken() }
+        self.tls = tls
         Descriptor.ignoreBrokenPipes()
         for descriptor in [input, output] {
-            try descriptor?.setNonBlocking(kind == .pipe || kind == .command)
+            try descriptor?.setNonBlocking(kind == .pipe || kind == .command || tls != nil)
             // A third more throughput than with the 64 KiB of a new pipe. (Sockets gain nothing from larger buffers.)
             if kind == .pipe || kind == .command { descriptor?.setPipeCapacity(1 << 20) }
         }
@@ -77,6 +80,7 @@ public final class Channel: Sendable {
     /// Sends all of the vector and leaves it empty of bytes. - Throws: `ChannelError`; what was sent is gone from the vector.
     public func send(_ vector: inout IOVector) throws(ChannelError) {
         let descriptor = try sendingEnd()
+        if let tls { return try send(&vector, through: tls) }
         var quiet: UInt64 = 0
         while vector.byteCount > 0 {
             try token.check()
@@ -89,6 +93,7 @@ public final class Channel: Sendable {
     /// Sends all of the bytes.
     public func send(_ bytes: [UInt8]) throws(ChannelError) {
         let descriptor = try sendingEnd()
+        if let tls { return try send(bytes, through: tls) }
         var rest = bytes[...]
         var quiet: UInt64 = 0
         while !rest.isEmpty {
@@ -121,8 +126,12 @@ public final class Channel: Sendable {
     /// Receives what is there, at least one byte. - Returns: the number of bytes; 0 at the end of the stream.
     @unsafe public func receive(into buffer: UnsafeMutableRawBufferPointer) throws(ChannelError) -> Int {
         guard unsafe !buffer.isEmpty else { return 0 }
+        if let tls { return try unsafe receive(into: buffer, through: tls) }
         // SAFETY: the caller's buffer is valid during this call.
-        return try receiveOnce { (descriptor) throws(SystemError) in unsafe try descriptor.read(into: buffer) }
+        let isFirst = !hasReceived.load(ordering: .relaxed)
+        let count = try receiveOnce { (descriptor) throws(SystemError) in unsafe try descriptor.read(into: buffer) }
+        if isFirst, kind == .socket { try unsafe refuseTLS(buffer.prefix(min(count, 3))) }
+        return count
     }
 
     /// Receives what is there, at most `limit` bytes, at the end of `bytes`. - Returns: how many; 0 at the end of the stream.
@@ -133,6 +142,11 @@ public final class Channel: Sendable {
         bytes += [UInt8](repeating: 0, count: limit)
         var count = 0
         defer { bytes.removeLast(bytes.count - old - count) }
+        if let tls {
+            count = try receive(into: &bytes, from: old, through: tls)
+            return count
+        }
+        let isFirst = !hasReceived.load(ordering: .relaxed)
         count = try receiveOnce { (descriptor) throws(SystemError) in
             var result: Result<Int?, SystemError> = .success(nil)
             unsafe bytes.withUnsafeMutableBytes { all in
@@ -144,6 +158,7 @@ public final class Channel: Sendable {
             }
             return try result.get()
         }
+        if isFirst, kind == .socket { try refuseTLS(bytes[old..<old + count]) }
         return count
     }
 
@@ -163,7 +178,12 @@ public final class Channel: Sendable {
     public func receive(_ vector: inout IOVector) throws(ChannelError) {
         let wanted = vector.byteCount
         while vector.byteCount > 0 {
-            let count = try receiveOnce { (descriptor) throws(SystemError) in try descriptor.read(&vector) }
+            let count =
+                if let tls {
+                    try receive(&vector, through: tls)
+                } else {
+                    try receiveOnce { (descriptor) throws(SystemError) in try descriptor.read(&vector) }
+                }
             guard count > 0 else {
                 throw earlyEnd(received: wanted - vector.byteCount, wanted: wanted)
             }

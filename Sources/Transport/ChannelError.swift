@@ -12,6 +12,8 @@ public enum ChannelError: Error, Equatable, Sendable, CustomStringConvertible {
     case commandFailed(command: String, status: ChildProcess.ExitStatus)
     /// What was asked for cannot be done on this kind of channel or address: the object, the reason, the remedy.
     case unusable(String)
+    /// TLS keeps the channel from being used: the peer, the cause, the remedy.
+    case tls(String)
     /// A system call failed; its object is the peer. `ETIMEDOUT`: a deadline passed.
     case system(SystemError)
 
@@ -25,7 +27,7 @@ public enum ChannelError: Error, Equatable, Sendable, CustomStringConvertible {
         case .commandFailed(let command, .exited(let code)): "exec:\(command): the command ended with status \(code)"
         case .commandFailed(let command, .signalled(let signal)):
             "exec:\(command): the command was ended by signal \(signal)"
-        case .unusable(let sentence): sentence
+        case .unusable(let sentence), .tls(let sentence): sentence
         case .system(let error): error.description
         }
     }

@@ -19,6 +19,7 @@ public final class Listener: Sendable {
     /// All sockets that listen; none for what is not a socket.
     public let addresses: [BoundAddress]
     private let limits: StallLimits
+    private let tls: TLSSettings?
     private let state: Mutex<State>
     private let closing: CancelToken
     /// The socket file we made, to be removed.
@@ -30,20 +31,31 @@ public final class Listener: Sendable {
         var single: Channel?
     }
 
-    /// Listens on, opens or starts what the address says. - Throws: `ChannelError`, also when the address is in use.
+    /// Listens on, opens or starts what the address says.
+    ///
+    /// Without TLS it listens on this machine only, unless `allowsPlaintext` says otherwise.
+    /// - Parameter tls: makes every channel TLS from its first byte; whoever accepts one calls its `handshake`.
+    /// - Throws: `ChannelError`, also when the address is in use, and `tls` for one that would be open to others in plaintext.
     public init(
-        on address: MigrationAddress, limits: StallLimits = StallLimits(),
-        descriptors: @escaping DescriptorResolver = { _ in nil }
+        on address: MigrationAddress, limits: StallLimits = StallLimits(), tls: TLSSettings? = nil,
+        allowsPlaintext: Bool = false, descriptors: @escaping DescriptorResolver = { _ in nil }
     ) throws(ChannelError) {
         self.address = address
         self.limits = limits
+        self.tls = tls
+        try tls?.check(.server, address)
+        let isClosed = tls == nil && !allowsPlaintext
         closing = try channelled { () throws(SystemError) in try CancelToken() }
         var opened = State()
         var madeFile: (path: String, identity: FileIdentity)?
         switch address {
         case .tcp(let host, let port):
+            let targets = try channelled { () throws(SystemError) in
+                try SocketAddress.resolve(host: host, port: port, passive: true)
+            }
+            if isClosed { try Self.requireLocal(targets, address) }
             opened.sockets = try channelled { () throws(SystemError) in
-                try Self.listen(host: host, port: port, name: address.description)
+                try Self.listen(on: targets, name: address.description)
             }
         case .unix(let path):
             opened.sockets = [try channelled { () throws(SystemError) in try Self.listen(unix: path) }]
@@ -54,10 +66,14 @@ public final class Listener: Sendable {
                 descriptor.kind == .socket ? try Socket.isListening(descriptor) : false
             }
             if listens {
-                try channelled { () throws(SystemError) in try descriptor.setNonBlocking(true) }
+                let bound = try channelled { () throws(SystemError) in
+                    try descriptor.setNonBlocking(true)
+                    return try Socket.localAddress(of: descriptor)
+                }
+                if isClosed { try Self.requireLocal([bound], address) }
                 opened.sockets = [descriptor]
             } else {
-                opened.single = try Channel.descriptor(descriptor, .incoming, limits: limits)
+                opened.single = try Channel.descriptor(descriptor, .incoming, limits: limits, tls: tls)
             }
         case .exec(let arguments):
             opened.single = try Channel.command(arguments, .incoming, limits: limits)
@@ -70,6 +86,9 @@ public final class Listener: Sendable {
     }
 
     deinit { socketFile.map { $0.identity.remove($0.path) } }
+
+    /// Whether one connection comes and no other.
+    public var bringsOneChannel: Bool { addresses.isEmpty && state.withLock { $0.sockets.isEmpty } }
 
     // MARK: Accepting
 
@@ -100,10 +119,11 @@ public final class Listener: Sendable {
 
     /// `nil` if the connection went away in the meantime.
     private func acceptNow(_ listener: Descriptor) throws(ChannelError) -> Channel? {
-        try channelled { () throws(SystemError) in
-            guard let socket = try Socket.accept(listener, deadline: Deadline(at: 0)) else { return nil }
-            return try Channel(socket: socket, peer: Self.peer(of: socket, on: address), limits: limits)
+        let socket = try channelled { () throws(SystemError) in
+            try Socket.accept(listener, deadline: Deadline(at: 0))
         }
+        guard let socket else { return nil }
+        return try Channel.socket(socket, peer: Self.peer(of: socket, on: address), limits: limits, tls: tls)
     }
 
     private static func peer(of socket: Descriptor, on address: MigrationAddress) -> String {
@@ -127,9 +147,17 @@ public final class Listener: Sendable {
 
     // MARK: Opening
 
+    /// Closed by default: who could be reached by others without TLS does not listen.
+    private static func requireLocal(_ targets: [SocketAddress], _ address: MigrationAddress) throws(ChannelError) {
+        guard !targets.allSatisfy(\.isLocal) else { return }
+        throw .tls(
+            "listen on \(address): other machines reach this address, and without TLS anybody there could send a guest or read the "
+                + "one that comes; use TLS (tls-creds), listen on 127.0.0.1 or unix:PATH, or allow it with --insecure-plaintext"
+        )
+    }
+
     /// Listens on every address the host stands for, all with the same port.
-    private static func listen(host: String, port: String, name: String) throws(SystemError) -> [Descriptor] {
-        let targets = try SocketAddress.resolve(host: host, port: port, passive: true)
+    private static func listen(on targets: [SocketAddress], name: String) throws(SystemError) -> [Descriptor] {
         var sockets: [Descriptor] = []
         var chosen: UInt16?
         var failure = SystemError("listen on", name, code: EADDRNOTAVAIL)

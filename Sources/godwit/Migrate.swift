@@ -34,6 +34,17 @@ struct Migrate: ParsableCommand {
 
     @Option(help: "Send pages over so many channels besides the main one, 1 to 64, with tcp: or unix:; 0 for none.")
     var channels: Int?
+    @Option(
+        help: ArgumentHelp(
+            "Encrypt, with the credentials of this id (godwit run --object, QMP object-add); '' for plaintext.",
+            valueName: "id"))
+    var tls: String?
+
+    @Option(
+        help: ArgumentHelp(
+            "The name that the destination's certificate must have, if not the host of the address.", valueName: "name")
+    )
+    var tlsHostname: String?
 
     @Flag(help: "Print the last query-migrate answer as JSON instead of a report.")
     var json = false
@@ -84,6 +95,8 @@ struct Migrate: ParsableCommand {
         settings.bandwidthBytesPerSecond = bandwidth?.bytes
         settings.holdsBeforeSwitchover = hold
         settings.channels = channels
+        settings.tlsCredentials = tls
+        settings.tlsHostname = tlsHostname
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

@@ -6,13 +6,14 @@ import Testing
 
 /// The kinds of channel that can block.
 enum Medium: CaseIterable, Sendable {
-    case socket, tcp, pipe
+    case socket, tcp, pipe, tls
 
     func pair(bufferBytes: CInt? = nil, limits: StallLimits = StallLimits()) throws -> (Channel, Channel) {
         switch self {
         case .socket: try channelPair(bufferBytes: bufferBytes, limits: limits)
         case .tcp: try tcpPair(bufferBytes: bufferBytes, limits: limits)
         case .pipe: try pipePair(limits: limits)
+        case .tls: try tlsPair(bufferBytes: bufferBytes, limits: limits)
         }
     }
 }

@@ -24,7 +24,7 @@ import Testing
 
     @Test("an empty host listens on all addresses with one port")
     func allAddresses() throws {
-        let listener = try Listener(on: .tcp(host: "", port: "0"))
+        let listener = try Listener(on: .tcp(host: "", port: "0"), allowsPlaintext: true)
         let ports = listener.addresses.map { address in
             guard case .inet(_, let port) = address else { return "" }
             return port

@@ -64,7 +64,7 @@ func tcpPair(bufferBytes: CInt? = nil, limits: StallLimits = StallLimits()) thro
     return (a, b)
 }
 
-private func setBuffers(of sockets: [Descriptor], _ byteCount: CInt) {
+func setBuffers(of sockets: [Descriptor], _ byteCount: CInt) {
     var size = byteCount
     for socket in sockets {
         for option in [SO_SNDBUF, SO_RCVBUF] {

@@ -18,6 +18,7 @@ final class IncomingMigration: Sendable {
     let received: ReceivedPages
     /// Where the channels of multifd and the main one wait for each other.
     let barrier: IncomingChannels
+    private let handshakes = HandshakeQueue()
 
     private struct State {
         var core: DestinationCore
@@ -37,13 +38,15 @@ final class IncomingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
-        capabilities: Set<MigrationCapability>, multifdChannels: Int?, descriptors: @escaping DescriptorResolver,
+        capabilities: Set<MigrationCapability>, multifdChannels: Int?, tls: TLSSettings?, allowsPlaintext: Bool,
+        descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
         do throws(ChannelError) {
-            listener = try Listener(on: address, descriptors: descriptors)
+            listener = try Listener(
+                on: address, tls: tls, allowsPlaintext: allowsPlaintext, descriptors: descriptors)
         } catch { throw MigrationError(error.description) }
         do throws(SystemError) { received = try ReceivedPages(machine.memory) } catch {
             throw MigrationError(error.description)
@@ -98,9 +101,14 @@ final class IncomingMigration: Sendable {
             }
             channels.withLock { $0[id] = channel }
             barrier.opened(id)
-            post(.accepted(id, answers: channel.kind == .socket))
+            // Nobody is a visitor before the handshake; but who alone can come is one at once, or nobody would be waited for.
+            let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
+            if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
             do throws(SystemError) {
-                _ = try HostThread(name: "migration-recv") { [self] in recognize(channel, id) }
+                _ = try HostThread(name: "migration-recv") { [self] in
+                    guard shakeHands(channel, id, isVisitor: isVisitor) else { return }
+                    recognize(channel, id)
+                }
             } catch {
                 post(.disconnected(id, error.description))
                 channel.cancel()
@@ -128,6 +136,23 @@ final class IncomingMigration: Sendable {
         let channel = channels.withLock { $0.removeValue(forKey: id) }
         barrier.closed(id)
         return channel
+    }
+
+    /// The TLS handshake, if there is one. - Returns: whether the connection is a visitor's now.
+    private func shakeHands(_ channel: Channel, _ id: ConnectionID, isVisitor: Bool) -> Bool {
+        guard channel.awaitsHandshake else { return true }
+        handshakes.enter(id, channel)
+        defer { handshakes.leave(id) }
+        do throws(ChannelError) { try channel.handshake() } catch {
+            forget(id)
+            channel.cancel()
+            let reason = error == .cancelled ? "\(channel.peer): its TLS handshake was given up" : error.description
+            if isVisitor { post(.disconnected(id, reason)) } else { report(.notice(reason)) }
+            return false
+        }
+        if let words = channel.securityNotice { report(.notice(words)) }
+        if !isVisitor { post(.accepted(id, answers: true)) }
+        return true
     }
 
     /// Whether the core has not closed that connection.

@@ -54,7 +54,7 @@ extension ChannelGroup {
 
     /// Waits until so many bytes may go out; not longer than the round has time.
     fileprivate func pay(_ bytes: Int) {
-        let wait = pacer.withLock { $0.sent(UInt64(bytes), at: Clock.monotonicNanoseconds) }
+        let wait = pacer.withLock { $0 }.sent(UInt64(bytes), at: Clock.monotonicNanoseconds)
         guard wait > 0 else { return }
         work.wait(deadline: .after(nanoseconds: wait)) { $0.isInHurry || $0.isOver ? () : nil }
     }

@@ -46,7 +46,7 @@ final class ChannelGroup: Sendable {
     let work = Monitor(Work())
     let progress = Monitor(Progress())
     /// One for all channels: together they keep the limit.
-    let pacer = Mutex(Pacer(bytesPerSecond: 0))
+    let pacer = Mutex(Pacer.unlimited)
     /// Packets are numbered through all channels.
     let packetNumber = Atomic<UInt64>(0)
     /// The most pages of one item. Few channels take whole huge pages, so that no two of them touch one at the destination at once.
@@ -94,7 +94,7 @@ final class ChannelGroup: Sendable {
 
     /// The most pages of an item.
     var itemPages: UInt64 {
-        let most = pacer.withLock { $0.batchBytes(most: Int(mostItemPages) * Wire.pageSize) }
+        let most = pacer.withLock { $0 }.batchBytes(most: Int(mostItemPages) * Wire.pageSize)
         return max(UInt64(most / Wire.pageSize), Self.fewestPages)
     }
 

@@ -16,6 +16,8 @@ final class OutgoingMigration: Sendable {
     private let machine: VirtualMachine
     private let address: MigrationAddress
     private let descriptors: DescriptorResolver
+    /// For every channel of the migration; `nil`: plaintext.
+    private let tls: TLSSettings?
     private let report: @Sendable (MigrationEvent) -> Void
     private let blocks: [RAMBlockDescription]
     private let configuration: SourceConfiguration
@@ -46,13 +48,14 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        capabilities: Set<MigrationCapability>, multifd: (channels: Int, mode: MultifdMode)?,
+        capabilities: Set<MigrationCapability>, multifd: (channels: Int, mode: MultifdMode)?, tls: TLSSettings?,
         descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.address = address
         self.descriptors = descriptors
+        self.tls = tls
         self.report = report
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
@@ -225,7 +228,7 @@ final class OutgoingMigration: Sendable {
 
     /// The main channel first, then those for pages: a QEMU destination listens to nobody before all are there.
     private func connect(withChannels: Bool) {
-        let connector = Connector(descriptors: descriptors)
+        let connector = Connector(tls: tls, descriptors: descriptors)
         let address = address
         let token: CancelToken
         do throws(SystemError) { token = try CancelToken() } catch {
@@ -236,6 +239,7 @@ final class OutgoingMigration: Sendable {
         startThread("migration-conn") { [self] in
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
+                if let words = channel.securityNotice { report(.notice(words)) }
                 let group =
                     withChannels && channelCount > 0
                     ? try ChannelGroup(

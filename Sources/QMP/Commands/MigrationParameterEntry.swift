@@ -43,6 +43,9 @@ struct MigrationParameterEntry: Sendable {
             .choice(ZeroPageDetection.allCases.map(\.rawValue), \.zeroPageDetection)),
         MigrationParameterEntry(
             "x-multifd-flush-after-each-section", .bool, .flag(\.flushesMultifdAfterEachSection)),
+        MigrationParameterEntry("tls-creds", .stringOrNull, .text(\.tlsCredentials)),
+        MigrationParameterEntry("tls-hostname", .stringOrNull, .text(\.tlsHostname)),
+        MigrationParameterEntry("tls-authz", .stringOrNull, .text(\.tlsAuthorization)),
     ]
 
     private static func numbers(_ feature: String, _ defaults: [(String, Int, Int64)]) -> [MigrationParameterEntry] {
@@ -96,9 +99,6 @@ struct MigrationParameterEntry: Sendable {
     private static let rest =
         numbers("postcopy", [("max-postcopy-bandwidth", 64, 0)])
         + numbers("COLO", [("x-checkpoint-delay", 32, 20000)])
-        + ["tls-creds", "tls-hostname", "tls-authz"].map {
-            MigrationParameterEntry($0, .stringOrNull, .off("", "TLS"))
-        }
         + [
             MigrationParameterEntry("block-incremental", .bool, .off(false, "copying disks")),
             MigrationParameterEntry("direct-io", .bool, .off(false, "direct I/O")),

@@ -26,6 +26,7 @@ public final class MonitorCommands: Sendable {
         let commands =
             MigrationCommands(migrator).all
             + MigrationSettings(migrator).all
+            + ObjectCommands(migrator.security).all
             + MachineCommands(machine, name: name).all
             + MemoryCommands(machine).all
             + GuestCommands(machine).all
@@ -42,6 +43,22 @@ public final class MonitorCommands: Sendable {
         table = CommandTable(commands: commands + [human.command]) { machine.runState.rawValue }
         machine.observe { events.send($0) }
         migrator.observe { events.send($0) }
+    }
+
+    /// Makes an object from QEMU's text form, as `object-add` does. - Throws: `QMPError`.
+    public func addObject(_ options: String) throws(QMPError) {
+        try run("object-add", ObjectOptions(parsing: options).arguments)
+    }
+
+    /// Sets migration parameters, as `migrate-set-parameters` does. - Throws: `QMPError`.
+    public func setParameters(_ parameters: [String: JSON]) throws(QMPError) {
+        try run("migrate-set-parameters", parameters)
+    }
+
+    private func run(_ command: String, _ arguments: [String: JSON]) throws(QMPError) {
+        var request = try QMPRequest(["execute": .string(command)], outOfBandEnabled: false)
+        request.arguments = arguments
+        _ = try table.run(request).get()
     }
 
     /// Tells every event from now on to `sink`, which must not block.

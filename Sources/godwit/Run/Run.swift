@@ -63,6 +63,8 @@ struct Run: ParsableCommand {
         transform: VMProcess.Incoming.init(option:))
     var incoming: VMProcess.Incoming?
 
+    @OptionGroup(title: "TLS") var security: SecurityOptions
+
     @Option(
         help: ArgumentHelp(
             "A QMP socket, unix:PATH, instead of the one that goes by the name; may be repeated.",
@@ -92,7 +94,8 @@ struct Run: ParsableCommand {
             isPreallocated: memoryPrealloc, dirtyTracking: accel.dirtyTracking, isIncoming: incoming != nil)
         let plan = VMProcess.Plan(
             name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
-            startsPaused: paused)
+            startsPaused: paused, objects: security.object, parameters: security.parameters,
+            allowsPlaintext: security.insecurePlaintext)
         let process = try VMProcess(plan, machine: configuration, log: log)
         vm.withLock { $0 = process }
         Self.exit(withError: ExitCode(try process.run()))

@@ -28,6 +28,11 @@ final class VMProcess: Sendable {
         var serial = SerialPort.Target.standard
         var incoming: Incoming?
         var startsPaused = false
+        /// Objects in QEMU's text form, and the migration parameters that name them.
+        var objects: [String] = []
+        var parameters: [String: JSON] = [:]
+        /// Whether a migration may be waited for in plaintext where others reach it.
+        var allowsPlaintext = false
     }
 
     /// Why the process ends.
@@ -58,11 +63,15 @@ final class VMProcess: Sendable {
             let port = try SerialPort(plan.serial)
             serial = port
             machine = try VirtualMachine(configuration, serial: port)
-            migrator = Migrator(machine)
+            migrator = Migrator(machine, allowsPlaintext: plan.allowsPlaintext)
             let ending = ending
-            commands = MonitorCommands(machine: machine, migrator: migrator, name: plan.name.text) {
+            let commands = MonitorCommands(machine: machine, migrator: migrator, name: plan.name.text) {
                 ending.withLock { $0 = $0 ?? .quit }
             }
+            // Before anybody can ask for them.
+            for object in plan.objects { try commands.addObject(object) }
+            if !plan.parameters.isEmpty { try commands.setParameters(plan.parameters) }
+            self.commands = commands
             server = try QMPServer(sockets: sockets, table: commands.table)
         } catch {
             sockets.forEach { $0.remove() }

@@ -1,0 +1,120 @@
+import Glibc
+import Host
+import Synchronization
+import Transport
+
+/// Memory like a guest's, and the vectors in which it is sent and received: 256 pages each, none beside the next.
+struct ScatteredPages: Sendable {
+    static let vectorBytes = 1 << 20
+    private static let pageBytes = 4096
+    private static let pageCount = (64 << 20) / pageBytes
+    let source: Mapping
+    let target: Mapping
+
+    init() throws {
+        source = try Mapping(anonymousByteCount: Self.pageCount * Self.pageBytes)
+        target = try Mapping(anonymousByteCount: Self.pageCount * Self.pageBytes)
+        var word: UInt64 = 1
+        for offset in stride(from: 0, to: source.byteCount, by: 8) {
+            word = word &* 6_364_136_223_846_793_005 &+ 1
+            source.store(word, at: offset)
+        }
+        try target.advise(.populate)
+    }
+
+    /// The n-th vector of a mapping.
+    func vector(_ number: Int, of mapping: Mapping) -> IOVector {
+        var vector = IOVector()
+        let first = number * Self.vectorBytes / Self.pageBytes
+        for index in first..<first + Self.vectorBytes / Self.pageBytes {
+            // An odd factor reaches every page once.
+            let page = index &* 2_654_435_761 & (Self.pageCount - 1)
+            vector.append(mapping, offset: page * Self.pageBytes, count: Self.pageBytes)
+        }
+        return vector
+    }
+}
+
+/// One channel to another over loopback, by two threads.
+enum ChannelStream {
+    /// Credentials of both ends with one key.
+    static func keys(in folder: String) throws -> (server: TLSSettings, client: TLSSettings) {
+        let key = (0..<32).map { _ in String(UInt8.random(in: 16...255), radix: 16) }.joined()
+        try Descriptor.create("\(folder)/keys.psk").writeAll(Array("qemu:\(key)\n".utf8))
+        return (
+            TLSSettings(try TLSCredentials("bench", pskFolder: folder, endpoint: .server)),
+            TLSSettings(try TLSCredentials("bench", pskFolder: folder, endpoint: .client))
+        )
+    }
+
+    static func measure(
+        _ pages: ScatteredPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?
+    ) throws -> StreamRate {
+        let listener = try Listener(on: .tcp(host: "127.0.0.1", port: "0"), tls: tls?.server)
+        guard case .inet(let host, let port) = listener.addresses.first else { throw ChannelError.cancelled }
+        let receiver = try Background {
+            let channel = try listener.accept(deadline: .after(seconds: 10))
+            try channel.handshake()
+            return channel
+        }
+        let out = try Connector(tls: tls?.client).connect(
+            to: .tcp(host: host, port: port), deadline: .after(seconds: 10))
+        let into = try receiver.value()
+        defer {
+            out.cancel()
+            into.cancel()
+        }
+        let vectors = byteCount / ScatteredPages.vectorBytes
+        let rate = try StreamRate.measuring(byteCount) {
+            let sender = try Background {
+                for number in 0..<vectors {
+                    var vector = pages.vector(number, of: pages.source)
+                    try out.send(&vector)
+                }
+            }
+            for number in 0..<vectors {
+                var vector = pages.vector(number, of: pages.target)
+                try into.receive(&vector)
+            }
+            try sender.value()
+        }
+        try check(pages)
+        return rate
+    }
+
+    /// What arrived is what was sent.
+    private static func check(_ pages: ScatteredPages) throws {
+        let isEqual = unsafe pages.source.withBytes(at: 0, count: pages.source.byteCount) { left in
+            unsafe pages.target.withBytes(at: 0, count: left.count) { right in
+                // SAFETY: both mappings have that many bytes.
+                unsafe memcmp(left.baseAddress!, right.baseAddress!, left.count) == 0
+            }
+        }
+        guard isEqual else { throw WrongBytes() }
+    }
+
+    struct WrongBytes: Error, CustomStringConvertible {
+        var description: String { "transport: what was received is not what was sent" }
+    }
+}
+
+/// Something that runs on a thread of its own, and its result.
+final class Background<Value: Sendable>: Sendable {
+    private let result = Mutex<Result<Value, any Error>?>(nil)
+    private let thread = Mutex<HostThread?>(nil)
+
+    init(_ body: @escaping @Sendable () throws -> Value) throws {
+        let thread = try HostThread(name: "bench-stream") { [self] in
+            let outcome = Result { try body() }
+            result.withLock { $0 = outcome }
+        }
+        self.thread.withLock { $0 = thread }
+    }
+
+    /// Waits for the end.
+    func value() throws -> Value {
+        thread.withLock { $0 }?.join()
+        guard let outcome = result.withLock({ $0 }) else { throw ChannelError.cancelled }
+        return try outcome.get()
+    }
+}
