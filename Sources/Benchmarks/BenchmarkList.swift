@@ -4,5 +4,6 @@ public enum BenchmarkList {
         BitmapBenchmark.self,
         TrackingBenchmark.self,
         MemslotsBenchmark.self,
+        ForecastBenchmark.self,
     ]
 }

@@ -9,8 +9,24 @@ public struct MigrationSession {
         public var bandwidthBytesPerSecond: UInt64?
         /// Stop in `pre-switchover` until somebody says `migrate-continue`.
         public var holdsBeforeSwitchover = false
+        /// Throttle the guest while it writes too much (`auto-converge`); false leaves what the VM has.
+        public var throttlesGuest = false
 
         public init() {}
+
+        /// Sets all of this but for the holding.
+        func apply(to client: QMPClient) throws(QMPClientError) {
+            var parameters: [String: JSON] = [:]
+            if let downtime {
+                // Whole milliseconds, and never less than was allowed.
+                parameters["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000)
+            }
+            if let bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidthBytesPerSecond) }
+            if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
+            guard throttlesGuest else { return }
+            let capability: JSON = ["capability": "auto-converge", "state": true]
+            try client.execute("migrate-set-capabilities", ["capabilities": [capability]])
+        }
     }
 
     /// How often the VM is asked.
@@ -39,13 +55,7 @@ public struct MigrationSession {
     }
 
     private func apply(_ settings: Settings) throws {
-        var parameters: [String: JSON] = [:]
-        if let downtime = settings.downtime {
-            // Whole milliseconds, and never less than was allowed.
-            parameters["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000)
-        }
-        if let bandwidth = settings.bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidth) }
-        if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
+        try settings.apply(to: client)
         if settings.holdsBeforeSwitchover { try hold(true) }
     }
 

@@ -6,13 +6,17 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     case returnPath = "return-path"
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
+    /// Throttle the guest's vCPUs, more and more, as long as it writes too much (`AutoConverge`).
+    case autoConverge = "auto-converge"
+    /// Limit what each vCPU dirties once it is too much: `vcpu-dirty-limit`. Needs a dirty ring.
+    case dirtyLimit = "dirty-limit"
 
-    var isOnByDefault: Bool { self != .pauseBeforeSwitchover }
+    var isOnByDefault: Bool { self == .events || self == .returnPath }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
+        "xbzrle", "rdma-pin-all", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
-        "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
+        "zero-copy-send", "postcopy-preempt", "switchover-ack", "mapped-ram",
     ]
 }

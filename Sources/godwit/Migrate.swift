@@ -1,5 +1,6 @@
 import ArgumentParser
 import CommandLineKit
+import Host
 import QMP
 import Transport
 
@@ -41,6 +42,12 @@ struct Migrate: ParsableCommand {
     @Flag(help: "Stop before the switchover, until 'godwit migrate NAME --proceed'.")
     var hold = false
 
+    @Flag(help: "Watch the guest for 2 s and predict the migration; move nothing. The exit status is 3 if it would not converge.")
+    var dryRun = false
+
+    @Flag(help: "Throttle the guest, more and more, as long as it writes too much to be moved.")
+    var autoConverge = false
+
     @Flag(help: "Let a migration that was held go on.")
     var proceed = false
 
@@ -51,15 +58,19 @@ struct Migrate: ParsableCommand {
     var settle: Verdict?
 
     func validate() throws {
+        if dryRun, !proceed, !cancel, settle == nil, uri == nil { return }
         guard [uri != nil, proceed, cancel, settle != nil].count(where: \.self) == 1 else {
-            throw ValidationError("Give one of: where to migrate to, --proceed, --cancel, --settle.")
+            throw ValidationError("Give one of: where to migrate to, --dry-run, --proceed, --cancel, --settle.")
         }
+        if dryRun, uri == nil { throw ValidationError("--dry-run goes with an address or alone.") }
         guard let uri else { return }
         do { _ = try MigrationAddress(uri) } catch { throw ValidationError(error.description) }
     }
 
     func run() throws {
-        if let settle {
+        if dryRun {
+            try predict()
+        } else if let settle {
             try target.execute("x-migrate-settle", ["verdict": .string(settle.rawValue)])
         } else if proceed {
             try target.execute("migrate-continue", ["state": "pre-switchover"])
@@ -70,6 +81,27 @@ struct Migrate: ParsableCommand {
         }
     }
 
+    /// The status of a guest that would not converge: neither a failure nor a success.
+    private static let divergingStatus: Int32 = 3
+
+    private func predict() throws {
+        var arguments: [String: JSON] = [:]
+        if let uri { arguments["uri"] = .string(uri) }
+        let client = try target.vm.connect()
+        if let bandwidth, bandwidth.bytes > 0 { arguments["bandwidth"] = JSON(bandwidth.bytes) }
+        if let downtime { arguments["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000) }
+        if autoConverge { arguments["auto-converge"] = true }
+        let answer: JSON
+        do {
+            answer = try client.execute("x-migrate-dry-run", .object(arguments), deadline: .after(seconds: 120))
+        } catch QMPClientError.refused(let error) {
+            throw CommandFailure("VM \(target.vm): \(error)")
+        }
+        let reading = DryRunReading(answer)
+        Terminal.output.write(json ? answer.prettyDescription + "\n" : reading.text(of: "\(target.vm)"))
+        if !reading.converges { throw ExitCode(Self.divergingStatus) }
+    }
+
     private func migrate(to uri: String) throws {
         let interruption = try SignalWatch.startFlag()
         let client = try target.vm.connect()
@@ -77,6 +109,7 @@ struct Migrate: ParsableCommand {
         settings.downtime = downtime
         settings.bandwidthBytesPerSecond = bandwidth?.bytes
         settings.holdsBeforeSwitchover = hold
+        settings.throttlesGuest = autoConverge
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

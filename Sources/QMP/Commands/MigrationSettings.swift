@@ -73,6 +73,7 @@ struct MigrationSettings: Sendable {
                 MigrationParameterEntry.all.compactMap { entry in
                     switch entry.meaning {
                     case .setting(let field): (entry.name, JSON(now[keyPath: field]))
+                    case .flag(let field): (entry.name, .bool(now[keyPath: field]))
                     case .off(let value, _): (entry.name, value)
                     case .absent: nil
                     }
@@ -89,6 +90,8 @@ struct MigrationSettings: Sendable {
                     continue
                 }
                 wanted[keyPath: field] = number
+            case .flag(let field):
+                if let on = try arguments.bool(ifPresent: entry.name) { wanted[keyPath: field] = on }
             case .off(let off, let feature):
                 guard value == off || (value.isNull && off == "") else {
                     throw QMPError(
