@@ -100,7 +100,9 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         runner.withLock { thread in
             if let thread { pthread_kill(thread, HostThread.interruptSignal) }
         }
-        if pausedUntil.load(ordering: .sequentiallyConsistent) != 0 || isResting.load(ordering: .sequentiallyConsistent) {
+        if pausedUntil.load(ordering: .sequentiallyConsistent) != 0
+            || isResting.load(ordering: .sequentiallyConsistent)
+        {
             pausing.withLock { _ in }
         }
     }

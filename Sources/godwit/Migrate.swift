@@ -42,7 +42,7 @@ struct Migrate: ParsableCommand {
     @Flag(help: "Stop before the switchover, until 'godwit migrate NAME --proceed'.")
     var hold = false
 
-    @Flag(help: "Watch the guest for 2 s and predict the migration; move nothing. The exit status is 3 if it would not converge.")
+    @Flag(help: "Watch the guest for 2 s, predict the migration, move nothing; status 3 if it would not converge.")
     var dryRun = false
 
     @Flag(help: "Throttle the guest, more and more, as long as it writes too much to be moved.")

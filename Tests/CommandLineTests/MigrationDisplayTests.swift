@@ -118,7 +118,8 @@ struct MigrationDisplayTests {
     @Test("a dry run is told in words, with what was assumed")
     func dryRun() {
         let reading = DryRunReading([
-            "state": "converging", "converging": true, "sentence": "converging: about 8.2 s to go, downtime about 24 ms",
+            "state": "converging", "converging": true,
+            "sentence": "converging: about 8.2 s to go, downtime about 24 ms",
             "expected-total-ms": 8200, "expected-downtime-ms": 24, "rounds": 6, "observed-ms": 2050, "collects": 56,
             "allocated-bytes": JSON(1 << 30), "zero-bytes": JSON(1 << 28), "observed-dirty-rate": 212_000_000,
             "link-rate": 500_000_000, "link-source": "max-bandwidth", "pages-found": 41_200, "cpu-us": 12_000,

@@ -102,7 +102,7 @@ struct ConvergenceTests {
         #expect(seen.uniquePages(1...1) == 1)
     }
 
-    @Test("the model gives back the unique pages of a working set, and of hot pages among cold ones", arguments: [1, 2])
+    @Test("the model gives back the unique pages of a working set, and of hot and cold pages", arguments: [1, 2])
     func uniquePages(seed: UInt64) {
         let sets: [[(pages: Int, writesPerSecond: Double)]] = [
             [(10_000, 20_000)], [(500, 30_000), (30_000, 10_000)], [(40_000, 5_000)],
@@ -114,7 +114,7 @@ struct ConvergenceTests {
                     $0 + Double($1.pages) * (1 - exp(-$1.writesPerSecond * seconds / Double($1.pages)))
                 }
                 let found = model.uniquePages(exposure: seconds)
-                #expect(abs(found / truth - 1) < 0.12, "\(groups) over \(seconds) s: \(found) for \(truth), seed \(seed)")
+                #expect(abs(found / truth - 1) < 0.12, "\(groups), \(seconds) s: \(found) for \(truth), seed \(seed)")
             }
         }
     }

@@ -1,3 +1,4 @@
+import GuestPrograms
 import Host
 import Machine
 import Testing
@@ -98,7 +99,7 @@ struct ThrottledMigrationTests {
                 do {
                     _ = try light.dryRun()
                     Child.fail("a dry run was made without a link")
-                } catch { claim(error.description.contains("--bandwidth"), error.description) }
+                } catch { claim("\(error)".contains("--bandwidth"), "\(error)") }
                 let good = try light.dryRun(.init(bandwidth: 200_000_000))
                 claim(good.verdict.state == .converging, good.verdict.sentence)
                 claim(good.linkSource == .argument && good.collects > 20, "\(good)")

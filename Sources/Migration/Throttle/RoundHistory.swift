@@ -53,7 +53,8 @@ public struct RoundHistory: Sendable {
         for (index, intensity) in WriteModel.intensities.enumerated() {
             let exposure = intensity * seconds * pace
             let written = 1 - exp(-exposure)
-            chances[index] = chances[index] * ((1 - share) + share * sentChance(exposure)) + (1 - chances[index]) * written
+            let again = (1 - share) + share * sentChance(exposure)
+            chances[index] = chances[index] * again + (1 - chances[index]) * written
         }
         for index in counts.indices { counts[index].weight *= 0.75 }
         counts.append(WriteModel.Count(chances: chances, pages: Double(remaining)))
