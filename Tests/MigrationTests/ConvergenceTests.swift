@@ -226,6 +226,30 @@ struct ConvergenceTests {
         #expect(truth.outcome().converges == (writesPerSecond < 50_000))
     }
 
+    @Test("rounds that get shorter are not given up, rounds that do not are")
+    func shrinking() {
+        var history = RoundHistory(chunkCount: 10)
+        history.began(pages: 100_000)
+        func round(_ remaining: UInt64, after sent: UInt64) {
+            history.collected(
+                remaining: remaining, sentPages: sent, sentBytes: sent * 4104, seconds: Double(sent) / 10_000, pace: 1)
+        }
+        round(50_000, after: 100_000)
+        #expect(history.mayShrink)
+        round(30_000, after: 50_000)
+        #expect(history.mayShrink)
+        round(30_000, after: 30_000)
+        round(30_000, after: 30_000)
+        #expect(!history.mayShrink)
+        // More than the link carries: that is clear at once.
+        var fast = RoundHistory(chunkCount: 10)
+        fast.began(pages: 100_000)
+        fast.collected(remaining: 90_000, sentPages: 50_000, sentBytes: 50_000 * 4104, seconds: 1, pace: 1)
+        #expect(fast.mayShrink)
+        fast.collected(remaining: 90_000, sentPages: 50_000, sentBytes: 50_000 * 4104, seconds: 0.8, pace: 1)
+        #expect(!fast.mayShrink)
+    }
+
     @Test("sentences say what is the matter and what to do")
     func sentences() {
         var verdict = ConvergenceVerdict(.converging)

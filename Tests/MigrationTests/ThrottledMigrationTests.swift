@@ -1,3 +1,4 @@
+import Accelerator
 import GuestPrograms
 import Host
 import Machine
@@ -87,6 +88,48 @@ struct ThrottledMigrationTests {
                     claim(rate > 60e6, "after the cancel the guest writes \(rate) bytes/s of 160 MB/s")
                 }
                 claim(source.info().throttlePercentage == nil, "it is still said to be throttled")
+            }
+        }
+    }
+
+    @Test("dirty-limit limits what a vCPU with a ring dirties until the migration ends", .timeLimit(.minutes(2)))
+    func dirtyLimit() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 60) {
+                let machine = try VirtualMachine(
+                    MachineConfiguration(
+                        memoryByteCount: 64 << 20, cpuCount: 1,
+                        boot: .guest(try GuestProgram(parsing: "dirty,working-set=32M,random,rate=120M")),
+                        dirtyTracking: .ring(entryCount: 4096)), serial: SerialPort(.none))
+                try machine.resume()
+                try waitFor("the guest to be ready") { try machine.guestStatus().isReady }
+                let source = Migrator(machine)
+                let destination = try source.destination()
+                try source.set(.dirtyLimit, true)
+                do {
+                    try source.set(.autoConverge, true)
+                    Child.fail("both ways to slow a guest down were taken")
+                } catch { claim("\(error)".contains("dirty-limit"), "\(error)") }
+                try Self.parameters(source, limitMilliseconds: 100)
+                var parameters = source.parameters
+                parameters.vcpuDirtyLimitMegabytes = 8
+                parameters.vcpuDirtyLimitPeriodMilliseconds = 200
+                try source.set(parameters)
+                try source.migrate(to: destination.listen())
+                try waitFor("the limit") { !(machine.accelerator?.dirtyRateControl?.limits.isEmpty ?? true) }
+                var figures: (UInt64, UInt64) = (0, 0)
+                try waitFor("the migration's end", seconds: 40) {
+                    let info = source.info()
+                    if let full = info.dirtyLimitRingFullMicroseconds, full > 0 {
+                        figures = (info.dirtyLimitThrottleMicroseconds ?? 0, full)
+                    }
+                    return source.isOver
+                }
+                try source.claimArrival(at: destination, "limited to 8 MB/s")
+                claim(machine.accelerator?.dirtyRateControl?.limits.isEmpty == true, "the limit is still there")
+                // 4096 pages at 8 MB/s are two seconds.
+                claim((200_000...60_000_000).contains(figures.1), "a ring is said to last \(figures.1) us")
+                claim(figures.0 <= figures.1, "\(figures)")
             }
         }
     }

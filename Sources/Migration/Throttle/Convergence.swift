@@ -187,6 +187,8 @@ final class Convergence: Sendable {
         forecast.dirtyPages = dirty
         forecast.chunkCount = now.history.chunkCount
         if means == .throttle { forecast.autoConverge = now.throttle }
+        // Few rounds leave much open: what gets shorter is not given up.
+        if now.history.mayShrink, !forecast.outcome().converges { return ConvergenceVerdict(.observing) }
         return ConvergenceVerdict(
             forecast, elapsedSeconds: Double(collectedAt - min(collectedAt, began)) / 1e9,
             isCapped: cap > 0 && rate > cap * 0.8)

@@ -10,12 +10,14 @@ public struct RoundHistory: Sendable {
     private var chances = [Double](repeating: 1, count: WriteModel.intensities.count)
     private var counts: [WriteModel.Count] = []
     private var remainingPages = 0.0
-    private var seconds = 0.0
     private var pageBytes: Double?
     /// Rounds of the latest half second or more: bytes and seconds.
     private var recent: [(bytes: Double, seconds: Double)] = []
     /// Of the last round.
     public private(set) var uniqueBytesPerSecond = 0.0
+    /// The fewest pages any collect found, and how many rounds ago.
+    private var fewestPages = Double.infinity
+    private var roundsSinceFewest = 0
     public let chunkCount: Int
     private static let mostCounts = 16
     private static let windowSeconds = 1.0
@@ -70,7 +72,14 @@ public struct RoundHistory: Sendable {
             }
         }
         remainingPages = Double(remaining)
-        self.seconds += seconds
+        roundsSinceFewest += 1
+        if remainingPages < fewestPages * 0.95 { (fewestPages, roundsSinceFewest) = (remainingPages, 0) }
+    }
+
+    /// Whether rounds may still get shorter by themselves, whatever a model of so few of them says: they did just now, and the guest dirtied
+    /// no more in the last than the link could have carried.
+    public var mayShrink: Bool {
+        roundsSinceFewest < 2 && uniqueBytesPerSecond < (linkBytesPerSecond ?? 0) * 1.15
     }
 
     /// The chance of a page that is sent in a round to be written after that.
