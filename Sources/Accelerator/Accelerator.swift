@@ -100,6 +100,9 @@ public protocol Accelerator: AnyObject, Sendable {
     var dirtyTracking: DirtyTrackingFacts { get }
     /// Dirty rates and limits by vCPU; `nil` where tracking cannot tell vCPUs apart (without a dirty ring).
     var dirtyRateControl: (any DirtyRateControl)? { get }
+    /// Has each vCPU stand still for so many percent of the time, in turns of some milliseconds; 0 ends that. The guest is never kept from
+    /// being stopped. - Throws: `AcceleratorError` for more than 99 %.
+    func throttle(to percentage: Int) throws(AcceleratorError)
     /// State that belongs to no single CPU: interrupt controllers, timer, clock.
     func saveSystem() throws(AcceleratorError) -> [SystemState]
     /// Loads one section of `saveSystem`. - Throws: naming the section that does not fit.

@@ -43,7 +43,10 @@ public struct DirtyLimit: Sendable, Equatable {
     public let cpu: Int
     public let limitBytesPerSecond: UInt64
     public let currentBytesPerSecond: UInt64
-    public init(cpu: Int, limitBytesPerSecond: UInt64, currentBytesPerSecond: UInt64) {
+    /// The part of its time in which the limit kept it from running.
+    public let pausedShare: Double
+    public init(cpu: Int, limitBytesPerSecond: UInt64, currentBytesPerSecond: UInt64, pausedShare: Double = 0) {
+        self.pausedShare = pausedShare
         self.cpu = cpu
         self.limitBytesPerSecond = limitBytesPerSecond
         self.currentBytesPerSecond = currentBytesPerSecond

@@ -6,5 +6,6 @@ public enum BenchmarkList {
         MemslotsBenchmark.self,
         DowntimeBenchmark.self,
         TransportBenchmark.self,
+        ForecastBenchmark.self,
     ]
 }

@@ -16,13 +16,30 @@ public struct LiveLine: Sendable {
         if let downtime = figures.expectedDowntimeNanoseconds {
             fields.append(downtime == 0 ? "downtime <1 ms" : "downtime ~\(Amount.time(nanoseconds: downtime))")
         }
-        if figures.status == "active" {
-            fields.append(figures.nanosecondsLeft.map { "left ~\(Amount.time(nanoseconds: $0))" } ?? "not converging")
+        if let percentage = figures.throttlePercentage { fields.append("throttled \(percentage)%") }
+        if figures.status == "active" { fields.append(Self.outlook(figures)) }
+        // A sentence that does not fit is left at its first words.
+        if figures.status == "active", figures.verdict?.state == .notConverging,
+            fields.joined(separator: "   ").count > width
+        {
+            fields[fields.count - 1] = "not converging"
         }
         while fields.count > 1, fields.joined(separator: "   ").count > width { fields.removeLast() }
         let line = fields.joined(separator: "   ")
         guard showsColors, let head = fields.first else { return line }
         return Style.bold(head) + line.dropFirst(head.count)
+    }
+
+    /// What the VM says about the end, else what the rates do.
+    private static func outlook(_ figures: MigrationProgress.Figures) -> String {
+        switch figures.verdict?.state {
+        case .notConverging?: return figures.verdict?.sentence ?? "not converging"
+        case .converging?:
+            return "left ~\(Amount.time(nanoseconds: (figures.verdict?.millisecondsLeft ?? 0) * 1_000_000))"
+        case .observing?, nil:
+            if figures.verdict != nil, figures.nanosecondsLeft == nil { return "observing" }
+            return figures.nanosecondsLeft.map { "left ~\(Amount.time(nanoseconds: $0))" } ?? "not converging"
+        }
     }
 
     /// What a terminal is sent to replace the line by another.

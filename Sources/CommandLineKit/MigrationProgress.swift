@@ -12,6 +12,25 @@ public struct MigrationProgress: Sendable {
         public var expectedDowntimeNanoseconds: UInt64?
         /// `nil` while the guest dirties memory faster than it is sent.
         public var nanosecondsLeft: UInt64?
+        /// The VM's own verdict; where it has none, the line goes by the figures above.
+        public var verdict: VerdictReading?
+        public var throttlePercentage: UInt64?
+
+        public init(
+            status: String, round: UInt64, percent: Double, bytesPerSecond: Double, dirtyBytesPerSecond: Double,
+            expectedDowntimeNanoseconds: UInt64? = nil, nanosecondsLeft: UInt64? = nil, verdict: VerdictReading? = nil,
+            throttlePercentage: UInt64? = nil
+        ) {
+            self.status = status
+            self.round = round
+            self.percent = percent
+            self.bytesPerSecond = bytesPerSecond
+            self.dirtyBytesPerSecond = dirtyBytesPerSecond
+            self.expectedDowntimeNanoseconds = expectedDowntimeNanoseconds
+            self.nanosecondsLeft = nanosecondsLeft
+            self.verdict = verdict
+            self.throttlePercentage = throttlePercentage
+        }
     }
 
     private struct Sample {
@@ -43,7 +62,8 @@ public struct MigrationProgress: Sendable {
             status: reading.status, round: reading.round, percent: isDone ? 100 : 100 * sent, bytesPerSecond: rate,
             dirtyBytesPerSecond: dirtyRate,
             expectedDowntimeNanoseconds: reading.expectedDowntimeMilliseconds.map { $0 &* 1_000_000 },
-            nanosecondsLeft: Self.timeLeft(remaining: reading.remainingBytes, at: rate - dirtyRate))
+            nanosecondsLeft: Self.timeLeft(remaining: reading.remainingBytes, at: rate - dirtyRate),
+            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage)
     }
 
     private func bytesPerSecond(fallback: Double) -> Double {

@@ -40,6 +40,10 @@ public struct MigrationReading: Equatable, Sendable {
     public let handover: String?
     /// Why it failed, or what an operator must settle.
     public let errorDescription: String?
+    /// Whether it gets to its end (`x-verdict`); `nil` where the VM does not tell.
+    public let verdict: VerdictReading?
+    /// The part of its time in which the guest is kept from running, in percent; `nil` while it is not.
+    public let throttlePercentage: UInt64?
     /// Whether there are figures about RAM at all.
     public let hasRAM: Bool
 
@@ -73,6 +77,8 @@ public struct MigrationReading: Equatable, Sendable {
         longestBrokenNanoseconds = broken?["longest-ns"]?.integerValue(as: UInt64.self) ?? 0
         handover = json["x-handover"]?.stringValue
         errorDescription = json["error-desc"]?.stringValue
+        verdict = VerdictReading(json["x-verdict"])
+        throttlePercentage = milliseconds("cpu-throttle-percentage")
     }
 
     /// `[{"name": "stop", "nanoseconds": 1200}, ...]`, in the order in which it happened.

@@ -26,6 +26,8 @@ public struct MigrationReport: Sendable {
             lines.append("broken switchovers: \(reading.brokenSwitchovers) (longest \(longest) ms)")
         }
         add("setup", reading.setupMilliseconds, "ms")
+        if let verdict = reading.verdict { lines.append("verdict: \(verdict.sentence)") }
+        add("cpu throttle percentage", reading.throttlePercentage, "%")
         if reading.hasRAM { lines += ramLines }
         if let handover = reading.handover { lines.append("handover: \(handover)") }
         return lines.map { $0 + "\n" }.joined() + downtimeText

@@ -14,8 +14,29 @@ public struct MigrationSession {
         public var holdsBeforeSwitchover = false
         /// Channels for pages besides the main one; 0 for none.
         public var channels: Int?
+        /// Throttle the guest while it writes too much (`auto-converge`); false leaves what the VM has.
+        public var throttlesGuest = false
 
         public init() {}
+
+        /// Sets all of this but for the holding.
+        func apply(to client: QMPClient) throws(QMPClientError) {
+            var parameters: [String: JSON] = [:]
+            if let downtime {
+                // Whole milliseconds, and never less than was allowed.
+                parameters["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000)
+            }
+            if let bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidthBytesPerSecond) }
+            if let channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
+            if let tlsCredentials { parameters["tls-creds"] = .string(tlsCredentials) }
+            if let tlsHostname { parameters["tls-hostname"] = .string(tlsHostname) }
+            if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
+            var capabilities: [JSON] = []
+            if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
+            if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
+            guard !capabilities.isEmpty else { return }
+            try client.execute("migrate-set-capabilities", ["capabilities": .array(capabilities)])
+        }
     }
 
     /// How often the VM is asked.
@@ -44,24 +65,12 @@ public struct MigrationSession {
     }
 
     private func apply(_ settings: Settings) throws {
-        var parameters: [String: JSON] = [:]
-        if let downtime = settings.downtime {
-            // Whole milliseconds, and never less than was allowed.
-            parameters["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000)
-        }
-        if let bandwidth = settings.bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidth) }
-        if let channels = settings.channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
-        if let credentials = settings.tlsCredentials { parameters["tls-creds"] = .string(credentials) }
-        if let name = settings.tlsHostname { parameters["tls-hostname"] = .string(name) }
-        if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
-        if let channels = settings.channels { try turn("multifd", channels > 0) }
+        try settings.apply(to: client)
         if settings.holdsBeforeSwitchover { try hold(true) }
     }
 
-    private func hold(_ on: Bool) throws(QMPClientError) { try turn("pause-before-switchover", on) }
-
-    private func turn(_ name: String, _ on: Bool) throws(QMPClientError) {
-        let capability: JSON = ["capability": .string(name), "state": .bool(on)]
+    private func hold(_ on: Bool) throws(QMPClientError) {
+        let capability: JSON = ["capability": "pause-before-switchover", "state": .bool(on)]
         try client.execute("migrate-set-capabilities", ["capabilities": [capability]])
     }
 

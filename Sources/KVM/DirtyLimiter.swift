@@ -20,6 +20,9 @@ final class DirtyLimiter: DirtyRateControl, @unchecked Sendable {
         var secondBegan: UInt64
         var secondCount: UInt64
         var pagesPerSecond = 0.0
+        /// How long it was paused within the second, and what part of the one before that was.
+        var pausedNanoseconds: UInt64 = 0
+        var pausedShare = 0.0
 
         var pagesPerNanosecond: Double { Double(limitBytesPerSecond) / 4096 / 1e9 }
     }
@@ -84,7 +87,7 @@ final class DirtyLimiter: DirtyRateControl, @unchecked Sendable {
                 budgets[index].map {
                     DirtyLimit(
                         cpu: index, limitBytesPerSecond: $0.limitBytesPerSecond,
-                        currentBytesPerSecond: UInt64(max(0, $0.pagesPerSecond) * 4096))
+                        currentBytesPerSecond: UInt64(max(0, $0.pagesPerSecond) * 4096), pausedShare: $0.pausedShare)
                 }
             }
         }
@@ -125,11 +128,13 @@ final class DirtyLimiter: DirtyRateControl, @unchecked Sendable {
         let ranSince = max(budget.reckonedAt, min(budget.pausedUntil, now))
         budget.pages += Double(now - budget.reckonedAt) * budget.pagesPerNanosecond - dirtied
         budget.pages = min(budget.pages, Self.savedNanoseconds * budget.pagesPerNanosecond)
+        budget.pausedNanoseconds += ranSince - budget.reckonedAt
         (budget.reckonedAt, budget.reckonedCount) = (now, count)
         let window = now - budget.secondBegan
         if window >= Self.rateWindow {
             budget.pagesPerSecond = Double(count - budget.secondCount) / Double(window) * 1e9
-            (budget.secondBegan, budget.secondCount) = (now, count)
+            budget.pausedShare = min(1, Double(budget.pausedNanoseconds) / Double(window))
+            (budget.secondBegan, budget.secondCount, budget.pausedNanoseconds) = (now, count, 0)
         }
         return dirtied / Double(max(now - ranSince, 1))
     }

@@ -20,6 +20,7 @@ public final class KVMAccelerator: Accelerator {
     let machine: Descriptor
     let slots: KVMSlots
     private let tracking: DirtyTracking
+    private let throttle: VirtualCPUThrottle
     public let dirtyTracking: DirtyTrackingFacts
     /// The system's state after creation, to which a reset returns.
     let powerOn: [SystemState]
@@ -56,6 +57,7 @@ public final class KVMAccelerator: Accelerator {
             msrs = made[0].msrIndices
         }
         cpus = made
+        throttle = VirtualCPUThrottle(made)
         tscKilohertz = try made[0].tscKilohertz()
         powerOn = try Self.systemState(of: machine)
         guard ringEntries != nil else {
@@ -83,6 +85,8 @@ public final class KVMAccelerator: Accelerator {
     }
 
     public func dirtyTracker(for client: DirtyClient) -> any DirtyTracker { KVMDirtyTracker(tracking, for: client) }
+
+    public func throttle(to percentage: Int) throws(AcceleratorError) { try throttle.set(percentage) }
 
     static func addInterruptControllers(to machine: Descriptor) throws(AcceleratorError) {
         // Three pages below the BIOS at the top of 4 GiB, out of the way of RAM; used on processors that need them.

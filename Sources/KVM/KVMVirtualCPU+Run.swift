@@ -9,7 +9,7 @@ import Synchronization
 
 extension KVMVirtualCPU {
     func run(_ bus: any Bus) -> ExitReason {
-        if sleepWhilePaused() { return .interrupted }
+        if sleepWhilePaused() || sleepWhileThrottled() { return .interrupted }
         runner.withLock { $0 = pthread_self() }
         let generation = slots.generation.load(ordering: .acquiring)
         exitReason = 0
@@ -39,6 +39,8 @@ extension KVMVirtualCPU {
     private func enterGuest() throws(SystemError) -> CInt {
         slots.hold.enter(self)
         defer { slots.hold.leave(self) }
+        let began = beginRun()
+        defer { endRun(began) }
         guard let ring else { return gw_kvm_run(descriptor.number, 0) }
         // Watched pages must be watched before the guest can write: see `DirtyRings.giveBack`.
         ring.isInGuest.store(true, ordering: .sequentiallyConsistent)

@@ -27,6 +27,14 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     private let pausedUntil = Atomic<UInt64>(0)
     /// Where it sleeps.
     private let pausing = Monitor(())
+    /// Sleeps because it is throttled; a kick must be told.
+    private let isResting = Atomic<Bool>(false)
+    /// In percent of its time; 0: it is not.
+    private let throttlePercentage = Atomic<Int>(0)
+    /// When it will have run for long enough, on the monotonic clock; `UInt64.max` for never.
+    private let runsUntil = Atomic<UInt64>(.max)
+    /// Its own thread's.
+    private var duty = DutyCycle(percentage: 0)
     /// So long at once, in nanoseconds: whoever has it come out is not kept waiting by a kick that came too early.
     private static let longestNap: UInt64 = 20_000_000
     /// The thread inside `run`, for `kick`.
@@ -92,7 +100,11 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         runner.withLock { thread in
             if let thread { pthread_kill(thread, HostThread.interruptSignal) }
         }
-        if pausedUntil.load(ordering: .sequentiallyConsistent) != 0 { pausing.withLock { _ in } }
+        if pausedUntil.load(ordering: .sequentiallyConsistent) != 0
+            || isResting.load(ordering: .sequentiallyConsistent)
+        {
+            pausing.withLock { _ in }
+        }
     }
 
     /// Makes the vCPU leave the guest and sleep until this moment of the monotonic clock, in its own thread; 0 ends that.
@@ -113,6 +125,63 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
             _ = pausedUntil.compareExchange(expected: moment, desired: 0, ordering: .sequentiallyConsistent)
         }
         return true
+    }
+
+    // MARK: Throttling
+
+    /// Has it run for `100 - percentage` percent of the time from now on.
+    func throttle(to percentage: Int) {
+        throttlePercentage.store(percentage, ordering: .sequentiallyConsistent)
+        // One inside the guest for long would not notice before its next exit.
+        kick()
+    }
+
+    /// Makes it come out of the guest if its time is up. - Returns: when to look again, at the latest.
+    func kickIfDue(_ now: UInt64) -> UInt64 {
+        let moment = runsUntil.load(ordering: .acquiring)
+        guard moment <= now else { return moment }
+        if runsUntil.compareExchange(expected: moment, desired: .max, ordering: .sequentiallyConsistent).exchanged {
+            kick()
+        }
+        return .max
+    }
+
+    /// Sleeps if it has run for long enough; a kick ends that. - Returns: whether it slept, and must look for requests before it runs.
+    func sleepWhileThrottled() -> Bool {
+        let percentage = throttlePercentage.load(ordering: .relaxed)
+        if duty.percentage != percentage {
+            duty = DutyCycle(percentage: percentage)
+            runsUntil.store(.max, ordering: .releasing)
+        }
+        guard percentage > 0 else { return false }
+        let nap = duty.nap
+        guard nap > 0 else {
+            duty.isResting = false
+            return false
+        }
+        duty.isResting = true
+        let began = Clock.monotonicNanoseconds
+        // Whoever kicks is told when it will have to be looked at, as it cannot be told when it wakes up.
+        runsUntil.store(began + nap + UInt64(duty.runNanoseconds), ordering: .releasing)
+        isResting.store(true, ordering: .sequentiallyConsistent)
+        pausing.wait(deadline: Deadline(at: began + min(nap, Self.longestNap))) { _ in
+            isKicked || throttlePercentage.load(ordering: .sequentiallyConsistent) != percentage ? () : nil
+        }
+        isResting.store(false, ordering: .sequentiallyConsistent)
+        duty.slept(Clock.monotonicNanoseconds - began)
+        return true
+    }
+
+    /// Call around KVM_RUN. - Returns: when it went in; 0 where nobody wants to know.
+    func beginRun() -> UInt64 {
+        guard duty.percentage > 0 else { return 0 }
+        let now = Clock.monotonicNanoseconds
+        runsUntil.store(now + duty.leftToRun, ordering: .releasing)
+        return now
+    }
+
+    func endRun(_ began: UInt64) {
+        if began != 0 { duty.ran(Clock.monotonicNanoseconds - began) }
     }
 
     private var isKicked: Bool {

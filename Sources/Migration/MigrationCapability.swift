@@ -6,6 +6,10 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     case returnPath = "return-path"
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
+    /// Throttle the guest's vCPUs, more and more, as long as it writes too much (`AutoConverge`).
+    case autoConverge = "auto-converge"
+    /// Limit what each vCPU dirties once it is too much: `vcpu-dirty-limit`. Needs a dirty ring.
+    case dirtyLimit = "dirty-limit"
 
     /// Send pages over several channels; a destination needs it for a source that is no Godwit.
     case multifd
@@ -16,8 +20,8 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps",
-        "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
-        "zero-copy-send", "postcopy-preempt", "dirty-limit", "mapped-ram",
+        "xbzrle", "rdma-pin-all", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps", "postcopy-blocktime",
+        "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
+        "postcopy-preempt", "mapped-ram",
     ]
 }

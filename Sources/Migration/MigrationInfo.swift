@@ -71,6 +71,13 @@ public struct MigrationInfo: Sendable, Equatable {
     public var dirtyTracking: String?
     /// CPU time spent on finding them.
     public var trackingCPUNanoseconds: UInt64?
+    /// What the guest is throttled to, in percent of its time; `nil` while it is not (`cpu-throttle-percentage`).
+    public var throttlePercentage: UInt64?
+    /// How long a vCPU is kept from running while it fills its ring, and how long it takes for that (`dirty-limit-...`).
+    public var dirtyLimitThrottleMicroseconds: UInt64?
+    public var dirtyLimitRingFullMicroseconds: UInt64?
+    /// Whether it gets to its end; `nil` but while rounds are sent.
+    public var verdict: ConvergenceVerdict?
     /// Where an incoming migration is waited for.
     public var listening: [ListeningAddress] = []
 

@@ -25,8 +25,33 @@ public struct MigrationParameters: Sendable, Equatable {
     public var tlsHostname = ""
     /// `tls-authz`: the id of the list of sources that may come; empty: all with good credentials.
     public var tlsAuthorization = ""
+    /// `throttle-trigger-threshold`, `cpu-throttle-initial`, `cpu-throttle-increment`, `max-cpu-throttle`, `cpu-throttle-tailslow`.
+    public var autoConverge = AutoConverge.Settings()
+    /// `vcpu-dirty-limit`, 2^20 bytes per second: what each vCPU may dirty, with the capability `dirty-limit`.
+    public var vcpuDirtyLimitMegabytes: UInt64 = 1
+    /// `x-vcpu-dirty-limit-period`, milliseconds: so long are the periods after two of which the limit is set.
+    public var vcpuDirtyLimitPeriodMilliseconds: UInt64 = 1000
 
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 
     public init() {}
+}
+
+extension MigrationParameters {
+    /// The first value that is out of range, as a sentence.
+    var throttlingMistake: String? {
+        let settings = autoConverge
+        let ranges: [(name: String, value: UInt64, range: ClosedRange<UInt64>)] = [
+            ("throttle-trigger-threshold", settings.triggerThreshold, 1...100),
+            ("cpu-throttle-initial", settings.initial, 1...99),
+            ("cpu-throttle-increment", settings.increment, 1...99),
+            ("max-cpu-throttle", settings.maximum, min(settings.initial, 99)...99),
+            ("vcpu-dirty-limit", vcpuDirtyLimitMegabytes, 1...UInt64(Int64.max) >> 20),
+            ("x-vcpu-dirty-limit-period", vcpuDirtyLimitPeriodMilliseconds, 1...1000),
+        ]
+        for entry in ranges where !entry.range.contains(entry.value) {
+            return "\(entry.name) \(entry.value): possible are \(entry.range.lowerBound) to \(entry.range.upperBound)"
+        }
+        return nil
+    }
 }

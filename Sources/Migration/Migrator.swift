@@ -4,6 +4,8 @@
 //! `SourceCore`: threads, sockets and guest memory, no decisions. An `IncomingMigration` is the same around `DestinationCore`. Under
 //! `Protocol/` are both cores, without I/O, threads or clocks: read there what happens when.
 
+import Accelerator
+import GuestMemory
 public import Host
 public import Machine
 import MigrationStream
@@ -16,6 +18,7 @@ public final class Migrator: Sendable {
     /// Credentials and lists of peers, by id.
     public let security: SecurityObjects
     private let state = Mutex(State())
+    private let dryRuns = Mutex(())
     private let observers = Mutex<[@Sendable (MigrationEvent) -> Void]>([])
     /// Under a lock of its own: a listener asks for one while `state` is held.
     private let descriptors = Mutex<[String: Descriptor]>([:])
@@ -63,8 +66,29 @@ public final class Migrator: Sendable {
             guard state.outgoing?.isUnderWay != true else {
                 throw MigrationError("migrate-set-capabilities: not while a migration is under way; cancel it first")
             }
+            if on, let reason = refusal(of: capability, state.capabilities) { throw MigrationError(reason) }
             if on { state.capabilities.insert(capability) } else { state.capabilities.remove(capability) }
         }
+    }
+
+    /// Why a capability cannot be turned on here.
+    private func refusal(of capability: MigrationCapability, _ others: Set<MigrationCapability>) -> String? {
+        let set = "migrate-set-capabilities: \(capability.rawValue)"
+        switch capability {
+        case .autoConverge where others.contains(.dirtyLimit):
+            return "\(set): dirty-limit slows the guest down already; turn that off first"
+        case .dirtyLimit where others.contains(.autoConverge):
+            return "\(set): auto-converge slows the guest down already; turn that off first"
+        case .dirtyLimit where machine.accelerator?.dirtyRateControl == nil:
+            return "\(set): this machine has no dirty ring, by which vCPUs could be limited; "
+                + "start it with --accel kvm,dirty-ring-size=65536, or use auto-converge"
+        default: return nil
+        }
+    }
+
+    private static func means(_ capabilities: Set<MigrationCapability>) -> Convergence.Means {
+        if capabilities.contains(.autoConverge) { return .throttle }
+        return capabilities.contains(.dirtyLimit) ? .dirtyLimit : .none
     }
 
     public var parameters: MigrationParameters { state.withLock { $0.parameters } }
@@ -80,6 +104,7 @@ public final class Migrator: Sendable {
             throw MigrationError(
                 "multifd-channels \(parameters.multifdChannels): between 1 and \(StreamLimit.multifdChannels)")
         }
+        if let mistake = parameters.throttlingMistake { throw MigrationError(mistake) }
         let outgoing = state.withLock { state in
             state.parameters = parameters
             return state.outgoing
@@ -127,9 +152,47 @@ public final class Migrator: Sendable {
                 machine, to: address, parameters: state.parameters,
                 capabilities: state.capabilities, multifd: multifd,
                 tls: security.settings(state.parameters, "migrate"),
+                convergence: Convergence(machine, state.parameters, means: Self.means(state.capabilities)),
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()
+        }
+    }
+
+    /// What a dry run takes instead of what is set; `nil`: what is set.
+    public struct DryRunWishes: Sendable {
+        /// What the link carries, bytes per second.
+        public var bandwidth: UInt64?
+        public var downtimeLimitMilliseconds: UInt64?
+        public var autoConverge: Bool?
+        public init(bandwidth: UInt64? = nil, downtimeLimitMilliseconds: UInt64? = nil, autoConverge: Bool? = nil) {
+            self.bandwidth = bandwidth
+            self.downtimeLimitMilliseconds = downtimeLimitMilliseconds
+            self.autoConverge = autoConverge
+        }
+    }
+
+    /// Watches the guest for two seconds and tells what a migration would come to (`x-migrate-dry-run`). Comes back after that; nothing
+    /// is set, and nothing is moved.
+    public func dryRun(_ wishes: DryRunWishes = DryRunWishes()) throws(MigrationError) -> DryRun.Report {
+        let now = state.withLock { $0 }
+        if now.outgoing?.isUnderWay == true {
+            throw MigrationError("x-migrate-dry-run: a migration is under way; query-migrate tells its x-verdict")
+        }
+        guard machine.runState == .running, let accelerator = machine.accelerator else {
+            throw MigrationError(
+                "x-migrate-dry-run: there is no running guest to be watched (\(machine.runState.rawValue))")
+        }
+        var parameters = now.parameters
+        if let limit = wishes.downtimeLimitMilliseconds {
+            parameters.downtimeLimitMilliseconds = min(limit, MigrationParameters.longestDowntimeLimit)
+        }
+        let link = try DryRun.link(wishes.bandwidth, parameters)
+        let isThrottled = wishes.autoConverge ?? now.capabilities.contains(.autoConverge)
+        // One at a time: a later tracker of the same client ends the earlier.
+        return try dryRuns.withLock { (_) throws(MigrationError) in
+            try DryRun(memory: machine.memory, tracker: accelerator.dirtyTracker(for: .measurement))
+                .run(link: link, parameters, autoConverge: isThrottled ? AutoConverge(parameters.autoConverge) : nil)
         }
     }
 

@@ -1,5 +1,6 @@
 import ArgumentParser
 import CommandLineKit
+import Host
 import QMP
 import Transport
 
@@ -55,6 +56,12 @@ struct Migrate: ParsableCommand {
     @Flag(help: "Stop before the switchover, until 'godwit migrate NAME --proceed'.")
     var hold = false
 
+    @Flag(help: "Watch the guest for 2 s, predict the migration, move nothing; status 3 if it would not converge.")
+    var dryRun = false
+
+    @Flag(help: "Throttle the guest, more and more, as long as it writes too much to be moved.")
+    var autoConverge = false
+
     @Flag(help: "Let a migration that was held go on.")
     var proceed = false
 
@@ -65,9 +72,11 @@ struct Migrate: ParsableCommand {
     var settle: Verdict?
 
     func validate() throws {
+        if dryRun, !proceed, !cancel, settle == nil, uri == nil { return }
         guard [uri != nil, proceed, cancel, settle != nil].count(where: \.self) == 1 else {
-            throw ValidationError("Give one of: where to migrate to, --proceed, --cancel, --settle.")
+            throw ValidationError("Give one of: where to migrate to, --dry-run, --proceed, --cancel, --settle.")
         }
+        if dryRun, uri == nil { throw ValidationError("--dry-run goes with an address or alone.") }
         guard let uri else { return }
         guard channels.map({ (0...64).contains($0) }) ?? true else {
             throw ValidationError("--channels: give a number from 0 to 64.")
@@ -76,7 +85,9 @@ struct Migrate: ParsableCommand {
     }
 
     func run() throws {
-        if let settle {
+        if dryRun {
+            try predict()
+        } else if let settle {
             try target.execute("x-migrate-settle", ["verdict": .string(settle.rawValue)])
         } else if proceed {
             try target.execute("migrate-continue", ["state": "pre-switchover"])
@@ -85,6 +96,27 @@ struct Migrate: ParsableCommand {
         } else if let uri {
             try migrate(to: uri)
         }
+    }
+
+    /// The status of a guest that would not converge: neither a failure nor a success.
+    private static let divergingStatus: Int32 = 3
+
+    private func predict() throws {
+        var arguments: [String: JSON] = [:]
+        if let uri { arguments["uri"] = .string(uri) }
+        let client = try target.vm.connect()
+        if let bandwidth, bandwidth.bytes > 0 { arguments["bandwidth"] = JSON(bandwidth.bytes) }
+        if let downtime { arguments["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000) }
+        if autoConverge { arguments["auto-converge"] = true }
+        let answer: JSON
+        do {
+            answer = try client.execute("x-migrate-dry-run", .object(arguments), deadline: .after(seconds: 120))
+        } catch QMPClientError.refused(let error) {
+            throw CommandFailure("VM \(target.vm): \(error)")
+        }
+        let reading = DryRunReading(answer)
+        Terminal.output.write(json ? answer.prettyDescription + "\n" : reading.text(of: "\(target.vm)"))
+        if !reading.converges { throw ExitCode(Self.divergingStatus) }
     }
 
     private func migrate(to uri: String) throws {
@@ -97,6 +129,7 @@ struct Migrate: ParsableCommand {
         settings.channels = channels
         settings.tlsCredentials = tls
         settings.tlsHostname = tlsHostname
+        settings.throttlesGuest = autoConverge
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

@@ -52,6 +52,28 @@ struct MigrateCommandTests {
         #expect(source.process.wait(deadline: .after(seconds: 5)) == .exited(0))
     }
 
+    @Test("a dry run predicts, moves nothing, and its status says whether the guest would converge")
+    func dryRun() throws {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let unknown = try bench.run(["migrate", "source", "--dry-run"])
+        #expect(unknown.status == .exited(1) && unknown.lastErrorLine.contains("--bandwidth"), "\(unknown)")
+        let good = try bench.run(["migrate", "source", "tcp:127.0.0.1:1", "--dry-run", "--bandwidth", "100M"])
+        #expect(good.status == .exited(0), "\(good)")
+        #expect(good.output.contains("nothing was moved\n") && good.output.contains("verdict: converging: "), "\(good)")
+        let bad = try bench.run([
+            "migrate", "source", "--dry-run", "--bandwidth", "1M", "--downtime", "20ms", "--json",
+        ])
+        #expect(bad.status == .exited(3), "\(bad)")
+        let answer = try JSON(parsing: bad.output.utf8)
+        #expect(answer["state"] == "not-converging" && answer["remedies"]?[0]?["name"] != nil, "\(answer)")
+        #expect(try source.status() == "running")
+        #expect(try source.client.execute("query-migrate") == [:])
+        #expect(try source.client.execute("query-migrate-parameters")["downtime-limit"] == 300)
+        let mixed = try bench.run(["migrate", "source", "--dry-run", "--cancel"])
+        #expect(mixed.status == .exited(64), "\(mixed)")
+    }
+
     @Test("a refused connection fails the migration, and the guest runs on")
     func connectionRefused() throws {
         let source = try bench.startVM("source", guest)

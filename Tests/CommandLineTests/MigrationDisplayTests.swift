@@ -94,6 +94,51 @@ struct MigrationDisplayTests {
         #expect(LiveLine().text(figures) == "setup")
     }
 
+    private func verdict(_ state: String, _ sentence: String, left: Int? = nil) -> VerdictReading? {
+        var json: [String: JSON] = ["state": .string(state), "sentence": .string(sentence)]
+        if let left { json["expected-end-ms"] = JSON(left) }
+        return VerdictReading(.object(json))
+    }
+
+    @Test("the line ends in the VM's own verdict: time left, or why there is no end; short where there is no room")
+    func verdicts() {
+        var figures = example
+        figures.verdict = verdict("converging", "converging: ...", left: 3200)
+        figures.throttlePercentage = 30
+        #expect(LiveLine().text(figures).hasSuffix("throttled 30%   left ~3.2 s"))
+        figures.verdict = verdict("not-converging", "not converging: the guest dirties 612 MB/s; raise the limit")
+        #expect(LiveLine().text(figures).hasSuffix("   not converging: the guest dirties 612 MB/s; raise the limit"))
+        #expect(LiveLine().text(figures, width: 100).hasSuffix("throttled 30%   not converging"))
+        figures.verdict = verdict("observing", "observing how the guest writes")
+        figures.nanosecondsLeft = nil
+        #expect(LiveLine().text(figures).hasSuffix("observing"))
+        #expect(VerdictReading(["state": "nonsense", "sentence": ""]) == nil)
+    }
+
+    @Test("a dry run is told in words, with what was assumed")
+    func dryRun() {
+        let reading = DryRunReading([
+            "state": "converging", "converging": true,
+            "sentence": "converging: about 8.2 s to go, downtime about 24 ms",
+            "expected-total-ms": 8200, "expected-downtime-ms": 24, "rounds": 6, "observed-ms": 2050, "collects": 56,
+            "allocated-bytes": JSON(1 << 30), "zero-bytes": JSON(1 << 28), "observed-dirty-rate": 212_000_000,
+            "link-rate": 500_000_000, "link-source": "max-bandwidth", "pages-found": 41_200, "cpu-us": 12_000,
+            "downtime-limit-ms": 300,
+        ])
+        let text = reading.text(of: "web")
+        #expect(reading.converges)
+        for line in [
+            "dry run of web: watched for 2.05 s, nothing was moved", "memory to send: 1 GiB, 256 MiB of it zeroes",
+            "guest dirties: 212 MB/s of distinct pages", "link: 500 MB/s, taken from the parameter max-bandwidth",
+            "verdict: converging: about 8.2 s to go, downtime about 24 ms", "total time: about 8.2 s in 6 rounds",
+            "downtime: about 24 ms, the limit is 300 ms",
+            "cost: 41200 pages were watched afresh in 56 collects, 12 ms of CPU time",
+        ] {
+            #expect(text.contains(line + "\n"), "\(line) is not in \(text)")
+        }
+        #expect(!DryRunReading(["state": "not-converging", "sentence": "no"]).converges)
+    }
+
     private final class Lines {
         var written: [String] = []
     }

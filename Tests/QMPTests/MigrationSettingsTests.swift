@@ -79,6 +79,78 @@ import Testing
         #expect(try vm.refusal("migrate-set-parameters", ["nope": 1]) == "Parameter 'nope' is unexpected")
     }
 
+    @Test("throttling is set by QEMU's parameters, and what makes no sense is refused by name")
+    func throttling() throws {
+        let vm = try MonitoredMachine()
+        let before = try vm.run("query-migrate-parameters")
+        let defaults: [(String, JSON)] = [
+            ("throttle-trigger-threshold", 50), ("cpu-throttle-initial", 20), ("cpu-throttle-increment", 10),
+            ("max-cpu-throttle", 99), ("cpu-throttle-tailslow", false), ("vcpu-dirty-limit", 1),
+            ("x-vcpu-dirty-limit-period", 1000),
+        ]
+        for (name, value) in defaults { #expect(before[name] == value) }
+        try vm.run(
+            "migrate-set-parameters",
+            ["cpu-throttle-initial": 30, "max-cpu-throttle": 80, "cpu-throttle-tailslow": true, "vcpu-dirty-limit": 64])
+        let now = try vm.run("query-migrate-parameters")
+        #expect(now["cpu-throttle-initial"] == 30 && now["max-cpu-throttle"] == 80)
+        #expect(now["cpu-throttle-tailslow"] == true && now["vcpu-dirty-limit"] == 64)
+        for (name, value) in [
+            ("throttle-trigger-threshold", 0), ("throttle-trigger-threshold", 101), ("cpu-throttle-initial", 0),
+            ("cpu-throttle-increment", 100), ("max-cpu-throttle", 29), ("max-cpu-throttle", 100),
+            ("vcpu-dirty-limit", 0), ("x-vcpu-dirty-limit-period", 1001),
+        ] {
+            #expect(try vm.refusal("migrate-set-parameters", [name: JSON(value)]).contains("\(name) \(value)"))
+        }
+        #expect(try vm.run("query-migrate-parameters") == now)
+    }
+
+    @Test("auto-converge is turned on anywhere, dirty-limit on machines with a ring only")
+    func throttlingCapabilities() throws {
+        let vm = try MonitoredMachine()
+        func set(_ name: String, _ on: Bool) -> [String: JSON] {
+            ["capabilities": [["capability": .string(name), "state": .bool(on)]]]
+        }
+        let reason = try vm.refusal("migrate-set-capabilities", set("dirty-limit", true))
+        #expect(reason.contains("no dirty ring") && reason.contains("--accel kvm,dirty-ring-size="), "\(reason)")
+        try vm.run("migrate-set-capabilities", set("auto-converge", true))
+        #expect(try state(vm, "auto-converge") == true)
+        #expect(try vm.refusal("migrate-set-capabilities", set("dirty-limit", true)).contains("auto-converge"))
+        try vm.run("migrate-set-capabilities", set("auto-converge", false))
+        #expect(try state(vm, "auto-converge") == false)
+    }
+
+    @Test("a dry run says what it needs to know, and which guest it cannot watch")
+    func dryRun() throws {
+        let vm = try MonitoredMachine()
+        #expect(try vm.refusal("x-migrate-dry-run").contains("no running guest"))
+        #expect(try vm.refusal("x-migrate-dry-run", ["uri": "nowhere"]).contains("nowhere"))
+    }
+
+    @Test("a verdict is told with its figures, times in milliseconds")
+    func verdict() {
+        var info = MigrationInfo()
+        (info.status, info.direction) = (.active, .outgoing)
+        var verdict = ConvergenceVerdict(.notConverging)
+        verdict.uniqueBytesPerSecond = 600_000_000
+        verdict.linkBytesPerSecond = 500_000_000
+        verdict.remedies = [.downtimeLimit(milliseconds: 900), .bandwidth(bytesPerSecond: 700_000_000)]
+        info.verdict = verdict
+        info.throttlePercentage = 30
+        let json = info.json(downtimeLimitMilliseconds: 300)
+        #expect(json["cpu-throttle-percentage"] == 30)
+        #expect(json["x-verdict"]?["state"] == "not-converging")
+        #expect(json["x-verdict"]?["converging"] == false)
+        #expect(json["x-verdict"]?["unique-dirty-rate"] == 600_000_000)
+        #expect(json["x-verdict"]?["remedies"]?[0]?["name"] == "downtime-limit")
+        #expect(json["x-verdict"]?["remedies"]?[1]?["value"] == 700_000_000)
+        #expect(json["x-verdict"]?["sentence"]?.stringValue == verdict.sentence)
+        verdict = ConvergenceVerdict(.converging)
+        verdict.remainingNanoseconds = 1_500_000_000
+        info.verdict = verdict
+        #expect(info.json(downtimeLimitMilliseconds: 300)["x-verdict"]?["expected-end-ms"] == 1500)
+    }
+
     /// A value of the same type.
     private func other(than value: JSON) -> JSON {
         switch value {

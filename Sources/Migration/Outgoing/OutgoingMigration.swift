@@ -26,6 +26,7 @@ final class OutgoingMigration: Sendable {
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
+    private let convergence: Convergence
     /// Ends the attempt to connect that is under way.
     private let connecting = Mutex<CancelToken?>(nil)
 
@@ -49,11 +50,12 @@ final class OutgoingMigration: Sendable {
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
         capabilities: Set<MigrationCapability>, multifd: (channels: Int, mode: MultifdMode)?, tls: TLSSettings?,
-        descriptors: @escaping DescriptorResolver,
+        convergence: Convergence, descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.address = address
+        self.convergence = convergence
         self.descriptors = descriptors
         self.tls = tls
         self.report = report
@@ -102,11 +104,13 @@ final class OutgoingMigration: Sendable {
     func info() -> MigrationInfo {
         var info = statistics.info()
         info.trackingCPUNanoseconds = tracker?.cpuNanoseconds
+        convergence.describe(&info)
         return info
     }
 
     func update(_ parameters: MigrationParameters) {
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
+        convergence.update(parameters)
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
     }
 
@@ -179,7 +183,9 @@ final class OutgoingMigration: Sendable {
         case .connect: connect(withChannels: phase == .connecting)
         case .send(let bytes): sender.enqueue(.bytes(bytes))
         case .startTracking: startTracking()
-        case .stopTracking: sender.enqueue(.stopTracking)
+        case .stopTracking:
+            convergence.end()
+            sender.enqueue(.stopTracking)
         case .collect(let final): collect(final: final)
         case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
         case .synchronizeChannels: sender.enqueue(.synchronize)
@@ -322,7 +328,11 @@ final class OutgoingMigration: Sendable {
     private func collect(final: Bool) {
         do throws(AcceleratorError) {
             let pages = try sender.collect()
-            if final { statistics.mark(.collect) }
+            if final {
+                statistics.mark(.collect)
+            } else {
+                convergence.collected(remainingPages: pages, statistics.info().ram)
+            }
             report(.pass(statistics.collected(remainingPages: pages)))
             post(.collected(remainingPages: pages))
         } catch { post(.trackingFailed(error.description)) }
@@ -342,6 +352,7 @@ final class OutgoingMigration: Sendable {
     }
 
     private func finish(_ outcome: SourceOutcome) {
+        convergence.end()
         if case .unsettled = outcome { return askAgain() }
         connecting.withLock { $0 }?.cancel()
         inbox.withLock { $0.isOver = true }

@@ -30,6 +30,7 @@ struct MigrationCommands: Sendable {
                 try migrator.settle(verdict)
                 return [:]
             },
+            Command("x-migrate-dry-run", Self.dryRunOptions, handler: dryRun),
             Command("getfd", [.required("fdname", .string)], handler: keepDescriptor),
             Command("closefd", [.required("fdname", .string)]) { [migrator] call in
                 let name = try call.arguments.string("fdname")
@@ -42,6 +43,10 @@ struct MigrationCommands: Sendable {
     }
 
     private static let migrateOptions: [Parameter] = ["blk", "inc", "detach", "resume"].map { .optional($0, .bool) }
+    private static let dryRunOptions: [Parameter] = [
+        .optional("uri", .string), .optional("bandwidth", .unsigned(bits: 64)),
+        .optional("downtime-limit", .unsigned(bits: 64)), .optional("auto-converge", .bool),
+    ]
     private static let states = MigrationStatus.allCases.filter { $0 != .unsettled }.map(\.rawValue)
     private static let verdicts: [String: Settlement] = [
         "ask-destination": .askDestination, "started-there": .startedThere, "resume-here": .resumeHere,
@@ -56,6 +61,17 @@ struct MigrationCommands: Sendable {
         }
         try migrator.migrate(to: MigrationTarget.address(call.arguments, of: "migrate"))
         return [:]
+    }
+
+    private func dryRun(_ call: Command.Call) throws -> JSON {
+        // Where to is checked and not used: nothing is sent, so what the link carries must be told.
+        if let uri = try call.arguments.string(ifPresent: "uri") { _ = try MigrationAddress(uri) }
+        return try migrator.dryRun(
+            .init(
+                bandwidth: call.arguments.integer(ifPresent: "bandwidth"),
+                downtimeLimitMilliseconds: call.arguments.integer(ifPresent: "downtime-limit"),
+                autoConverge: call.arguments.bool(ifPresent: "auto-converge"))
+        ).json
     }
 
     private func proceed(_ call: Command.Call) throws -> JSON {

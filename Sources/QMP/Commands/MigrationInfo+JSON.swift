@@ -23,6 +23,14 @@ extension MigrationInfo {
             members["expected-downtime"] = JSON(expected)
         }
         if brokenSwitchovers > 0 { members["x-broken-switchovers"] = brokenJSON }
+        if let throttlePercentage { members["cpu-throttle-percentage"] = JSON(throttlePercentage) }
+        if let dirtyLimitThrottleMicroseconds {
+            members["dirty-limit-throttle-time-per-round"] = JSON(dirtyLimitThrottleMicroseconds)
+        }
+        if let dirtyLimitRingFullMicroseconds {
+            members["dirty-limit-ring-full-time"] = JSON(dirtyLimitRingFullMicroseconds)
+        }
+        if let verdict { members["x-verdict"] = verdict.json }
         if status == .completed, let downtime {
             members["downtime"] = milliseconds(downtime.nanoseconds)
             members["x-downtime-ns"] = JSON(downtime.nanoseconds)

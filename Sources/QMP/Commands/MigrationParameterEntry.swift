@@ -61,20 +61,17 @@ struct MigrationParameterEntry: Sendable {
             ("announce-step", 64, 100),
         ])
 
-    private static let throttling =
-        numbers(
-            "throttling the guest (auto-converge)",
-            [
-                ("throttle-trigger-threshold", 8, 50), ("cpu-throttle-initial", 8, 20),
-                ("cpu-throttle-increment", 8, 10), ("max-cpu-throttle", 8, 99),
-            ])
-        + numbers(
-            "limiting the guest's dirty rate (dirty-limit)",
-            [("x-vcpu-dirty-limit-period", 64, 1000), ("vcpu-dirty-limit", 64, 1)])
-        + [
-            MigrationParameterEntry(
-                "cpu-throttle-tailslow", .bool, .off(false, "throttling the guest (auto-converge)"))
-        ]
+    private static let throttling = [
+        MigrationParameterEntry(
+            "throttle-trigger-threshold", .unsigned(bits: 8), .setting(\.autoConverge.triggerThreshold)),
+        MigrationParameterEntry("cpu-throttle-initial", .unsigned(bits: 8), .setting(\.autoConverge.initial)),
+        MigrationParameterEntry("cpu-throttle-increment", .unsigned(bits: 8), .setting(\.autoConverge.increment)),
+        MigrationParameterEntry("max-cpu-throttle", .unsigned(bits: 8), .setting(\.autoConverge.maximum)),
+        MigrationParameterEntry("cpu-throttle-tailslow", .bool, .flag(\.autoConverge.isTailSlow)),
+        MigrationParameterEntry(
+            "x-vcpu-dirty-limit-period", .unsigned(bits: 64), .setting(\.vcpuDirtyLimitPeriodMilliseconds)),
+        MigrationParameterEntry("vcpu-dirty-limit", .unsigned(bits: 64), .setting(\.vcpuDirtyLimitMegabytes)),
+    ]
 
     private static let compressing =
         numbers(

@@ -45,6 +45,8 @@ struct MigrationReport {
             lines.append("expected downtime: \(expected) ms")
         }
         if let setup = info.setupNanoseconds { lines.append("setup: \(setup / 1_000_000) ms") }
+        if let verdict = info.verdict { lines.append("verdict: \(verdict.sentence)") }
+        if let percentage = info.throttlePercentage { lines.append("cpu throttle percentage: \(percentage)") }
         return lines
     }
 
