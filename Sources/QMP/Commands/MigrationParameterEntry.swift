@@ -5,6 +5,12 @@ struct MigrationParameterEntry: Sendable {
     enum Meaning: Sendable {
         /// A number we have.
         case setting(any WritableKeyPath<MigrationParameters, UInt64> & Sendable)
+        /// A switch we have.
+        case flag(any WritableKeyPath<MigrationParameters, Bool> & Sendable)
+        /// A text we have; null stands for the empty one.
+        case text(any WritableKeyPath<MigrationParameters, String> & Sendable)
+        /// One of several names: those we have. The others that the parameter's kind lists are known, and refused.
+        case choice([String], any WritableKeyPath<MigrationParameters, String> & Sendable)
         /// The value by which QEMU's default says "not used", and what using it would need.
         case off(JSON, String)
         /// As `off`, and not listed as long as it is not set.

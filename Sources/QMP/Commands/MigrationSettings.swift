@@ -73,6 +73,8 @@ struct MigrationSettings: Sendable {
                 MigrationParameterEntry.all.compactMap { entry in
                     switch entry.meaning {
                     case .setting(let field): (entry.name, JSON(now[keyPath: field]))
+                    case .flag(let field): (entry.name, .bool(now[keyPath: field]))
+                    case .text(let field), .choice(_, let field): (entry.name, .string(now[keyPath: field]))
                     case .off(let value, _): (entry.name, value)
                     case .absent: nil
                     }
@@ -82,27 +84,44 @@ struct MigrationSettings: Sendable {
     private func setParameters(_ arguments: Arguments) throws {
         var wanted = migrator.parameters
         for entry in MigrationParameterEntry.all {
-            guard let value = arguments[entry.name] else { continue }
-            switch entry.meaning {
-            case .setting(let field):
-                guard let number = try arguments.integer(ifPresent: entry.name, in: UInt64.min...UInt64.max) else {
-                    continue
-                }
-                wanted[keyPath: field] = number
-            case .off(let off, let feature):
-                guard value == off || (value.isNull && off == "") else {
-                    throw QMPError(
-                        "migrate-set-parameters: \(entry.name) \(value): \(feature) is not supported yet; "
-                            + "leave it at \(off)")
-                }
-            case .absent(let off, let feature):
-                guard value == off else {
-                    throw QMPError(
-                        "migrate-set-parameters: \(entry.name): \(feature) is not supported yet; leave it out"
-                    )
-                }
-            }
+            if let value = arguments[entry.name] { try entry.set(value, in: arguments, &wanted) }
         }
         try migrator.set(wanted)
+    }
+}
+
+extension MigrationParameterEntry {
+    /// Takes over one value whose type was checked. - Throws: `QMPError` naming the parameter, for what this Godwit cannot do.
+    fileprivate func set(
+        _ value: JSON, in arguments: Arguments, _ wanted: inout MigrationParameters
+    )
+        throws(QMPError)
+    {
+        switch meaning {
+        case .setting(let field):
+            if let number = try arguments.integer(ifPresent: name, in: UInt64.min...UInt64.max) {
+                wanted[keyPath: field] = number
+            }
+        case .flag(let field):
+            if let flag = value.boolValue { wanted[keyPath: field] = flag }
+        case .text(let field): wanted[keyPath: field] = value.stringValue ?? ""
+        case .choice(let ours, let field):
+            let choice = value.stringValue ?? ""
+            guard ours.contains(choice) else {
+                throw QMPError(
+                    "migrate-set-parameters: \(name) '\(choice)' is not supported; choose "
+                        + ours.joined(separator: " or "))
+            }
+            wanted[keyPath: field] = choice
+        case .off(let off, let feature):
+            guard value == off || (value.isNull && off == "") else {
+                throw QMPError(
+                    "migrate-set-parameters: \(name) \(value): \(feature) is not supported yet; leave it at \(off)")
+            }
+        case .absent(let off, let feature):
+            guard value == off else {
+                throw QMPError("migrate-set-parameters: \(name): \(feature) is not supported yet; leave it out")
+            }
+        }
     }
 }
