@@ -119,7 +119,7 @@ final class IncomingMigration: Sendable {
             var lastProgress = Clock.monotonicNanoseconds
             while let item = try receiver.next() {
                 switch item {
-                case .page, .zeroPage, .pageBatch:
+                case .page, .zeroPage, .pageDelta, .pageBatch:
                     guard state.withLock({ $0.core.acceptsPages(on: id) }) else {
                         // Nobody wants these pages: the core says why, and the connection ends.
                         post(.item(id, item))

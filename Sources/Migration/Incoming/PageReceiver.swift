@@ -12,6 +12,8 @@ struct PageReceiver: ~Copyable {
     private var buffer = ReceiveBuffer(capacity: bulkBytes)
     /// Pages that hold data already: a zero page must clear them, and must not touch others.
     private let received: [DirtyBitmap]
+    /// Pages that came as zero: a delta may refer to those, too, but to no page that never came.
+    private let zeroed: [DirtyBitmap]
     /// What the decoder rejected; no item comes after it.
     private(set) var failure: StreamError?
     /// The stream carries batches: read little ahead, so that most page contents go to guest memory without a stop here.
@@ -32,11 +34,16 @@ struct PageReceiver: ~Copyable {
         statistics: IncomingStatistics
     ) throws(SystemError) {
         var received: [DirtyBitmap] = []
-        for block in memory.blocks { received.append(try DirtyBitmap(pageCount: block.pageCount)) }
+        var zeroed: [DirtyBitmap] = []
+        for block in memory.blocks {
+            received.append(try DirtyBitmap(pageCount: block.pageCount))
+            zeroed.append(try DirtyBitmap(pageCount: block.pageCount))
+        }
         self.channel = channel
         self.memory = memory
         self.statistics = statistics
         self.received = received
+        self.zeroed = zeroed
         decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
     }
 
@@ -86,6 +93,7 @@ struct PageReceiver: ~Copyable {
             clear(block, offset: offset, pages: 1)
             pending.duplicate += 1
         case .pageBatch(let block, let runs): try place(block, runs)
+        case .pageDelta(let block, let offset, let count): try applyDelta(block, offset: offset, count: count)
         default: break
         }
         count(force: false)
@@ -126,6 +134,42 @@ struct PageReceiver: ~Copyable {
             try channel.receive(&vector)
         }
         decoder.payloadConsumed(count)
+    }
+
+    /// A difference to what the page holds: all of it is read and checked before a byte is changed.
+    private mutating func applyDelta(_ block: Int, offset: UInt64, count: Int) throws(ChannelError) {
+        while buffer.count < count {
+            guard try fill() > 0 else {
+                failure = StreamError(.truncated(inside: "the delta of a page"), position: decoder.position)
+                return
+            }
+        }
+        let name = memory.blocks[block].name
+        let page = RAMOffset(offset).page
+        let isThere = received[block].contains(page)
+        guard isThere || zeroed[block].contains(page) else {
+            failure = StreamError(.deltaWithoutPage(block: name, offset: offset), position: decoder.position)
+            return
+        }
+        if let damage = Self.apply(buffer, count, to: memory.blocks[block].mapping, at: Int(offset)) {
+            failure = StreamError(.deltaDamaged(block: name, offset: offset, damage), position: decoder.position)
+            return
+        }
+        buffer.consume(count)
+        decoder.payloadConsumed(count)
+        if !isThere { mark(block, offset: offset, pages: 1) }
+    }
+
+    private static func apply(
+        _ buffer: borrowing ReceiveBuffer, _ count: Int, to mapping: Mapping, at offset: Int
+    ) -> XBZRLE.Damage? {
+        let delta = buffer.bytes.extracting(first: count)
+        do throws(XBZRLE.Damage) {
+            try unsafe mapping.withMutableBytes(at: offset, count: Wire.pageSize) { page throws(XBZRLE.Damage) in
+                try unsafe XBZRLE.apply(delta, to: page)
+            }
+            return nil
+        } catch { return error }
     }
 
     private mutating func take(_ count: Int, into mapping: Mapping, at offset: Int) {
@@ -175,6 +219,7 @@ struct PageReceiver: ~Copyable {
 
     private mutating func clear(_ block: Int, offset: UInt64, pages: UInt64) {
         let end = PageIndex(offset / 4096 + pages)
+        zeroed[block].set(RAMOffset(offset).page..<end)
         var position = RAMOffset(offset).page
         while let run = received[block].nextRun(from: position, limit: pages), run.lowerBound < end {
             let part = run.clamped(to: position..<end)
