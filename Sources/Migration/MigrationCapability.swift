@@ -6,12 +6,14 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     case returnPath = "return-path"
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
+    /// Send pages that come again as their difference to what was sent before.
+    case xbzrle
 
-    var isOnByDefault: Bool { self != .pauseBeforeSwitchover }
+    var isOnByDefault: Bool { self == .events || self == .returnPath }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "xbzrle", "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
+        "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
         "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
     ]

@@ -7,6 +7,9 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `avail-switchover-bandwidth`, bytes per second to count on for the last part; 0: what was measured.
     public var availableSwitchoverBytesPerSecond: UInt64 = 0
 
+    /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
+    public var xbzrleCacheBytes: UInt64 = 64 << 20
+
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 
     public init() {}

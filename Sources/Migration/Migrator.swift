@@ -61,6 +61,10 @@ public final class Migrator: Sendable {
                 "downtime-limit \(parameters.downtimeLimitMilliseconds): at most \(MigrationParameters.longestDowntimeLimit) ms"
             )
         }
+        guard XBZRLECache.isSize(parameters.xbzrleCacheBytes) else {
+            throw MigrationError(
+                "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page size")
+        }
         let outgoing = state.withLock { state in
             state.parameters = parameters
             return state.outgoing
@@ -103,6 +107,7 @@ public final class Migrator: Sendable {
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
                 pausesBeforeSwitchover: state.capabilities.contains(.pauseBeforeSwitchover),
+                xbzrle: state.capabilities.contains(.xbzrle),
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()

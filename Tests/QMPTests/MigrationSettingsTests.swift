@@ -56,6 +56,22 @@ import Testing
         #expect(try vm.run("query-migrate-parameters")["downtime-limit"] == 2_000_000)
     }
 
+    @Test("the cache of xbzrle has a size in QEMU's bounds, and the capability is one of ours")
+    func xbzrle() throws {
+        let vm = try MonitoredMachine()
+        #expect(try vm.run("query-migrate-parameters")["xbzrle-cache-size"] == JSON(64 << 20))
+        try vm.run("migrate-set-parameters", ["xbzrle-cache-size": 8192])
+        for size in [0, 1, 5000, 12288] as [UInt64] {
+            #expect(
+                try vm.refusal("migrate-set-parameters", ["xbzrle-cache-size": JSON(size)])
+                    == "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page size")
+        }
+        #expect(try vm.run("query-migrate-parameters")["xbzrle-cache-size"] == 8192)
+        try vm.run(
+            "migrate-set-capabilities", ["capabilities": [["capability": "xbzrle", "state": true]]])
+        #expect(try state(vm, "xbzrle") == true)
+    }
+
     @Test("every other parameter takes the value it has and refuses another, naming itself")
     func others() throws {
         let vm = try MonitoredMachine()

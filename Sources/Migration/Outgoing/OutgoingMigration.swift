@@ -44,7 +44,7 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        pausesBeforeSwitchover: Bool, descriptors: @escaping DescriptorResolver,
+        pausesBeforeSwitchover: Bool, xbzrle: Bool = false, descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
@@ -60,13 +60,16 @@ final class OutgoingMigration: Sendable {
         configuration = SourceConfiguration(
             migration: .random(), machineName: machine.configuration.streamName, blocks: blocks,
             catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
-        statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
+        let cacheBytes = xbzrle ? parameters.xbzrleCacheBytes : nil
+        statistics = OutgoingStatistics(
+            totalBytes: machine.memory.byteCount, tracking: tracker?.method, xbzrleCacheBytes: cacheBytes)
         do {
             // A machine without vCPUs has no tracker: what is allocated is sent once.
             let bitmaps: [any DirtyPages] =
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
-                machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics)
+                machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
+                xbzrleCacheBytes: cacheBytes)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -89,6 +92,7 @@ final class OutgoingMigration: Sendable {
     }
 
     func update(_ parameters: MigrationParameters) {
+        sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
     }

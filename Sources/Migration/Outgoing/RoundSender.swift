@@ -22,6 +22,9 @@ struct RoundSender: ~Copyable {
     private let heads: Mapping
     private var headBytes = 0
     private var vector = IOVector()
+    /// With the capability `xbzrle`.
+    private var deltas: XBZRLESender?
+    private var keepsPages = true
 
     /// 64 MiB of guest memory are write-protected at a time.
     private static let chunkPages: UInt64 = 1 << 14
@@ -31,8 +34,13 @@ struct RoundSender: ~Copyable {
     private static let classicPages: UInt64 = 256
 
     /// - Parameter bitmaps: empty records of dirty pages, one per block.
-    init(_ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages]) throws(SystemError) {
-        let heads = try Mapping(anonymousByteCount: 256 << 10)
+    init(
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages],
+        xbzrleCacheBytes: UInt64? = nil
+    ) throws(SystemError) {
+        // With deltas among them: at most `batchPages`, each little longer than a page at worst.
+        let heads = try Mapping(anonymousByteCount: xbzrleCacheBytes == nil ? 256 << 10 : 4 << 20)
+        if let xbzrleCacheBytes { deltas = try XBZRLESender(cacheBytes: xbzrleCacheBytes) } else { deltas = nil }
         self.memory = memory
         self.bitmaps = bitmaps
         self.heads = heads
@@ -47,7 +55,9 @@ struct RoundSender: ~Copyable {
             try markAllocated()
         }
         firstCollect = false
-        return bitmaps.reduce(0) { $0 + $1.count }
+        let pages = bitmaps.reduce(0) { $0 + $1.count }
+        deltas?.roundBegins(pages: pages)
+        return pages
     }
 
     /// A machine without vCPUs: whatever is allocated, once.
@@ -59,10 +69,16 @@ struct RoundSender: ~Copyable {
         } catch { throw AcceleratorError(error.description) }
     }
 
-    /// Sends all dirty pages. `sent` is told of every batch (bytes, normal pages, zero pages) and returns whether to end early.
+    /// Before a round: the cache's size (0: as it is), and whether this is the last round, whose pages need not be kept.
+    mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {
+        if cacheBytes > 0 { deltas?.resize(to: cacheBytes) }
+        keepsPages = !isFinal
+    }
+
+    /// Sends all dirty pages. `sent` is told of every batch (bytes, normal pages, zero pages, deltas) and returns whether to end early.
     mutating func send(
         to channel: Channel, batches: Bool, tracker: (any DirtyTracker)?, pacer: consuming Pacer,
-        sent: (UInt64, UInt64, UInt64) -> Bool
+        sent: (UInt64, UInt64, UInt64, XBZRLECounts) -> Bool
     ) throws(Failure) -> RoundReport {
         var report = RoundReport(pages: 0, bytes: 0, nanoseconds: 0)
         let most = UInt64(pacer.batchBytes(most: Int(batches ? Self.batchPages : Self.classicPages) * 4096) / 4096)
@@ -78,20 +94,24 @@ struct RoundSender: ~Copyable {
                 let end = min(run.upperBound.value, (run.lowerBound.value / Self.batchPages + 1) * Self.batchPages)
                 let batch = gather(block, from: run.lowerBound, to: end, limit: most, batches: batches)
                 let bytes = UInt64(vector.byteCount)
-                do throws(ChannelError) { try channel.send(&vector) } catch { throw .channel(error) }
+                // Nothing is sent of pages that are as they were.
+                if bytes > 0 { do throws(ChannelError) { try channel.send(&vector) } catch { throw .channel(error) } }
                 for pages in batch.runs { bitmaps[block].clear(pages) }
-                report.pages += batch.normal + batch.zero
+                let encoded = deltas?.takeCounts() ?? XBZRLECounts()
+                report.pages += batch.normal + batch.zero + encoded.deltasAndUnchanged
                 report.bytes += bytes
                 position = batch.end
                 let wait = pacer.sent(bytes, at: Clock.monotonicNanoseconds)
-                let mustEnd = sent(bytes, batch.normal, batch.zero)
+                let mustEnd = sent(bytes, batch.normal, batch.zero, encoded)
                 if mustEnd {
                     report.interrupted = bitmaps.contains { !$0.isEmpty }
+                    deltas?.roundEnded(pages: report.pages, isInterrupted: report.interrupted)
                     return report
                 }
                 if wait > 0 { Clock.sleep(nanoseconds: wait) }
             }
         }
+        deltas?.roundEnded(pages: report.pages, isInterrupted: false)
         return report
     }
 
@@ -136,7 +156,13 @@ struct RoundSender: ~Copyable {
             else { break }
             run = next.lowerBound..<min(next.upperBound, PageIndex(chunkEnd))
         }
-        if batches { writeBatch(block, &batch) } else { writeClassic(block, &batch) }
+        if deltas?.isActive == true {
+            writeDeltas(block, &batch, batches: batches)
+        } else if batches {
+            writeBatch(block, &batch)
+        } else {
+            writeClassic(block, &batch)
+        }
         return batch
     }
 
@@ -182,6 +208,75 @@ struct RoundSender: ~Copyable {
                     vector.append(mapping, offset: Int(page.offset.value), count: 4096)
                     batch.normal += 1
                 }
+            }
+        }
+    }
+
+    /// From the second round on, with `xbzrle`: pages that changed little go as deltas, one record each; the others as ever, save that
+    /// those the cache keeps are sent from it.
+    private mutating func writeDeltas(_ block: Int, _ batch: inout Batch, batches: Bool) {
+        let mapping = memory.blocks[block].mapping
+        var runs: [PageRun] = []
+        var contents: [(mapping: Mapping, offset: Int)] = []
+        var head: [UInt8] = []
+        for page in batch.runs.joined() {
+            let offset = page.offset.value
+            var kind = PageRunKind.data
+            if mapping.isZero(at: Int(offset), count: 4096) {
+                deltas?.sentZero(block: block, page: page)
+                kind = .zero
+                batch.zero += 1
+            } else {
+                switch deltas?.form(block: block, page: page, in: mapping, keeps: keepsPages) ?? .direct {
+                case .unchanged: continue
+                case .delta(let byteCount):
+                    head.removeAll(keepingCapacity: true)
+                    encoder.pageDelta(block: block, offset: offset, byteCount: byteCount, into: &head)
+                    append(head)
+                    appendDelta(byteCount)
+                    continue
+                case .copy(let place): if let pages = deltas?.pages { contents.append((pages, place)) }
+                case .direct: contents.append((mapping, Int(offset)))
+                }
+                batch.normal += 1
+            }
+            if let last = runs.last, last.kind == kind, last.offset + last.length == offset, batches {
+                runs[runs.count - 1] = PageRun(kind: kind, offset: last.offset, pages: last.pages + 1)
+            } else {
+                runs.append(PageRun(kind: kind, offset: offset, pages: 1))
+            }
+        }
+        append(block, runs, contents[...], batches: batches)
+    }
+
+    private mutating func appendDelta(_ byteCount: Int) {
+        guard let encoding = deltas?.encoding else { return }
+        heads.copy(from: encoding, at: 0, count: byteCount, to: headBytes)
+        vector.append(heads, offset: headBytes, count: byteCount)
+        headBytes += byteCount
+    }
+
+    /// Records for runs whose contents stand, page by page, at `contents`.
+    private mutating func append(
+        _ block: Int, _ runs: [PageRun], _ contents: ArraySlice<(mapping: Mapping, offset: Int)>, batches: Bool
+    ) {
+        var contents = contents
+        for start in stride(from: 0, to: runs.count, by: batches ? StreamLimit.batchRuns : 1) {
+            let part = runs[start..<min(start + (batches ? StreamLimit.batchRuns : 1), runs.count)]
+            var head: [UInt8] = []
+            if batches {
+                encoder.batch(block: block, runs: part, into: &head)
+            } else if runs[start].kind == .zero {
+                encoder.zeroPage(block: block, offset: runs[start].offset, into: &head)
+            } else {
+                encoder.page(block: block, offset: runs[start].offset, into: &head)
+            }
+            append(head)
+            for run in part where run.kind == .data {
+                for content in contents.prefix(Int(run.pages)) {
+                    vector.append(content.mapping, offset: content.offset, count: 4096)
+                }
+                contents = contents.dropFirst(Int(run.pages))
             }
         }
     }

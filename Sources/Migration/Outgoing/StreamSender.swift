@@ -25,14 +25,17 @@ final class StreamSender: Sendable {
     private let interrupted = Atomic<Bool>(false)
     private let waiting = Atomic<Bool>(false)
     private let bandwidth = Atomic<UInt64>(0)
+    /// The size the cache of `xbzrle` should have from the next round on; 0: as it is.
+    private let xbzrleCache = Atomic<UInt64>(0)
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
-        bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics
+        bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics, xbzrleCacheBytes: UInt64? = nil
     ) throws(SystemError) {
         self.tracker = tracker
         self.statistics = statistics
-        round = Mutex(try RoundSender(memory, blocks: blocks, bitmaps: bitmaps))
+        round = Mutex(
+            try RoundSender(memory, blocks: blocks, bitmaps: bitmaps, xbzrleCacheBytes: xbzrleCacheBytes))
     }
 
     /// Events wait for the core: a round that is not the last one ends at the next batch.
@@ -44,6 +47,8 @@ final class StreamSender: Sendable {
     func interruptRound() { interrupted.store(true, ordering: .relaxed) }
 
     func setBandwidth(_ bytesPerSecond: UInt64) { bandwidth.store(bytesPerSecond, ordering: .relaxed) }
+
+    func setXBZRLECache(_ byteCount: UInt64) { xbzrleCache.store(byteCount, ordering: .relaxed) }
 
     func enqueue(_ job: Job) { queue.withLock { $0.jobs.append(job) } }
 
@@ -95,12 +100,14 @@ final class StreamSender: Sendable {
         var progress = Progress(post: post)
         var failure: ChannelError?
         var report = round.withLock { round -> RoundReport in
+            round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), isFinal: final)
             do throws(RoundSender.Failure) {
                 return try round.send(
                     to: channel, batches: batches, tracker: tracker,
                     pacer: Pacer(bytesPerSecond: final ? 0 : bandwidth.load(ordering: .relaxed))
-                ) { bytes, normal, duplicate in
+                ) { bytes, normal, duplicate, deltas in
                     statistics.sent(bytes: bytes, normal: normal, duplicate: duplicate)
+                    statistics.encoded(deltas)
                     progress.note()
                     return interrupted.load(ordering: .relaxed) || (!final && waiting.load(ordering: .relaxed))
                 }

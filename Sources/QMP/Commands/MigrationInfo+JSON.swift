@@ -14,6 +14,7 @@ extension MigrationInfo {
         if let errorDescription { members["error-desc"] = .string(errorDescription) }
         guard status != .setup else { return .object(members) }
         if let ram { members["ram"] = ram.json }
+        if let xbzrle { members["xbzrle-cache"] = xbzrle.json }
         if let totalNanoseconds { members["total-time"] = milliseconds(totalNanoseconds) }
         if let setupNanoseconds { members["setup-time"] = milliseconds(setupNanoseconds) }
         if let rule { members["x-handover"] = .string(rule.rawValue) }
@@ -52,6 +53,16 @@ extension MigrationInfo.RAM {
             "postcopy-requests": 0, "page-size": 4096, "multifd-bytes": 0, "pages-per-second": JSON(pagesPerSecond),
             "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes), "postcopy-bytes": 0,
             "dirty-sync-missed-zero-copy": 0, "x-hole": JSON(hole),
+        ]
+    }
+}
+
+extension MigrationInfo.XBZRLE {
+    fileprivate var json: JSON {
+        [
+            "cache-size": JSON(cacheBytes), "bytes": JSON(bytes), "pages": JSON(pages),
+            "cache-miss": JSON(cacheMisses), "cache-miss-rate": .double(cacheMissRate),
+            "encoding-rate": .double(encodingRate), "overflow": JSON(overflows),
         ]
     }
 }

@@ -71,7 +71,7 @@ struct MigrationParameterEntry: Sendable {
         numbers(
             "compression of pages",
             [("compress-level", 8, 1), ("compress-threads", 8, 8), ("decompress-threads", 8, 2)])
-        + numbers("delta compression (xbzrle)", [("xbzrle-cache-size", 64, 64 << 20)])
+        + [MigrationParameterEntry("xbzrle-cache-size", .unsigned(bits: 64), .setting(\.xbzrleCacheBytes))]
         + [MigrationParameterEntry("compress-wait-thread", .bool, .off(true, "compression of pages"))]
 
     private static let channels =
