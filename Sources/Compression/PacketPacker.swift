@@ -13,33 +13,30 @@ public struct PacketPacker: ~Copyable, Sendable {
 
     /// Where compressed contents stand, until the next packet.
     public let buffer: Mapping
-    private let mayGoPlain: Bool
+    public let method: CompressionMethod
     private var compressor: PageCompressor
     private var watch = ShrinkWatch()
 
-    /// - Parameters:
-    ///   - packetBytes: the most bytes of pages in one packet.
-    ///   - mayGoPlain: whether the peer takes plain packets among the others.
+    /// - Parameter packetBytes: the most bytes of pages in one packet.
     /// - Throws: `CompressionError` for a level that does not exist, or a library that is not here.
-    public init(
-        _ method: CompressionMethod, level: Int, packetBytes: Int, mayGoPlain: Bool
-    ) throws(CompressionError) {
+    public init(_ method: CompressionMethod, level: Int, packetBytes: Int) throws(CompressionError) {
         let compressor = try PageCompressor(method, level: level)
         let buffer: Mapping
         do throws(SystemError) {
             buffer = try Mapping(anonymousByteCount: PageCompressor.bound(byteCount: packetBytes))
         } catch { throw .failed(method, operation: "making a buffer", reason: error.description) }
+        self.method = method
         self.compressor = compressor
         self.buffer = buffer
-        self.mayGoPlain = mayGoPlain
     }
 
-    /// The next packet. - Parameter byteCount: bytes of all `pages` together.
+    /// The next packet.
+    /// - Parameters:
+    ///   - byteCount: bytes of all `pages` together.
+    ///   - mayGoPlain: whether the peer takes plain packets among the others.
     public mutating func pack(
-        _ pages: some Sequence<MemoryRange>, byteCount: Int
-    )
-        throws(CompressionError) -> Contents
-    {
+        _ pages: some Sequence<MemoryRange>, byteCount: Int, mayGoPlain: Bool
+    ) throws(CompressionError) -> Contents {
         guard !mayGoPlain || watch.shouldTry() else { return .plain }
         let packed = try compressor.compress(pages, into: buffer)
         guard mayGoPlain, !watch.isWorth(packed: packed, plain: byteCount) else { return .packed(byteCount: packed) }
