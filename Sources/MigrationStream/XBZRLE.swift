@@ -47,12 +47,22 @@ public enum XBZRLE {
             unsafe put(start - position, into: room, &used)
             unsafe put(count, into: room, &used)
             // SAFETY: `used + count` was compared with the room; the run lies inside the page.
-            unsafe (room.baseAddress! + used).copyMemory(from: new.baseAddress! + start, byteCount: count)
+            unsafe copy(new.baseAddress! + start, to: room.baseAddress! + used, count)
             used += count
             position = end
             start = next
         }
         return .bytes(used)
+    }
+
+    /// Most runs are a few bytes: calling memcpy for each would cost more than the walk.
+    @unsafe @inline(__always)
+    private static func copy(_ source: UnsafeRawPointer, to target: UnsafeMutableRawPointer, _ count: Int) {
+        guard count <= 16 else { return unsafe target.copyMemory(from: source, byteCount: count) }
+        for index in 0..<count {
+            unsafe target.storeBytes(
+                of: source.load(fromByteOffset: index, as: UInt8.self), toByteOffset: index, as: UInt8.self)
+        }
     }
 
     private static func size(_ number: Int) -> Int { number < 0x80 ? 1 : 2 }
@@ -111,7 +121,7 @@ private struct Marks {
     private func next(from position: Int, inverted: UInt64) -> Int {
         guard position < Wire.pageSize else { return Wire.pageSize }
         var index = position >> 6
-        var word = (words[index] ^ inverted) & (.max << UInt64(position & 63))
+        var word = (words[index] ^ inverted) & (.max &<< UInt64(position))
         while word == 0 {
             index += 1
             guard index < 64 else { return Wire.pageSize }

@@ -19,35 +19,34 @@ struct XBZRLEConformanceTests {
 
     init() throws { bench = try Workbench() }
 
-    /// A machine without vCPUs writes nothing: QEMU's test protocol does, through the same functions as a vCPU.
+    /// A machine without vCPUs writes nothing by itself, see `RestlessMemory`.
     @Test("QEMU's differences arrive: memory is equal after many rounds", arguments: ["tcp", "exec"])
     func fromQEMU(transport: String) throws {
-        let image = try MemoryImage("\(bench.folder)/image", byteCount: byteCount, content: .mixed, seed: 21)
-        let path = "\(bench.folder)/qtest"
-        let source = try bench.startQEMU(
-            "source", byteCount: byteCount, ram: image.path,
-            ["-accel", "qtest", "-qtest", "unix:\(path),server=on,wait=off"])
-        let writer = try GuestWriter(path)
+        let small: UInt64 = 1 << 20
+        let image = try MemoryImage("\(bench.folder)/image", byteCount: small, content: .data, seed: 21)
+        let memory = try RestlessMemory(image, folder: bench.folder)
+        let source = try bench.startQEMU("source", byteCount: small, ram: image.path, memory.options)
         try source.client.execute(
             "migrate-set-capabilities", ["capabilities": [["capability": "xbzrle", "state": true]]])
-        // Few pages fit the limit: as long as more are written, it goes on.
-        try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(32 << 20), "downtime-limit": 1])
+        // So slow that memory changes in every round: it would end with the first in which nothing did.
+        try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(256 << 10), "downtime-limit": 1])
 
         let stream = "\(bench.folder)/stream"
         let isFile = transport == "exec"
-        let destination = isFile ? nil : try startGodwit("tcp:127.0.0.1:0")
+        let destination = isFile ? nil : try startGodwit("tcp:127.0.0.1:0", small)
         try source.migrate(to: destination.map { "tcp:127.0.0.1:\(try $0.port())" } ?? "exec:cat > \(stream)")
         var sent: JSON?
-        var step: UInt64 = 0
-        let isEnough = try source.wait(seconds: 20) {
-            for _ in 0..<64 {
-                step += 1
-                try writer.change(step, pages: byteCount / 4096)
-            }
+        let isEnough = try source.wait(seconds: 40) {
+            memory.change()
+            try source.client.execute("system_reset")
             sent = try source.migration()["xbzrle-cache"]
-            return Self.number(sent, "pages") > 500 && Self.number(sent, "overflow") > 5
+            return Self.number(sent, "pages") > 300 && Self.number(sent, "overflow") > 20
         }
         #expect(isEnough, "\(sent ?? .null)")
+        // What was changed last is reported with this reset, which is carried out a moment later.
+        try source.client.execute("system_reset")
+        Clock.sleep(nanoseconds: 300_000_000)
+        try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(1 << 30), "downtime-limit": 2000])
         sent = try source.waitForMigration("completed")["xbzrle-cache"]
         #expect(Self.number(sent, "bytes") < Self.number(sent, "pages") * 4096)
 
@@ -55,11 +54,11 @@ struct XBZRLEConformanceTests {
             let summary = try JSON(parsing: bench.run(["stream", "--json", stream]).output.utf8)
             let deltas = Self.number(summary["blocks"]?[0], "delta-pages")
             #expect(summary["complete"] == true)
-            #expect(deltas > 100 && deltas <= Self.number(sent, "pages") - Self.number(sent, "overflow"))
+            #expect(deltas > 50 && deltas <= Self.number(sent, "pages") - Self.number(sent, "overflow"))
         }
-        let receiver = try destination ?? startGodwit("exec:cat \(stream)")
+        let receiver = try destination ?? startGodwit("exec:cat \(stream)", small)
         try receiver.waitForMigration("completed")
-        try receiver.saveMemory(byteCount, to: "\(bench.folder)/saved")
+        try receiver.saveMemory(small, to: "\(bench.folder)/saved")
         // QEMU's memory is the file: it holds what was written last.
         #expect(try image.difference(from: "\(bench.folder)/saved") == nil)
     }
@@ -91,8 +90,9 @@ struct XBZRLEConformanceTests {
         json?[name]?.integerValue(as: UInt64.self) ?? 0
     }
 
-    private func startGodwit(_ incoming: String) throws -> VM {
-        let vm = try bench.startVM("ours", ["--machine", "none", "--memory", "\(byteCount)", "--incoming", "defer"])
+    private func startGodwit(_ incoming: String, _ size: UInt64? = nil) throws -> VM {
+        let vm = try bench.startVM(
+            "ours", ["--machine", "none", "--memory", "\(size ?? byteCount)", "--incoming", "defer"])
         try vm.client.execute("migrate-incoming", ["uri": .string(incoming)])
         return vm
     }
@@ -103,7 +103,7 @@ struct XBZRLEConformanceTests {
         let memory = GuestMemory(blocks: [block])
         let tracker = RecordedTracker()
         var sender = try RoundSender(
-            memory, blocks: blocks, bitmaps: [DirtyBitmap(pageCount: block.pageCount)], xbzrleCacheBytes: 1 << 20)
+            memory, blocks: blocks, bitmaps: [DirtyBitmap(pageCount: block.pageCount)], xbzrleCacheBytes: 4 << 20)
         let channel = try Connector().connect(to: .file(path: path, offset: 0))
         var writer = StreamWriter()
         writer.header()
@@ -163,37 +163,42 @@ private final class RecordedTracker: DirtyTracker, @unchecked Sendable {
     func stop() {}
 }
 
-/// Writes the memory of a QEMU by its test protocol: lines of text, each answered.
-private struct GuestWriter {
-    private let socket: Descriptor
+/// The memory of a QEMU that has no vCPU to write it.
+///
+/// It is a file, so that a test can write it; QEMU does not notice that. But at every reset QEMU itself writes what its option
+/// `-device loader` names, and reports those pages as written: a byte in each of them, whose value is always the same.
+private final class RestlessMemory {
+    let options: [String]
+    private let mapping: Mapping
+    private var step: UInt64 = 0
+    private static let pages = 64
+    private static let distance = 4 * 4096
+    private static let loadedOffset = 100
 
-    init(_ path: String) throws { socket = try Socket.connect(unix: path) }
-
-    /// One word of a page; now and then a whole page, to zero or to something else.
-    func change(_ step: UInt64, pages: UInt64) throws {
-        let page = step % 64 * 7 % pages
-        switch step % 29 {
-        case 5: try command("memset 0x\(String(page * 4096, radix: 16)) 0x1000 0x0")
-        case 9:
-            let bytes = (0..<4096).map { ($0 as UInt64 &* step &* 0x9e37 >> 5) & 0xff }
-            let text = bytes.map { ($0 < 16 ? "0" : "") + String($0, radix: 16) }.joined()
-            try command("write 0x\(String(page * 4096, radix: 16)) 0x1000 0x\(text)")
-        default:
-            try command("writeq 0x\(String(page * 4096 + step % 512 * 8, radix: 16)) 0x\(String(step, radix: 16))")
+    init(_ image: MemoryImage, folder: String) throws {
+        mapping = try Mapping(Descriptor.open(image.path, O_RDWR), byteCount: Int(image.byteCount))
+        let byte = "\(folder)/byte"
+        try Descriptor.create(byte).writeAll([0x55])
+        options = (0..<Self.pages).flatMap { page in
+            ["-device", "loader,file=\(byte),addr=\(page * Self.distance + Self.loadedOffset),force-raw=on"]
         }
     }
 
-    private func command(_ line: String) throws {
-        try socket.writeAll(Array((line + "\n").utf8))
-        var answer: [UInt8] = []
-        while answer.last != UInt8(ascii: "\n") {
-            guard let (bytes, _) = try Socket.receive(socket, upTo: 256), !bytes.isEmpty else {
-                throw TestObstacle("QEMU's test protocol ended at '\(line.prefix(40))'")
+    /// A word of most pages, all of some, nothing but the loaded byte of one.
+    func change() {
+        step += 1
+        for page in 0..<Self.pages {
+            let start = page * Self.distance
+            switch page % 8 {
+            case 5:
+                for word in 0..<512 {
+                    mapping.store(step &* 0x9e37_79b9_7f4a_7c15 &* UInt64(word + page + 1), at: start + word * 8)
+                }
+            case 3 where step % 16 == 0: mapping.zero(at: start, count: 4096)
+            case 7: break
+            default: mapping.store(step, at: start + 128 + Int(step &+ UInt64(page)) % 400 * 8)
             }
-            answer += bytes
-        }
-        guard answer.starts(with: Array("OK".utf8)) else {
-            throw TestObstacle("'\(line.prefix(40))' is answered '\(String(decoding: answer, as: UTF8.self))'")
+            mapping.store(UInt8(0x55), at: start + Self.loadedOffset)
         }
     }
 }

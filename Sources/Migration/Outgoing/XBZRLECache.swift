@@ -2,8 +2,8 @@ import Host
 
 /// Pages as the destination has them, so that the next version can be sent as a difference. Of limited size; keyed by block and page.
 ///
-/// Eight places for each page, found by the low bits of its number: a contiguous working set as large as the cache fits whole. A page that
-/// was used in this round or the last keeps its place, as in QEMU's cache: a working set that is larger than the cache would else push
+/// Eight places for each page, found by the low bits of its number: a contiguous working set as large as the cache fits, save eight pages
+/// at worst. A page that was used in this round or the last keeps its place, as in QEMU's cache: a working set that is larger than the cache would else push
 /// out every page just before it comes again.
 struct XBZRLECache: ~Copyable {
     /// Bytes of pages it holds at most.
@@ -77,9 +77,8 @@ struct XBZRLECache: ~Copyable {
     private static func key(_ block: Int, _ page: UInt64) -> UInt64 { UInt64(block) << 48 | (page + 1) }
 
     private func firstSlot(_ block: Int, _ page: UInt64) -> UInt64 {
-        // The bits above the sets' are folded in, so that equal distances do not all meet in one set.
-        let folded = page ^ (setBits == 0 ? 0 : (page >> setBits) &* 5) ^ UInt64(block) &* 0x9e37
-        return (folded & setMask) * ways
+        // Each time the sets are used up the next page goes one further, so that equal distances do not all meet in one set.
+        ((page &+ page >> setBits &+ UInt64(block) &* 0x9e37) & setMask) * ways
     }
 
     private func load(_ slot: UInt64, _ field: Int) -> UInt64 {
