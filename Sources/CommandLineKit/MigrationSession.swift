@@ -9,6 +9,8 @@ public struct MigrationSession {
         public var bandwidthBytesPerSecond: UInt64?
         /// Stop in `pre-switchover` until somebody says `migrate-continue`.
         public var holdsBeforeSwitchover = false
+        /// Channels for pages besides the main one; 0 for none.
+        public var channels: Int?
 
         public init() {}
     }
@@ -45,12 +47,16 @@ public struct MigrationSession {
             parameters["downtime-limit"] = JSON((downtime.nanoseconds &+ 999_999) / 1_000_000)
         }
         if let bandwidth = settings.bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidth) }
+        if let channels = settings.channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
         if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
+        if let channels = settings.channels { try turn("multifd", channels > 0) }
         if settings.holdsBeforeSwitchover { try hold(true) }
     }
 
-    private func hold(_ on: Bool) throws(QMPClientError) {
-        let capability: JSON = ["capability": "pause-before-switchover", "state": .bool(on)]
+    private func hold(_ on: Bool) throws(QMPClientError) { try turn("pause-before-switchover", on) }
+
+    private func turn(_ name: String, _ on: Bool) throws(QMPClientError) {
+        let capability: JSON = ["capability": .string(name), "state": .bool(on)]
         try client.execute("migrate-set-capabilities", ["capabilities": [capability]])
     }
 

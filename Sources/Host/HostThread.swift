@@ -55,6 +55,9 @@ public final class HostThread: Sendable {
         kernelID = Atomic(start.id.withLock { $0 } ?? 0)
     }
 
+    /// Names the calling thread anew; the kernel shows the first 15 bytes.
+    public static func renameCurrent(_ name: String) { _ = unsafe gw_thread_set_name(String(name.prefix(15))) }
+
     private static func runEntry(_ context: UnsafeMutableRawPointer?) -> UnsafeMutableRawPointer? {
         // SAFETY: `context` is the retained entry of `init`; this takes over that reference.
         let entry = unsafe Unmanaged<Entry>.fromOpaque(context!).takeRetainedValue()

@@ -106,7 +106,7 @@ extension Socket {
             guard fchmod(socket.number, 0o600) == 0 else { throw .last("listen on", name) }
         }
         let status = unsafe address.withKernelAddress { unsafe bind(socket.number, $0, $1) }
-        guard status == 0, Glibc.listen(socket.number, 64) == 0 else { throw .last("listen on", name) }
+        guard status == 0, Glibc.listen(socket.number, 128) == 0 else { throw .last("listen on", name) }
         return socket
     }
 

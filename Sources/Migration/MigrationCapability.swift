@@ -9,11 +9,14 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Send pages that come again as their difference to what was sent before.
     case xbzrle
 
+    /// Send pages over several channels; a destination needs it for a source that is no Godwit.
+    case multifd
+
     var isOnByDefault: Bool { self == .events || self == .returnPath }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "multifd", "dirty-bitmaps",
+        "rdma-pin-all", "auto-converge", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
         "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
     ]

@@ -22,6 +22,8 @@ public struct MigrationInfo: Sendable, Equatable {
         /// Bytes sent while the guest ran, and while it stood still.
         public var precopyBytes: UInt64 = 0
         public var downtimeBytes: UInt64 = 0
+        /// Of `transferred`, what went over the channels besides the main one.
+        public var multifdBytes: UInt64 = 0
         /// Never-touched pages of RAM: neither read nor sent.
         public var hole: UInt64 = 0
 

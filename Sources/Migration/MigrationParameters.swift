@@ -9,6 +9,18 @@ public struct MigrationParameters: Sendable, Equatable {
 
     /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
     public var xbzrleCacheBytes: UInt64 = 64 << 20
+    /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.
+    public var multifdChannels: UInt64 = 2
+    /// What `zero-page-detection` was set to; `nil`: `multifd` where pages go over several channels to a Godwit, else `legacy`.
+    public var chosenZeroPageDetection: ZeroPageDetection?
+    /// `x-multifd-flush-after-each-section`: what QEMU 8.0 and older want as a destination of several channels.
+    public var flushesMultifdAfterEachSection = false
+
+    /// `zero-page-detection` as it is told; setting it chooses.
+    public var zeroPageDetection: String {
+        get { (chosenZeroPageDetection ?? .legacy).rawValue }
+        set { chosenZeroPageDetection = ZeroPageDetection(rawValue: newValue) }
+    }
 
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 

@@ -6,6 +6,7 @@
 
 public import Host
 public import Machine
+import MigrationStream
 import Synchronization
 public import Transport
 
@@ -22,6 +23,14 @@ public final class Migrator: Sendable {
         var parameters = MigrationParameters()
         var outgoing: OutgoingMigration?
         var incoming: IncomingMigration?
+
+        /// How pages go over several channels; `nil`: they do not.
+        var multifd: (channels: Int, mode: MultifdMode)? {
+            guard capabilities.contains(.multifd) else { return nil }
+            return (
+                Int(parameters.multifdChannels), parameters.flushesMultifdAfterEachSection ? .eachSection : .flush
+            )
+        }
     }
 
     public init(_ machine: VirtualMachine) { self.machine = machine }
@@ -65,6 +74,10 @@ public final class Migrator: Sendable {
             throw MigrationError(
                 "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page size")
         }
+        guard (1...UInt64(StreamLimit.multifdChannels)).contains(parameters.multifdChannels) else {
+            throw MigrationError(
+                "multifd-channels \(parameters.multifdChannels): between 1 and \(StreamLimit.multifdChannels)")
+        }
         let outgoing = state.withLock { state in
             state.parameters = parameters
             return state.outgoing
@@ -104,10 +117,14 @@ public final class Migrator: Sendable {
                 throw MigrationError("migrate: the guest cannot run on (\(machine.runState.rawValue))")
             default: break
             }
+            let multifd = state.multifd
+            guard multifd == nil || address.canReconnect else {
+                throw MigrationError("migrate: several channels (multifd) need tcp: or unix:, not \(address)")
+            }
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
                 pausesBeforeSwitchover: state.capabilities.contains(.pauseBeforeSwitchover),
-                xbzrle: state.capabilities.contains(.xbzrle),
+                xbzrle: state.capabilities.contains(.xbzrle), multifd: multifd,
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()
@@ -125,6 +142,8 @@ public final class Migrator: Sendable {
             }
             let incoming = try IncomingMigration(
                 machine, on: address, startsGuest: startsGuest,
+                // What brings one connection brings no channels, whoever sent it.
+                multifdChannels: address.canReconnect ? state.multifd?.channels : nil,
                 descriptors: { [weak self] in self?.takeDescriptor($0) },
                 report: { [weak self] in self?.report($0) })
             state.incoming = incoming

@@ -24,6 +24,18 @@
 /// SHUT tells how it went. A connection lost after COMMIT is settled on a new one: header, `x` COMMAND SETTLE migration;
 /// the answer is `x` VERDICT.
 ///
+/// With multifd the source opens further channels before it says anything, each with a ``MultifdGreeting``; pages go over these, in
+/// a ``MultifdPacket`` each 128, and the main channel keeps everything else:
+///
+///     main                                                       each channel
+///       header ...                                                 greeting
+///       START ram: block list, MULTIFD_FLUSH, EOS, FOOTER          SYNC
+///       PART ram: (zero pages for an old QEMU)                     packets
+///                 MULTIFD_FLUSH, EOS, FOOTER                       SYNC      once per round
+///
+/// At MULTIFD_FLUSH the destination's main channel waits until every channel is at its SYNC, and each channel waits at its SYNC for the
+/// main one. QEMU 8.0 and older know no MULTIFD_FLUSH: there each EOS of the RAM section means it.
+///
 /// The receiver (``StreamDecoder``) as a state machine:
 ///
 ///     header -> between sections
@@ -33,6 +45,7 @@
 ///                      -> FULL section: body       -> footer
 ///                      -> EOF -> trailer -> VMDESCRIPTION -> ended
 ///     records          -> page | zero page | page delta | page batch (payload goes around the decoder) -> records
+///                      -> MULTIFD_FLUSH -> records
 ///                      -> EOS -> footer
 ///     footer           -> between sections
 ///     any of them      -> failed (for good, with one ``StreamError``)
@@ -150,9 +163,11 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     public static let twoPhaseHandover = FeatureSet(rawValue: 1 << 0)
     /// RAM records that carry many pages, ``RAMFlags/batch``.
     public static let pageBatches = FeatureSet(rawValue: 1 << 1)
+    /// Pages go over further channels, whose greetings name the migration: ``MultifdGreeting``.
+    public static let multifd = FeatureSet(rawValue: 1 << 2)
 
     /// All that this program knows.
-    public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches]
+    public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd]
 }
 
 /// Upper bounds of everything that a stream may announce. What exceeds one is an error, never memory.
@@ -166,5 +181,8 @@ public enum StreamLimit {
     public static let batchRuns = 512
     public static let batchDataBytes = 4 << 20
     public static let reasonBytes = 1024
+    public static let multifdChannels = 64
+    /// Compressed contents of one packet.
+    public static let multifdContentBytes = 1 << 20
     public static let vmDescriptionBytes = 64 << 20
 }

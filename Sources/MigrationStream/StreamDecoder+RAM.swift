@@ -101,7 +101,9 @@ extension StreamDecoder {
         switch kind {
         case RAMFlags.hook.rawValue: throw error(.unsupportedRecord("RDMA", offset: offset))
         case 0x01, 0x100: throw error(.unsupportedRecord("a page of an abandoned format", offset: offset))
-        case RAMFlags.multifdFlush.rawValue: throw error(.unsupportedRecord("multifd", offset: offset))
+        case RAMFlags.multifdFlush.rawValue where word == RAMFlags.multifdFlush.rawValue:
+            advance(8, in: &buffer)
+            return .item(.multifdFlush)
         default: throw error(.unknownFlags(word & RAMFlags.mask, offset: offset))
         }
     }

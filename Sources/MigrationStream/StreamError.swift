@@ -66,6 +66,7 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         case batchRunEmpty(block: String, offset: UInt64)
         case batchRunOutside(block: String, offset: UInt64, pages: UInt32, length: UInt64)
         case batchTooLong(block: String, byteCount: UInt64)
+        case multifd(MultifdFault)
         // Commands and the return path.
         case unknownCommand(UInt16)
         case unsupportedCommand(String)
@@ -177,6 +178,7 @@ extension StreamError.Cause {
                 + "of 0x\(hexadecimal(length)) bytes"
         case .batchTooLong(let block, let count):
             "a page batch of RAM block '\(block)' carries \(count) bytes, more than \(StreamLimit.batchDataBytes)"
+        case .multifd(let fault): fault.sentence
         default: "invalid RAM record"
         }
     }

@@ -132,6 +132,8 @@ public enum StreamItem: Hashable, Sendable {
     case pageDelta(block: Int, offset: UInt64, byteCount: Int)
     /// The bytes of all data runs follow as payload, in the order of the runs.
     case pageBatch(block: Int, runs: [PageRun])
+    /// Everything that the other channels brought before their next SYNC belongs before what follows here.
+    case multifdFlush
     /// A START, PART or END of the RAM section ended, footer included.
     case ramSectionEnded(SectionType)
     /// A whole FULL section, footer included.

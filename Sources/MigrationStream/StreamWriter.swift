@@ -114,14 +114,15 @@ public struct StreamWriter: Sendable {
         sectionFooter(id: id)
     }
 
-    /// The whole START section of RAM: the block list.
-    public mutating func ramSetup(id: UInt32, blocks: [RAMBlockDescription]) {
+    /// The whole START section of RAM: the block list, and with multifd the first ``RAMFlags/multifdFlush``.
+    public mutating func ramSetup(id: UInt32, blocks: [RAMBlockDescription], flushesChannels: Bool = false) {
         sectionHead(.start, id: id, name: Wire.ramSectionName, instance: 0, version: Wire.ramSectionVersion)
         be64(blocks.reduce(0) { $0 + $1.length } | RAMFlags.memorySize.rawValue)
         for block in blocks {
             name(block.name)
             be64(block.length)
         }
+        if flushesChannels { multifdFlush() }
         ramSectionEnd(id: id)
     }
 
@@ -130,6 +131,9 @@ public struct StreamWriter: Sendable {
         bytes.append(final ? SectionType.end.rawValue : SectionType.part.rawValue)
         be32(id)
     }
+
+    /// The mark by which what the other channels brought is complete.
+    public mutating func multifdFlush() { be64(RAMFlags.multifdFlush.rawValue) }
 
     /// EOS and the footer of a section of RAM.
     public mutating func ramSectionEnd(id: UInt32) {

@@ -32,6 +32,9 @@ struct Migrate: ParsableCommand {
         transform: { try ByteSize($0) })
     var bandwidth: ByteSize?
 
+    @Option(help: "Send pages over so many channels besides the main one, 1 to 64, with tcp: or unix:; 0 for none.")
+    var channels: Int?
+
     @Flag(help: "Print the last query-migrate answer as JSON instead of a report.")
     var json = false
 
@@ -55,6 +58,9 @@ struct Migrate: ParsableCommand {
             throw ValidationError("Give one of: where to migrate to, --proceed, --cancel, --settle.")
         }
         guard let uri else { return }
+        guard channels.map({ (0...64).contains($0) }) ?? true else {
+            throw ValidationError("--channels: give a number from 0 to 64.")
+        }
         do { _ = try MigrationAddress(uri) } catch { throw ValidationError(error.description) }
     }
 
@@ -77,6 +83,7 @@ struct Migrate: ParsableCommand {
         settings.downtime = downtime
         settings.bandwidthBytesPerSecond = bandwidth?.bytes
         settings.holdsBeforeSwitchover = hold
+        settings.channels = channels
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

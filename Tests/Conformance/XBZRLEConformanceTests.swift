@@ -120,10 +120,12 @@ struct XBZRLEConformanceTests {
             writer.ramRound(final: round == 11, id: 2)
             try channel.send(writer.take())
             sender.prepareDeltas(cacheBytes: 0, isFinal: round == 11)
-            _ = try sender.send(to: channel, batches: false, tracker: tracker, pacer: Pacer(bytesPerSecond: 0)) {
-                counts.pages += $3.pages
-                counts.misses += $3.misses
-                counts.overflows += $3.overflows
+            let route = RoundSender.Route(
+                channel: channel, group: nil, batches: false, zeroPages: .legacy, marksEnd: false)
+            _ = try sender.send(over: route, tracker: tracker, pacer: Pacer(bytesPerSecond: 0)) { sent in
+                counts.pages += sent?.deltas.pages ?? 0
+                counts.misses += sent?.deltas.misses ?? 0
+                counts.overflows += sent?.deltas.overflows ?? 0
                 return false
             }
             writer.ramSectionEnd(id: 2)

@@ -47,7 +47,7 @@ extension Simulator {
             }
         case .cancelTimer(let kind): destinationTimers[kind] = nil
         case .finished(let outcome): destinationOutcomes.append(outcome)
-        case .report, .agreed, .turnedAway: break
+        case .report, .agreed, .admit, .turnedAway: break
         }
     }
 

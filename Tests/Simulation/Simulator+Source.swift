@@ -57,7 +57,7 @@ extension Simulator {
             guard status == .preSwitchover else { return }
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
-        case .stopTracking, .agreed, .refused: break
+        case .stopTracking, .synchronizeChannels, .agreed, .refused: break
         }
     }
 

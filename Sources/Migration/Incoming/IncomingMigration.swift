@@ -10,11 +10,14 @@ import Transport
 /// The core is behind a lock: whoever has an event hands it in and performs the answer before the next event. So a reader knows, when
 /// it goes on, what became of what it read. Pages do not pass through here: `PageReceiver` puts them into guest memory.
 final class IncomingMigration: Sendable {
-    private let machine: VirtualMachine
+    let machine: VirtualMachine
     private let listener: Listener
     private let report: @Sendable (MigrationEvent) -> Void
-    private let statistics: IncomingStatistics
-    private let blocks: [RAMBlockDescription]
+    let statistics: IncomingStatistics
+    let blocks: [RAMBlockDescription]
+    let received: ReceivedPages
+    /// Where the channels of multifd and the main one wait for each other.
+    let barrier: IncomingChannels
 
     private struct State {
         var core: DestinationCore
@@ -33,7 +36,7 @@ final class IncomingMigration: Sendable {
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
 
     init(
-        _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
+        _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool, multifdChannels: Int?,
         descriptors: @escaping DescriptorResolver, report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
@@ -41,6 +44,9 @@ final class IncomingMigration: Sendable {
         do throws(ChannelError) {
             listener = try Listener(on: address, descriptors: descriptors)
         } catch { throw MigrationError(error.description) }
+        do throws(SystemError) { received = try ReceivedPages(machine.memory) } catch {
+            throw MigrationError(error.description)
+        }
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         statistics = IncomingStatistics(
             totalBytes: machine.memory.byteCount,
@@ -50,12 +56,14 @@ final class IncomingMigration: Sendable {
                 case .unix(let path): .unix(path: path)
                 }
             })
-        let configuration = DestinationConfiguration(
+        var configuration = DestinationConfiguration(
             instance: .random(), machineName: machine.configuration.streamName,
             sections: machine.sections.map {
                 ExpectedSection(name: $0.name, instance: $0.instance, required: $0.isRequired)
             },
             startsGuest: startsGuest)
+        configuration.multifdChannels = multifdChannels
+        barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }
 
@@ -87,9 +95,10 @@ final class IncomingMigration: Sendable {
                 return ConnectionID(state.connectionCount)
             }
             channels.withLock { $0[id] = channel }
+            barrier.opened(id)
             post(.accepted(id, answers: channel.kind == .socket))
             do throws(SystemError) {
-                _ = try HostThread(name: "migration-recv") { [self] in read(channel, id) }
+                _ = try HostThread(name: "migration-recv") { [self] in recognize(channel, id) }
             } catch {
                 post(.disconnected(id, error.description))
                 channel.cancel()
@@ -111,49 +120,19 @@ final class IncomingMigration: Sendable {
         }
     }
 
-    private func read(_ channel: Channel, _ id: ConnectionID) {
-        do {
-            var receiver = try PageReceiver(
-                channel, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
-                statistics: statistics)
-            var lastProgress = Clock.monotonicNanoseconds
-            while let item = try receiver.next() {
-                switch item {
-                case .page, .zeroPage, .pageDelta, .pageBatch:
-                    guard state.withLock({ $0.core.acceptsPages(on: id) }) else {
-                        // Nobody wants these pages: the core says why, and the connection ends.
-                        post(.item(id, item))
-                        post(.rejected(id, "it sends pages that nobody waits for"))
-                        return hangUp(channel, id)
-                    }
-                    try receiver.place(item)
-                    let now = Clock.monotonicNanoseconds
-                    if now - lastProgress > 1_000_000_000 {
-                        lastProgress = now
-                        post(.progressed(id))
-                    }
-                case .ramSetup:
-                    post(.item(id, item))
-                    receiver.isCounted = state.withLock { $0.core.acceptsPages(on: id) }
-                case .vmDescription: try receiver.skipPayload()
-                default: post(.item(id, item))
-                }
-                // What the core closed is not read any further.
-                guard channels.withLock({ $0[id] != nil }) else { return }
-            }
-            post(
-                receiver.failure.map { .rejected(id, $0.description) }
-                    ?? .disconnected(id, "the source closed the connection"))
-        } catch {
-            post(.disconnected(id, "\(error)"))
-        }
-        channels.withLock { _ = $0.removeValue(forKey: id) }
+    /// - Returns: the channel, if it was not forgotten already.
+    @discardableResult
+    func forget(_ id: ConnectionID) -> Channel? {
+        let channel = channels.withLock { $0.removeValue(forKey: id) }
+        barrier.closed(id)
+        return channel
     }
 
-    private func hangUp(_ channel: Channel, _ id: ConnectionID) {
-        channels.withLock { _ = $0.removeValue(forKey: id) }
-        channel.cancel()
-    }
+    /// Whether the core has not closed that connection.
+    func isOpen(_ id: ConnectionID) -> Bool { channels.withLock { $0[id] != nil } }
+
+    func acceptsPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.acceptsPages(on: id) } }
+    var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
 
     private func serveTimers() {
         while true {
@@ -172,7 +151,7 @@ final class IncomingMigration: Sendable {
 
     // MARK: The core
 
-    private func post(_ event: DestinationEvent) {
+    func post(_ event: DestinationEvent) {
         state.withLock { state in
             var events = [event]
             while !events.isEmpty {
@@ -193,10 +172,11 @@ final class IncomingMigration: Sendable {
             guard let channel = channels.withLock({ $0[id] }) else { return nil }
             do throws(ChannelError) { try channel.send(bytes) } catch { return .disconnected(id, error.description) }
         case .close(let id):
-            guard let channel = channels.withLock({ $0.removeValue(forKey: id) }) else { return nil }
+            guard let channel = forget(id) else { return nil }
             // A peer that is gone already is no news.
             if channel.kind == .socket { try? channel.finish() }
             channel.cancel()
+        case .admit(let id, let count): barrier.admit(id, of: count)
         case .loadState(let sections): return load(sections)
         case .startGuest(let running):
             let began = Clock.monotonicNanoseconds

@@ -49,9 +49,10 @@ final class IncomingStatistics: Sendable {
 
     func end(error: String?) { state.withLock { $0.info.errorDescription = error } }
 
-    func received(bytes: UInt64, normal: UInt64, duplicate: UInt64) {
+    func received(bytes: UInt64, normal: UInt64, duplicate: UInt64, overChannels: Bool = false) {
         state.withLock { state in
             state.info.ram?.transferred += bytes
+            if overChannels { state.info.ram?.multifdBytes += bytes }
             state.info.ram?.normal += normal
             state.info.ram?.duplicate += duplicate
         }

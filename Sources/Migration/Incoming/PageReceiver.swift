@@ -10,10 +10,7 @@ struct PageReceiver: ~Copyable {
     private let statistics: IncomingStatistics
     private var decoder: StreamDecoder
     private var buffer = ReceiveBuffer(capacity: bulkBytes)
-    /// Pages that hold data already: a zero page must clear them, and must not touch others.
-    private let received: [DirtyBitmap]
-    /// Pages that came as zero: a delta may refer to those, too, but to no page that never came.
-    private let zeroed: [DirtyBitmap]
+    private let received: ReceivedPages
     /// What the decoder rejected; no item comes after it.
     private(set) var failure: StreamError?
     /// The stream carries batches: read little ahead, so that most page contents go to guest memory without a stop here.
@@ -29,22 +26,17 @@ struct PageReceiver: ~Copyable {
     private static let batchAheadBytes = 4 << 10
     private static let hugePageBytes: UInt64 = 2 << 20
 
+    /// - Parameter ahead: what was read before it was known what the connection is.
     init(
-        _ channel: Channel, memory: GuestMemory, blocks: [RAMBlockDescription], catalogue: SectionCatalogue,
-        statistics: IncomingStatistics
-    ) throws(SystemError) {
-        var received: [DirtyBitmap] = []
-        var zeroed: [DirtyBitmap] = []
-        for block in memory.blocks {
-            received.append(try DirtyBitmap(pageCount: block.pageCount))
-            zeroed.append(try DirtyBitmap(pageCount: block.pageCount))
-        }
+        _ channel: Channel, behind ahead: [UInt8], memory: GuestMemory, blocks: [RAMBlockDescription],
+        catalogue: SectionCatalogue, received: ReceivedPages, statistics: IncomingStatistics
+    ) {
         self.channel = channel
         self.memory = memory
         self.statistics = statistics
         self.received = received
-        self.zeroed = zeroed
         decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
+        buffer.append(ahead)
     }
 
     /// The next item; `nil` at the end of the stream, or when `failure` was found. - Throws: when the connection fails.
@@ -87,10 +79,10 @@ struct PageReceiver: ~Copyable {
         switch item {
         case .page(let block, let offset):
             try place(block, offset: offset, count: Wire.pageSize)
-            mark(block, offset: offset, pages: 1)
+            received.mark(Self.range(offset, 1), of: block)
             pending.normal += 1
         case .zeroPage(let block, let offset):
-            clear(block, offset: offset, pages: 1)
+            received.clear(Self.range(offset, 1), of: block)
             pending.duplicate += 1
         case .pageBatch(let block, let runs): try place(block, runs)
         case .pageDelta(let block, let offset, let count): try applyDelta(block, offset: offset, count: count)
@@ -145,9 +137,7 @@ struct PageReceiver: ~Copyable {
             }
         }
         let name = memory.blocks[block].name
-        let page = RAMOffset(offset).page
-        let isThere = received[block].contains(page)
-        guard isThere || zeroed[block].contains(page) else {
+        guard received.holds(RAMOffset(offset).page, of: block) else {
             failure = StreamError(.deltaWithoutPage(block: name, offset: offset), position: decoder.position)
             return
         }
@@ -157,7 +147,7 @@ struct PageReceiver: ~Copyable {
         }
         buffer.consume(count)
         decoder.payloadConsumed(count)
-        if !isThere { mark(block, offset: offset, pages: 1) }
+        received.mark(Self.range(offset, 1), of: block)
     }
 
     private static func apply(
@@ -184,12 +174,12 @@ struct PageReceiver: ~Copyable {
         vector.removeAll()
         for run in runs {
             guard run.kind == .data else {
-                clear(block, offset: run.offset, pages: UInt64(run.pages))
+                received.clear(Self.range(run.offset, UInt64(run.pages)), of: block)
                 pending.duplicate += UInt64(run.pages)
                 continue
             }
             backWithHugePages(block, run)
-            mark(block, offset: run.offset, pages: UInt64(run.pages))
+            received.mark(Self.range(run.offset, UInt64(run.pages)), of: block)
             pending.normal += UInt64(run.pages)
             let ahead = min(buffer.count, Int(run.length))
             take(ahead, into: mapping, at: Int(run.offset))
@@ -202,30 +192,14 @@ struct PageReceiver: ~Copyable {
     /// A run that fills a whole huge page is worth one: the first touch costs a sixth per page then.
     private func backWithHugePages(_ block: Int, _ run: PageRun) {
         guard run.offset % Self.hugePageBytes == 0, run.length >= Self.hugePageBytes,
-            received[block].nextRun(
-                from: RAMOffset(run.offset).page, limit: 1
-            ).map({ $0.lowerBound.offset.value >= run.offset + run.length }) ?? true
+            received.isFresh(Self.range(run.offset, UInt64(run.pages)), of: block)
         else { return }
         // Only advice: where the host has no huge pages, small ones serve.
         try? memory.blocks[block].mapping.advise(
             .hugePages, at: Int(run.offset), count: Int(run.length / Self.hugePageBytes * Self.hugePageBytes))
     }
 
-    // MARK: What has been received
-
-    private mutating func mark(_ block: Int, offset: UInt64, pages: UInt64) {
-        received[block].set(RAMOffset(offset).page..<PageIndex(offset / 4096 + pages))
-    }
-
-    private mutating func clear(_ block: Int, offset: UInt64, pages: UInt64) {
-        let end = PageIndex(offset / 4096 + pages)
-        zeroed[block].set(RAMOffset(offset).page..<end)
-        var position = RAMOffset(offset).page
-        while let run = received[block].nextRun(from: position, limit: pages), run.lowerBound < end {
-            let part = run.clamped(to: position..<end)
-            memory.blocks[block].mapping.zero(
-                at: Int(part.lowerBound.offset.value), count: Int(part.upperBound.value - part.lowerBound.value) * 4096)
-            position = part.upperBound
-        }
+    private static func range(_ offset: UInt64, _ pages: UInt64) -> Range<PageIndex> {
+        RAMOffset(offset).page..<PageIndex(offset / 4096 + pages)
     }
 }

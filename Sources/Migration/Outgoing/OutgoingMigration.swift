@@ -19,6 +19,8 @@ final class OutgoingMigration: Sendable {
     private let report: @Sendable (MigrationEvent) -> Void
     private let blocks: [RAMBlockDescription]
     private let configuration: SourceConfiguration
+    /// Channels for pages besides the main one.
+    private let channelCount: Int
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
@@ -44,7 +46,8 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        pausesBeforeSwitchover: Bool, xbzrle: Bool = false, descriptors: @escaping DescriptorResolver,
+        pausesBeforeSwitchover: Bool, xbzrle: Bool, multifd: (channels: Int, mode: MultifdMode)?,
+        descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
@@ -57,9 +60,12 @@ final class OutgoingMigration: Sendable {
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
         }
-        configuration = SourceConfiguration(
+        var configuration = SourceConfiguration(
             migration: .random(), machineName: machine.configuration.streamName, blocks: blocks,
             catalogue: machine.sectionCatalogue, pausesBeforeSwitchover: pausesBeforeSwitchover, switchover: policy)
+        configuration.multifd = multifd?.mode
+        self.configuration = configuration
+        channelCount = multifd?.channels ?? 0
         let cacheBytes = xbzrle ? parameters.xbzrleCacheBytes : nil
         statistics = OutgoingStatistics(
             totalBytes: machine.memory.byteCount, tracking: tracker?.method, xbzrleCacheBytes: cacheBytes)
@@ -69,7 +75,7 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                xbzrleCacheBytes: cacheBytes)
+                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -156,12 +162,13 @@ final class OutgoingMigration: Sendable {
 
     private func perform(_ action: SourceAction, _ phase: SourcePhase) {
         switch action {
-        case .connect: connect()
+        case .connect: connect(withChannels: phase == .connecting)
         case .send(let bytes): sender.enqueue(.bytes(bytes))
         case .startTracking: startTracking()
         case .stopTracking: sender.enqueue(.stopTracking)
         case .collect(let final): collect(final: final)
         case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
+        case .synchronizeChannels: sender.enqueue(.synchronize)
         case .interruptRound: sender.interruptRound()
         case .stopGuest:
             statistics.beginDowntime()
@@ -190,7 +197,9 @@ final class OutgoingMigration: Sendable {
             if status == .completed { statistics.endDowntime(completed: true) }
             statistics.enter(status)
             report(.status(status))
-        case .agreed(let rule, _): statistics.agreed(rule)
+        case .agreed(let rule, let features):
+            statistics.agreed(rule)
+            sender.agreed(features)
         case .refused(let sentence): refusal.withLock { $0 = sentence }
         case .finished(let outcome): finish(outcome)
         }
@@ -200,7 +209,8 @@ final class OutgoingMigration: Sendable {
 
     // MARK: Actions
 
-    private func connect() {
+    /// The main channel first, then those for pages: a QEMU destination listens to nobody before all are there.
+    private func connect(withChannels: Bool) {
         let connector = Connector(descriptors: descriptors)
         let address = address
         let token: CancelToken
@@ -212,8 +222,13 @@ final class OutgoingMigration: Sendable {
         startThread("migration-conn") { [self] in
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
+                let group =
+                    withChannels && channelCount > 0
+                    ? try ChannelGroup(
+                        channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
+                        memory: machine.memory, blocks: blocks, statistics: statistics) : nil
                 open.withLock { $0 = channel }
-                sender.attach(channel) { [self] in post($0) }
+                sender.attach(channel, group) { [self] in post($0) }
                 let answers = channel.kind == .socket
                 post(.connected(answers ? .bothWays : .oneWay))
                 // Only now: a connection that ends at once must not end before it began.
@@ -233,9 +248,10 @@ final class OutgoingMigration: Sendable {
         sender.interruptRound()
         sender.enqueue(.close)
         guard !patiently else { return }
-        startThread("migration-bye") {
+        startThread("migration-bye") { [self] in
             Clock.sleep(nanoseconds: Self.farewellNanoseconds)
             channel.cancel()
+            sender.endChannels()
         }
     }
 
@@ -340,8 +356,8 @@ extension SourceOutcome {
 }
 
 extension MigrationAddress {
-    /// Whether the destination still listens there after a connection was lost.
-    fileprivate var canReconnect: Bool {
+    /// Whether the destination listens there for more than one connection: further channels, or one after another was lost.
+    var canReconnect: Bool {
         switch self {
         case .tcp, .unix: true
         case .descriptor, .exec, .file: false

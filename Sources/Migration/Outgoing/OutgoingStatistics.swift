@@ -71,18 +71,17 @@ final class OutgoingStatistics: Sendable {
 
     // MARK: Sending
 
-    /// Counts a batch of page records.
-    func sent(bytes: UInt64, normal: UInt64, duplicate: UInt64) {
+    /// Counts a batch of page records, or a packet of a channel besides the main one.
+    func sent(bytes: UInt64, normal: UInt64 = 0, duplicate: UInt64 = 0, overChannels: Bool = false) {
         state.withLock { state in
             count(&state, bytes)
+            if overChannels { state.info.ram?.multifdBytes += bytes }
             state.info.ram?.normal += normal
             state.info.ram?.duplicate += duplicate
             state.remainingPages -= min(state.remainingPages, normal + duplicate)
             state.info.ram?.remaining = state.remainingPages * 4096
         }
     }
-
-    func sent(bytes: UInt64) { state.withLock { count(&$0, bytes) } }
 
     private func count(_ state: inout State, _ bytes: UInt64) {
         state.info.ram?.transferred += bytes

@@ -4,47 +4,47 @@ import Host
 import MigrationStream
 import Transport
 
-/// Sends the dirty pages of a machine, straight from guest memory. One screen: `send`; the records it writes are below.
+/// Sends the dirty pages of a machine, straight from guest memory. One screen: `send`.
 ///
 /// Pages go out in order, in chunks: each chunk is watched afresh (`DirtyTracker.willSend`) just before it is read, so that a page
-/// written while it is sent is sent again. What was not sent stays dirty.
+/// written while it is sent is sent again. What was not sent stays dirty. Where the pages go is another matter: to the main channel
+/// (`RecordWriter`), or to whichever channel of a group is free (`ChannelGroup`), which may read them a little later.
 struct RoundSender: ~Copyable {
     enum Failure: Error {
         case channel(ChannelError)
         case tracking(String)
     }
 
+    /// Where the pages of a round go, and how.
+    struct Route: Sendable {
+        let channel: Channel
+        /// The channels for pages; `nil`: they go over the main one.
+        let group: ChannelGroup?
+        let batches: Bool
+        let zeroPages: ZeroPageDetection
+        /// Mark the end of the round in the main stream (`MultifdMode.flush`).
+        let marksEnd: Bool
+    }
+
     private let memory: GuestMemory
     private let bitmaps: [any DirtyPages]
-    private var encoder: RAMRecordEncoder
+    private var records: RecordWriter
     private var firstCollect = true
-    /// Where record heads stand while they are sent.
-    private let heads: Mapping
-    private var headBytes = 0
-    private var vector = IOVector()
-    /// With the capability `xbzrle`.
-    private var deltas: XBZRLESender?
-    private var keepsPages = true
 
     /// 64 MiB of guest memory are write-protected at a time.
     private static let chunkPages: UInt64 = 1 << 14
     /// One batch: 2 MiB of guest memory, aligned, so that the destination can back it with a huge page.
     private static let batchPages: UInt64 = 512
-    /// A classic record needs two entries of the vector.
-    private static let classicPages: UInt64 = 256
 
     /// - Parameter bitmaps: empty records of dirty pages, one per block.
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages],
         xbzrleCacheBytes: UInt64? = nil
     ) throws(SystemError) {
-        // With deltas among them: at most `batchPages`, each little longer than a page at worst.
-        let heads = try Mapping(anonymousByteCount: xbzrleCacheBytes == nil ? 256 << 10 : 4 << 20)
-        if let xbzrleCacheBytes { deltas = try XBZRLESender(cacheBytes: xbzrleCacheBytes) } else { deltas = nil }
+        let records = try RecordWriter(memory, blocks: blocks, xbzrleCacheBytes: xbzrleCacheBytes)
         self.memory = memory
         self.bitmaps = bitmaps
-        self.heads = heads
-        encoder = RAMRecordEncoder(blocks: blocks)
+        self.records = records
     }
 
     /// - Returns: the pages to be sent.
@@ -56,8 +56,14 @@ struct RoundSender: ~Copyable {
         }
         firstCollect = false
         let pages = bitmaps.reduce(0) { $0 + $1.count }
-        deltas?.roundBegins(pages: pages)
+        records.deltas?.roundBegins(pages: pages)
         return pages
+    }
+
+    /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether this is the last round, whose pages need not be kept.
+    mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {
+        if cacheBytes > 0 { records.deltas?.resize(to: cacheBytes) }
+        records.keepsPages = !isFinal
     }
 
     /// A machine without vCPUs: whatever is allocated, once.
@@ -69,19 +75,25 @@ struct RoundSender: ~Copyable {
         } catch { throw AcceleratorError(error.description) }
     }
 
-    /// Before a round: the cache's size (0: as it is), and whether this is the last round, whose pages need not be kept.
-    mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {
-        if cacheBytes > 0 { deltas?.resize(to: cacheBytes) }
-        keepsPages = !isFinal
-    }
-
-    /// Sends all dirty pages. `sent` is told of every batch (bytes, normal pages, zero pages, deltas) and returns whether to end early.
+    /// Sends all dirty pages. `sent` is told of every write to the main channel, and asked with `nil` while nothing moves; it returns
+    /// whether to end early.
     mutating func send(
-        to channel: Channel, batches: Bool, tracker: (any DirtyTracker)?, pacer: consuming Pacer,
-        sent: (UInt64, UInt64, UInt64, XBZRLECounts) -> Bool
+        over route: Route, tracker: (any DirtyTracker)?, pacer: consuming Pacer, sent: (RecordWriter.Sent?) -> Bool
     ) throws(Failure) -> RoundReport {
         var report = RoundReport(pages: 0, bytes: 0, nanoseconds: 0)
-        let most = UInt64(pacer.batchBytes(most: Int(batches ? Self.batchPages : Self.classicPages) * 4096) / 4096)
+        route.group?.beginRound(pacer)
+        report.interrupted = try walk(route, tracker, &pacer, &report, sent) && bitmaps.contains { !$0.isEmpty }
+        records.deltas?.roundEnded(pages: report.pages, isInterrupted: report.interrupted)
+        do throws(ChannelError) { try synchronize(route, &report, sent) } catch { throw .channel(error) }
+        return report
+    }
+
+    /// Goes through the dirty pages. - Returns: whether it was told to end early.
+    private mutating func walk(
+        _ route: Route, _ tracker: (any DirtyTracker)?, _ pacer: inout Pacer, _ report: inout RoundReport,
+        _ sent: (RecordWriter.Sent?) -> Bool
+    ) throws(Failure) -> Bool {
+        let most = mostPages(route, pacer)
         for block in bitmaps.indices {
             var chunk: UInt64? = nil
             var position = PageIndex(0)
@@ -92,27 +104,28 @@ struct RoundSender: ~Copyable {
                     chunk = start
                 }
                 let end = min(run.upperBound.value, (run.lowerBound.value / Self.batchPages + 1) * Self.batchPages)
-                let batch = gather(block, from: run.lowerBound, to: end, limit: most, batches: batches)
-                let bytes = UInt64(vector.byteCount)
-                // Nothing is sent of pages that are as they were.
-                if bytes > 0 { do throws(ChannelError) { try channel.send(&vector) } catch { throw .channel(error) } }
-                for pages in batch.runs { bitmaps[block].clear(pages) }
-                let encoded = deltas?.takeCounts() ?? XBZRLECounts()
-                report.pages += batch.normal + batch.zero + encoded.deltasAndUnchanged
-                report.bytes += bytes
-                position = batch.end
-                let wait = pacer.sent(bytes, at: Clock.monotonicNanoseconds)
-                let mustEnd = sent(bytes, batch.normal, batch.zero, encoded)
-                if mustEnd {
-                    report.interrupted = bitmaps.contains { !$0.isEmpty }
-                    deltas?.roundEnded(pages: report.pages, isInterrupted: report.interrupted)
-                    return report
+                let batch = gather(block, from: run.lowerBound, to: end, limit: most, route)
+                let written: RecordWriter.Sent?
+                do throws(ChannelError) { written = try hand(batch, of: block, to: route, sent) } catch {
+                    throw .channel(error)
                 }
+                guard let written else { return true }
+                for pages in batch.runs { bitmaps[block].clear(pages) }
+                report.pages += batch.pages
+                report.bytes += written.bytes
+                position = batch.end
+                let wait = route.group == nil ? pacer.sent(written.bytes, at: Clock.monotonicNanoseconds) : 0
+                if sent(written) { return true }
                 if wait > 0 { Clock.sleep(nanoseconds: wait) }
             }
         }
-        deltas?.roundEnded(pages: report.pages, isInterrupted: false)
-        return report
+        return false
+    }
+
+    private func mostPages(_ route: Route, _ pacer: Pacer) -> UInt64 {
+        if let group = route.group { return group.itemPages }
+        let most = route.batches ? Self.batchPages : RecordWriter.classicPages
+        return UInt64(pacer.batchBytes(most: Int(most) * 4096) / 4096)
     }
 
     private func watch(_ block: Int, chunk: UInt64, _ tracker: (any DirtyTracker)?) throws(Failure) {
@@ -123,167 +136,79 @@ struct RoundSender: ~Copyable {
         } catch { throw .tracking(error.description) }
     }
 
-    // MARK: Records
+    // MARK: Batches
 
     private struct Batch {
         var runs: [Range<PageIndex>] = []
-        var normal: UInt64 = 0
-        var zero: UInt64 = 0
+        var pages: UInt64 = 0
         var end: PageIndex
     }
 
-    /// Fills the vector with the next pages: the run given, and the runs behind it inside the same 2 MiB (or, for classic records,
-    /// wherever they are in the chunk) as far as they fit.
-    private mutating func gather(
-        _ block: Int, from first: PageIndex, to end: UInt64, limit: UInt64, batches: Bool
+    /// The next pages: the run given, and the runs behind it inside the same 2 MiB (or, for classic records, wherever they are in
+    /// the chunk) as far as they fit.
+    private func gather(
+        _ block: Int, from first: PageIndex, to end: UInt64, limit: UInt64, _ route: Route
     ) -> Batch {
-        vector.removeAll()
-        headBytes = 0
         var batch = Batch(end: first)
         // Random writes leave many short runs: they share a batch as long as they stay inside the chunk that is watched.
         let chunkEnd = (first.value / Self.chunkPages + 1) * Self.chunkPages
+        let mostRuns = route.batches ? RecordWriter.batchRuns : Int(RecordWriter.classicPages)
         var run: Range<PageIndex>? = first..<PageIndex(end)
-        var pages: UInt64 = 0
-        while let current = run, pages < limit, batch.runs.count < (batches ? StreamLimit.batchRuns / 2 : 256) {
+        while let current = run, batch.pages < limit, batch.runs.count < mostRuns {
             batch.runs.append(current)
-            pages += current.upperBound.value - current.lowerBound.value
+            batch.pages += current.upperBound.value - current.lowerBound.value
             batch.end = current.upperBound
-            guard pages < limit else { break }
-            guard let next = bitmaps[block].nextRun(from: batch.end, limit: limit - pages),
+            guard batch.pages < limit else { break }
+            guard let next = bitmaps[block].nextRun(from: batch.end, limit: limit - batch.pages),
                 next.lowerBound.value < chunkEnd,
                 // What goes on behind a 2 MiB boundary begins a batch of its own, so that batches stay aligned.
                 next.lowerBound != batch.end
             else { break }
             run = next.lowerBound..<min(next.upperBound, PageIndex(chunkEnd))
         }
-        if deltas?.isActive == true {
-            writeDeltas(block, &batch, batches: batches)
-        } else if batches {
-            writeBatch(block, &batch)
-        } else {
-            writeClassic(block, &batch)
-        }
         return batch
     }
 
-    private mutating func writeBatch(_ block: Int, _ batch: inout Batch) {
-        let mapping = memory.blocks[block].mapping
-        var runs: [PageRun] = []
-        for range in batch.runs {
-            for page in range {
-                let isZero = mapping.isZero(at: Int(page.offset.value), count: 4096)
-                let kind: PageRunKind = isZero ? .zero : .data
-                if isZero { batch.zero += 1 } else { batch.normal += 1 }
-                if let last = runs.last, last.kind == kind, last.offset + last.length == page.offset.value {
-                    runs[runs.count - 1] = PageRun(kind: kind, offset: last.offset, pages: last.pages + 1)
-                } else {
-                    runs.append(PageRun(kind: kind, offset: page.offset.value, pages: 1))
-                }
-            }
+    /// - Returns: what went over the main channel; `nil` when the group takes nothing more and the round is to end.
+    private mutating func hand(
+        _ batch: Batch, of block: Int, to route: Route, _ sent: (RecordWriter.Sent?) -> Bool
+    ) throws(ChannelError) -> RecordWriter.Sent? {
+        guard let group = route.group else {
+            return try records.send(
+                batch.runs, of: block, batches: route.batches, findsZeroes: route.zeroPages != .none, to: route.channel)
         }
-        // Alternating contents could make more runs than a record holds: then it takes several records.
-        for start in stride(from: 0, to: runs.count, by: StreamLimit.batchRuns) {
-            let part = runs[start..<min(start + StreamLimit.batchRuns, runs.count)]
-            var head: [UInt8] = []
-            encoder.batch(block: block, runs: part, into: &head)
-            append(head)
-            for run in part where run.kind == .data {
-                vector.append(mapping, offset: Int(run.offset), count: Int(run.length))
-            }
-        }
+        let item = ChannelGroup.Item(block: block, runs: batch.runs, zeroPages: route.zeroPages)
+        guard try group.enqueue(item, unless: { sent(nil) }) else { return nil }
+        return try writeZeroes(group, route)
     }
 
-    private mutating func writeClassic(_ block: Int, _ batch: inout Batch) {
-        let mapping = memory.blocks[block].mapping
-        for range in batch.runs {
-            for page in range {
-                var head: [UInt8] = []
-                if mapping.isZero(at: Int(page.offset.value), count: 4096) {
-                    encoder.zeroPage(block: block, offset: page.offset.value, into: &head)
-                    append(head)
-                    batch.zero += 1
-                } else {
-                    encoder.page(block: block, offset: page.offset.value, into: &head)
-                    append(head)
-                    vector.append(mapping, offset: Int(page.offset.value), count: 4096)
-                    batch.normal += 1
-                }
-            }
+    // MARK: The other channels
+
+    /// The pages that the group's threads found to be zero, and whose receiver wants to hear that on the main channel.
+    private mutating func writeZeroes(_ group: ChannelGroup, _ route: Route) throws(ChannelError) -> RecordWriter.Sent {
+        var all = RecordWriter.Sent()
+        for (block, offsets) in group.takeZeroes() {
+            let sent = try records.sendZeroes(offsets, of: block, to: route.channel)
+            all.bytes += sent.bytes
+            all.zero += sent.zero
         }
+        return all
     }
 
-    /// From the second round on, with `xbzrle`: pages that changed little go as deltas, one record each; the others as ever, save that
-    /// those the cache keeps are sent from it.
-    private mutating func writeDeltas(_ block: Int, _ batch: inout Batch, batches: Bool) {
-        let mapping = memory.blocks[block].mapping
-        var runs: [PageRun] = []
-        var contents: [(mapping: Mapping, offset: Int)] = []
-        var head: [UInt8] = []
-        for page in batch.runs.joined() {
-            let offset = page.offset.value
-            var kind = PageRunKind.data
-            if mapping.isZero(at: Int(offset), count: 4096) {
-                deltas?.sentZero(block: block, page: page)
-                kind = .zero
-                batch.zero += 1
-            } else {
-                switch deltas?.form(block: block, page: page, in: mapping, keeps: keepsPages) ?? .direct {
-                case .unchanged: continue
-                case .delta(let byteCount):
-                    head.removeAll(keepingCapacity: true)
-                    encoder.pageDelta(block: block, offset: offset, byteCount: byteCount, into: &head)
-                    append(head)
-                    appendDelta(byteCount)
-                    continue
-                case .copy(let place): if let pages = deltas?.pages { contents.append((pages, place)) }
-                case .direct: contents.append((mapping, Int(offset)))
-                }
-                batch.normal += 1
-            }
-            if let last = runs.last, last.kind == kind, last.offset + last.length == offset, batches {
-                runs[runs.count - 1] = PageRun(kind: kind, offset: last.offset, pages: last.pages + 1)
-            } else {
-                runs.append(PageRun(kind: kind, offset: offset, pages: 1))
-            }
+    /// The end of a round, also of one that ended early: no page of a later one may overtake its pages.
+    private mutating func synchronize(
+        _ route: Route, _ report: inout RoundReport, _ sent: (RecordWriter.Sent?) -> Bool
+    ) throws(ChannelError) {
+        guard let group = route.group else { return }
+        report.bytes += try group.synchronize(inHurry: report.interrupted) { _ = sent(RecordWriter.Sent()) }
+        var written = try writeZeroes(group, route)
+        if route.marksEnd {
+            var writer = StreamWriter()
+            writer.multifdFlush()
+            written.bytes += UInt64(writer.bytes.count)
+            try route.channel.send(writer.bytes)
         }
-        append(block, runs, contents[...], batches: batches)
-    }
-
-    private mutating func appendDelta(_ byteCount: Int) {
-        guard let encoding = deltas?.encoding else { return }
-        heads.copy(from: encoding, at: 0, count: byteCount, to: headBytes)
-        vector.append(heads, offset: headBytes, count: byteCount)
-        headBytes += byteCount
-    }
-
-    /// Records for runs whose contents stand, page by page, at `contents`.
-    private mutating func append(
-        _ block: Int, _ runs: [PageRun], _ contents: ArraySlice<(mapping: Mapping, offset: Int)>, batches: Bool
-    ) {
-        var contents = contents
-        for start in stride(from: 0, to: runs.count, by: batches ? StreamLimit.batchRuns : 1) {
-            let part = runs[start..<min(start + (batches ? StreamLimit.batchRuns : 1), runs.count)]
-            var head: [UInt8] = []
-            if batches {
-                encoder.batch(block: block, runs: part, into: &head)
-            } else if runs[start].kind == .zero {
-                encoder.zeroPage(block: block, offset: runs[start].offset, into: &head)
-            } else {
-                encoder.page(block: block, offset: runs[start].offset, into: &head)
-            }
-            append(head)
-            for run in part where run.kind == .data {
-                for content in contents.prefix(Int(run.pages)) {
-                    vector.append(content.mapping, offset: content.offset, count: 4096)
-                }
-                contents = contents.dropFirst(Int(run.pages))
-            }
-        }
-    }
-
-    private mutating func append(_ head: [UInt8]) {
-        heads.write(head, at: headBytes)
-        vector.append(heads, offset: headBytes, count: head.count)
-        headBytes += head.count
+        report.bytes += written.bytes
+        _ = sent(written)
     }
 }

@@ -11,6 +11,8 @@ final class StreamSender: Sendable {
         case bytes([UInt8])
         case round(final: Bool, batches: Bool)
         case flush
+        /// SYNC on all other channels.
+        case synchronize
         case stopTracking
         case close
     }
@@ -27,11 +29,20 @@ final class StreamSender: Sendable {
     private let bandwidth = Atomic<UInt64>(0)
     /// The size the cache of `xbzrle` should have from the next round on; 0: as it is.
     private let xbzrleCache = Atomic<UInt64>(0)
+    /// The channels for pages, if the migration has any, while they are open.
+    private let group = Mutex<ChannelGroup?>(nil)
+    private let mode: MultifdMode?
+    /// What the operator wants; `nil`: what the peer is known to understand.
+    private let zeroPages: ZeroPageDetection?
+    private let peerIsGodwit = Atomic<Bool>(false)
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
-        bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics, xbzrleCacheBytes: UInt64? = nil
+        bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics, mode: MultifdMode? = nil,
+        zeroPages: ZeroPageDetection? = nil, xbzrleCacheBytes: UInt64? = nil
     ) throws(SystemError) {
+        self.mode = mode
+        self.zeroPages = zeroPages
         self.tracker = tracker
         self.statistics = statistics
         round = Mutex(
@@ -44,7 +55,16 @@ final class StreamSender: Sendable {
         set { waiting.store(newValue, ordering: .relaxed) }
     }
 
-    func interruptRound() { interrupted.store(true, ordering: .relaxed) }
+    func interruptRound() {
+        interrupted.store(true, ordering: .relaxed)
+        group.withLock { $0 }?.hurry()
+    }
+
+    /// An older QEMU would miss zero pages that are not told on the main channel: only of a Godwit it is known that it does not.
+    func agreed(_ features: FeatureSet) { peerIsGodwit.store(features.contains(.multifd), ordering: .relaxed) }
+
+    /// Ends the channels for pages, whatever their threads are doing.
+    func endChannels() { group.withLock { $0.take() }?.end() }
 
     func setBandwidth(_ bytesPerSecond: UInt64) { bandwidth.store(bytesPerSecond, ordering: .relaxed) }
 
@@ -59,9 +79,11 @@ final class StreamSender: Sendable {
         try round.withLock { (round) throws(AcceleratorError) in try round.collect(with: tracker) }
     }
 
-    /// Starts the thread; `post` gets what the core wants to know.
-    func attach(_ channel: Channel, post: @escaping @Sendable (SourceEvent) -> Void) {
+    /// Starts the threads; `post` gets what the core wants to know.
+    func attach(_ channel: Channel, _ group: ChannelGroup?, post: @escaping @Sendable (SourceEvent) -> Void) {
+        self.group.withLock { $0 = group }
         do throws(SystemError) {
+            try group?.start()
             _ = try HostThread(name: "migration-send") { [self] in run(channel, post) }
         } catch { post(.disconnected(error.description)) }
     }
@@ -77,6 +99,7 @@ final class StreamSender: Sendable {
                     statistics.sent(bytes: UInt64(bytes.count))
                 case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
                 case .flush: post(.flushed)
+                case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
                 case .stopTracking: tracker?.stop()
                 case .close:
                     end(channel, post)
@@ -103,12 +126,14 @@ final class StreamSender: Sendable {
             round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), isFinal: final)
             do throws(RoundSender.Failure) {
                 return try round.send(
-                    to: channel, batches: batches, tracker: tracker,
+                    over: route(channel, batches: batches), tracker: tracker,
                     pacer: Pacer(bytesPerSecond: final ? 0 : bandwidth.load(ordering: .relaxed))
-                ) { bytes, normal, duplicate, deltas in
-                    statistics.sent(bytes: bytes, normal: normal, duplicate: duplicate)
-                    statistics.encoded(deltas)
-                    progress.note()
+                ) { sent in
+                    if let sent {
+                        statistics.sent(bytes: sent.bytes, normal: sent.normal, duplicate: sent.zero)
+                        statistics.encoded(sent.deltas)
+                        progress.note()
+                    }
                     return interrupted.load(ordering: .relaxed) || (!final && waiting.load(ordering: .relaxed))
                 }
             } catch {
@@ -122,6 +147,14 @@ final class StreamSender: Sendable {
         report.nanoseconds = Clock.monotonicNanoseconds - began
         post(.roundSent(report))
         if let failure { throw failure }
+    }
+
+    private func route(_ channel: Channel, batches: Bool) -> RoundSender.Route {
+        let group = group.withLock { $0 }
+        let understood: ZeroPageDetection = group != nil && peerIsGodwit.load(ordering: .relaxed) ? .multifd : .legacy
+        return RoundSender.Route(
+            channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
+            marksEnd: mode == .flush)
     }
 
     /// Tells the core at most once per second that the peer takes data.
@@ -144,17 +177,19 @@ final class StreamSender: Sendable {
             try channel.finish()
             post(.closed(error: nil))
         } catch { post(.closed(error: error.description)) }
+        endChannels()
         // Reading ends too: the return path's thread goes.
         if channel.kind == .socket { channel.cancel() }
     }
 
     /// The connection is dead: jobs are dropped, what has an answer is answered.
     private func drain(_ channel: Channel, _ post: @Sendable (SourceEvent) -> Void) {
+        endChannels()
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             switch job {
             case .bytes: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
-            case .flush: break
+            case .flush, .synchronize: break
             case .stopTracking: tracker?.stop()
             case .close:
                 channel.cancel()

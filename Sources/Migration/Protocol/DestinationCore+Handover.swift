@@ -41,13 +41,13 @@ extension DestinationCore {
 
     mutating func rejected(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
-        guard connection == source else { return }
+        guard connection == source else { return channelLost(connection, reason, &actions) }
         if phase < .starting { fail(reason, &actions) } else { dropSource(&actions) }
     }
 
     mutating func disconnected(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
-        guard connection == source else { return }
+        guard connection == source else { return channelLost(connection, reason, &actions) }
         // A QEMU source without a return path, and a one-way transport, close when everything was said.
         let everythingWasSaid = phase == .loading && rule != .twoPhase && !returnPathIsOpen
         if phase < .starting, !everythingWasSaid {
@@ -62,6 +62,7 @@ extension DestinationCore {
         if phase == .started { cancelTimer(.deadline, &actions) }
         actions.append(.close(source))
         self.source = nil
+        closeChannels(&actions)
     }
 
     mutating func fired(_ timer: ProtocolTimer, _ actions: inout [DestinationAction]) {
@@ -69,6 +70,7 @@ extension DestinationCore {
         if case .visitor(let connection) = timer.kind {
             return dismiss(connection, "it does not say in time what it wants", &actions)
         }
+        if timer.kind == .channels { return channelsAreLate(&actions) }
         switch phase {
         case .opened, .receiving: fail("the source sends nothing any more", &actions)
         case .loading: fail("the device state was not loaded in time", &actions)
@@ -102,6 +104,7 @@ extension DestinationCore {
             actions.append(.close(source))
         }
         let isSpoiled = memoryWasTouched || isLastChance
+        closeChannels(&actions)
         forget()
         enter(isSpoiled ? .failed : .waiting, deadline: nil, &actions)
         report(isSpoiled ? .failed : .none, &actions)

@@ -14,6 +14,12 @@ extension DestinationCore {
         case .ramRound, .page, .zeroPage, .pageDelta, .pageBatch:
             guard phase == .receiving, !ramIsComplete else { return outOfTurn("RAM", &actions) }
             memoryWasTouched = true
+        case .multifdFlush:
+            guard phase == .receiving, !ramIsComplete else { return outOfTurn("MULTIFD_FLUSH", &actions) }
+            guard usesChannels else {
+                let remedy = "set the capability multifd and multifd-channels here before migrate-incoming"
+                return fail("the source sends over several channels (multifd); \(remedy)", &actions)
+            }
         case .ramSectionEnded(let type): if type == .end { ramIsComplete = true }
         case .device(let head, let body): take(head, body, &actions)
         case .inferredSection(let head, _, _): outOfTurn("section '\(head.name)'", &actions)
@@ -83,6 +89,7 @@ extension DestinationCore {
         self.migration = migration
         features = chosen
         rule = chosen.contains(.twoPhaseHandover) ? .twoPhase : .qemu
+        sortChannels(&actions)
     }
 
     private mutating func ramSetup(_ actions: inout [DestinationAction]) {
@@ -92,6 +99,7 @@ extension DestinationCore {
         actions.append(.agreed(agreed, features: features))
         phase = .receiving
         expectMore(&actions)
+        expectChannels(&actions)
         report(.active, &actions)
     }
 

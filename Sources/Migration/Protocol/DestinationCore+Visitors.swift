@@ -28,7 +28,10 @@ extension DestinationCore {
         guard let visitor = visitors.removeValue(forKey: connection) else { return }
         cancelTimer(.visitor(connection), &actions)
         actions.append(.close(connection))
-        guard visitor.wish == .unknown else { return }
+        switch visitor.wish {
+        case .unknown, .channel: break
+        case .verdict, .answered: return
+        }
         actions.append(.turnedAway(connection, reason))
         lastDismissal = reason
         failIfForsaken(&actions)

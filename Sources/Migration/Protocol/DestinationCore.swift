@@ -36,18 +36,21 @@ public struct DestinationCore: Sendable {
 
     /// A connection that is not the source's.
     struct Visitor: Sendable {
-        enum Wish: Sendable {
+        enum Wish: Hashable, Sendable {
             case unknown
             /// Waits for the end of the start that is under way.
             case verdict
             case answered
+            /// Belongs to a migration that has not begun yet.
+            case channel(MultifdGreeting)
         }
 
         let answers: Bool
         var wish = Wish.unknown
     }
 
-    static let visitorLimit = 8
+    /// All channels of a source, and some more.
+    static let visitorLimit = 8 + StreamLimit.multifdChannels
     static let historyLimit = 64
     static let stateLimitBytes = 64 << 20
 
@@ -71,6 +74,10 @@ public struct DestinationCore: Sendable {
     var sections: [DeviceSection] = []
     var stateBytes = 0
     var guestState: GlobalState?
+    /// The channels that were admitted, and what they call themselves.
+    var channels: [ConnectionID: UInt8] = [:]
+    /// How many a Godwit source says there are.
+    var announcedChannels: Int?
 
     public init(_ configuration: DestinationConfiguration) {
         self.configuration = configuration
@@ -78,7 +85,7 @@ public struct DestinationCore: Sendable {
 
     /// Whether pages of that connection may be placed into guest memory now, without asking for each.
     public func acceptsPages(on connection: ConnectionID) -> Bool {
-        phase == .receiving && connection == source && !ramIsComplete
+        phase == .receiving && !ramIsComplete && (connection == source || channels[connection] != nil)
     }
 
     /// Takes one event and returns what to do, in order.
@@ -86,10 +93,12 @@ public struct DestinationCore: Sendable {
         var actions: [DestinationAction] = []
         switch event {
         case .accepted(let connection, let answers): accepted(connection, answers, &actions)
+        case .greeted(let connection, let greeting): greeted(connection, greeting, &actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
         case .rejected(let connection, let reason): rejected(connection, reason, &actions)
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
-        case .progressed(let connection): if connection == source { expectMore(&actions) }
+        case .progressed(let connection):
+            if connection == source || channels[connection] != nil { expectMore(&actions) }
         case .pagesFailed(let reason): fail(reason, &actions)
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
         case .loadFailed(let reason): fail(reason, &actions)

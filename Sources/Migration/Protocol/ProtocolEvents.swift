@@ -23,6 +23,8 @@ public struct ProtocolTimer: Hashable, Sendable {
         case keepAlive
         /// The wait for a further connection to say what it wants.
         case visitor(ConnectionID)
+        /// The wait for all channels of a multifd migration.
+        case channels
     }
 
     public let kind: Kind
@@ -61,6 +63,14 @@ public struct ProtocolDeadlines: Hashable, Sendable {
 
 // MARK: - Source
 
+/// Where in the main stream the pages of all channels are complete (multifd).
+public enum MultifdMode: Hashable, Sendable {
+    /// At MULTIFD_FLUSH, once per round: Godwit, QEMU 8.1 and newer.
+    case flush
+    /// At the end of every section of RAM: QEMU 8.0 and older.
+    case eachSection
+}
+
 /// What a source knows when a migration begins.
 public struct SourceConfiguration: Sendable {
     public var migration: MigrationIdentifier
@@ -76,6 +86,8 @@ public struct SourceConfiguration: Sendable {
     /// What is offered to a Godwit destination.
     public var features: FeatureSet
     public var deadlines: ProtocolDeadlines
+    /// Pages go over further channels, which are connected before `connected` is told; `nil`: over the main one.
+    public var multifd: MultifdMode?
 
     public init(
         migration: MigrationIdentifier, machineName: String, blocks: [RAMBlockDescription],
@@ -177,6 +189,8 @@ public enum SourceAction: Hashable, Sendable {
     /// without bandwidth limit. `batches`: the peer understands page batches. Between batches, look whether events wait;
     /// if so and it is not final, end the round as interrupted. -> `roundSent`.
     case sendRound(final: Bool, batches: Bool)
+    /// With multifd, once behind the list of blocks: SYNC on every channel. A round ends with it by itself.
+    case synchronizeChannels
     /// End the round under way at the next batch, final or not; its `roundSent` still comes.
     case interruptRound
     /// -> `guestStopped`, `stopFailed`.
@@ -249,6 +263,8 @@ public struct DestinationConfiguration: Sendable {
     /// What is offered to a Godwit source.
     public var features: FeatureSet
     public var deadlines: ProtocolDeadlines
+    /// Channels that a source which does not announce their number brings (QEMU, capability `multifd`); `nil`: none.
+    public var multifdChannels: Int?
 
     public init(
         instance: InstanceIdentifier, machineName: String, sections: [ExpectedSection], startsGuest: Bool = true,
@@ -267,6 +283,8 @@ public enum DestinationEvent: Hashable, Sendable {
     /// A peer connected. `answers`: false for a one-way transport (`exec:`, `file:`). Go on accepting: a stranger must
     /// not keep the real source out, and a source may come back to ask (SETTLE).
     case accepted(ConnectionID, answers: Bool)
+    /// That connection began with the greeting of a multifd channel. -> `admit`, or `close`, at once or later.
+    case greeted(ConnectionID, MultifdGreeting)
     /// What the decoder of that connection found. Page records need not come here as long as
     /// ``DestinationCore/acceptsPages(on:)``: the shell applies them by itself.
     case item(ConnectionID, StreamItem)
@@ -295,6 +313,8 @@ public enum DestinationAction: Hashable, Sendable {
     case send(ConnectionID, [UInt8])
     /// Hand over what was sent if the peer takes it, then close and forget this connection.
     case close(ConnectionID)
+    /// A channel belongs to the migration, which has so many: its packets may be read as far as ``DestinationCore/acceptsPages(on:)``.
+    case admit(ConnectionID, of: Int)
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
     /// `loadFailed`.
     case loadState([DeviceSection])

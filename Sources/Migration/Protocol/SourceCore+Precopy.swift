@@ -42,6 +42,12 @@ extension SourceCore {
         case .hello(let version, let features, _):
             guard version > 0, helloFeatures == nil else { return outOfTurn(message, &actions) }
             helloFeatures = features.intersection(configuration.features)
+            if configuration.multifd == nil {
+                helloFeatures?.remove(.multifd)
+            } else if !features.contains(.multifd) {
+                let reason = "the destination is a Godwit that knows no multifd; turn the capability off"
+                retreat(.failed(reason), farewell: nil, &actions)
+            }
         case .pong(Wire.godwitPing):
             guard let features = helloFeatures else { return agree(on: .qemu, features: [], &actions) }
             let migration = configuration.migration
@@ -63,7 +69,9 @@ extension SourceCore {
     mutating func trackingStarted(_ actions: inout [SourceAction]) {
         guard phase == .startingTracking else { return }
         let blocks = configuration.blocks
-        send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks) }
+        let flushesChannels = configuration.multifd == .flush
+        send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels) }
+        if configuration.multifd != nil { actions.append(.synchronizeChannels) }
         report(.active, &actions)
         collect(&actions)
     }

@@ -37,6 +37,12 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry("max-bandwidth", .unsigned(bits: 64), .setting(\.maxBandwidthBytesPerSecond)),
         MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
+        MigrationParameterEntry("multifd-channels", .unsigned(bits: 8), .setting(\.multifdChannels)),
+        MigrationParameterEntry(
+            "zero-page-detection", .enumeration(ZeroPageDetection.allCases.map(\.rawValue)),
+            .choice(ZeroPageDetection.allCases.map(\.rawValue), \.zeroPageDetection)),
+        MigrationParameterEntry(
+            "x-multifd-flush-after-each-section", .bool, .flag(\.flushesMultifdAfterEachSection)),
     ]
 
     private static func numbers(_ feature: String, _ defaults: [(String, Int, Int64)]) -> [MigrationParameterEntry] {
@@ -78,17 +84,13 @@ struct MigrationParameterEntry: Sendable {
         numbers(
             "sending over several channels (multifd)",
             [
-                ("multifd-channels", 8, 2), ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
+                ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
                 ("multifd-qatzip-level", 8, 1),
             ])
         + [
             MigrationParameterEntry(
                 "multifd-compression", .enumeration(["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
-                .off("none", "compression on several channels (multifd)")),
-            MigrationParameterEntry(
-                "zero-page-detection", .enumeration(["none", "legacy", "multifd"]),
-                // Zero pages are found by the thread that sends, which QEMU calls legacy.
-                .off("legacy", "another way to find zero pages")),
+                .off("none", "compression on several channels (multifd)"))
         ]
 
     private static let rest =

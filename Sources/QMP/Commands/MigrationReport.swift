@@ -56,7 +56,7 @@ struct MigrationReport {
             "normal bytes: \(ram.normalBytes >> 10) kbytes",
             "dirty sync count: \(ram.dirtySyncCount)",
             "page size: 4 kbytes",
-            "multifd bytes: 0 kbytes",
+            "multifd bytes: \(ram.multifdBytes >> 10) kbytes",
             "pages-per-second: \(ram.pagesPerSecond)",
         ]
         if ram.dirtyPagesRate > 0 { lines.append("dirty pages rate: \(ram.dirtyPagesRate) pages") }

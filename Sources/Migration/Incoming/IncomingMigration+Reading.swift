@@ -1,0 +1,150 @@
+import Host
+import Machine
+import MigrationStream
+import Transport
+
+// The threads that read: one per connection.
+
+extension IncomingMigration {
+    /// Enough for either kind's first words, and little of what should go straight into guest memory.
+    private static let recognitionBytes = 4096
+    /// Between two signs that data arrives.
+    private static let progressNanoseconds: UInt64 = 1_000_000_000
+
+    /// The first four bytes tell a migration stream from a channel of multifd.
+    func recognize(_ channel: Channel, _ id: ConnectionID) {
+        defer { forget(id) }
+        var first: [UInt8] = []
+        do {
+            while MultifdGreeting.isAnnounced(by: first) == nil {
+                // What is too short to be either is for the stream's decoder to describe.
+                guard try channel.receive(appendingTo: &first, upTo: Self.recognitionBytes) > 0 else { break }
+            }
+        } catch { return post(.disconnected(id, error.description)) }
+        if MultifdGreeting.isAnnounced(by: first) == true {
+            readChannel(channel, id, behind: first)
+        } else {
+            readStream(channel, id, behind: first)
+        }
+    }
+
+    // MARK: The stream
+
+    private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
+        do {
+            var receiver = PageReceiver(
+                channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
+                received: received, statistics: statistics)
+            var progress = ProgressTeller()
+            var marks = ChannelMarks()
+            while let item = try receiver.next() {
+                switch item {
+                case .page, .zeroPage, .pageDelta, .pageBatch:
+                    guard acceptsPages(on: id) else {
+                        // Nobody wants these pages: the core says why, and the connection ends.
+                        post(.item(id, item))
+                        post(.rejected(id, "it sends pages that nobody waits for"))
+                        return hangUp(channel, id)
+                    }
+                    try receiver.place(item)
+                    if progress.isDue() { post(.progressed(id)) }
+                case .ramSetup:
+                    post(.item(id, item))
+                    receiver.isCounted = acceptsPages(on: id)
+                case .multifdFlush:
+                    post(.item(id, item))
+                    marks.flushes = true
+                    if isOpen(id) { waitForChannels(id) }
+                case .ramSectionEnded:
+                    // Before the core hears that RAM may be complete: until then channels bring pages.
+                    if !marks.flushes, usesChannels, isOpen(id) { waitForChannels(id) }
+                    post(.item(id, item))
+                case .vmDescription: try receiver.skipPayload()
+                default: post(.item(id, item))
+                }
+                // What the core closed is not read any further.
+                guard isOpen(id) else { return }
+            }
+            post(
+                receiver.failure.map { .rejected(id, $0.description) }
+                    ?? .disconnected(id, "the source closed the connection"))
+        } catch {
+            post(.disconnected(id, "\(error)"))
+        }
+    }
+
+    /// The main channel has come to a mark: what the others bring before their SYNC belongs before it.
+    private func waitForChannels(_ id: ConnectionID) {
+        switch barrier.waitForAll(main: id) {
+        case .complete, .closed: break
+        case .channelEnded: post(.rejected(id, "one of its channels ended before its pages were complete"))
+        case .stalled: post(.rejected(id, "its channels bring nothing any more"))
+        }
+    }
+
+    /// Whether marks in the stream stand for all channels' pages; without, the ends of its sections of RAM do.
+    private struct ChannelMarks { var flushes = false }
+
+    private struct ProgressTeller {
+        private var last = Clock.monotonicNanoseconds
+
+        mutating func isDue() -> Bool {
+            let now = Clock.monotonicNanoseconds
+            guard now - last > IncomingMigration.progressNanoseconds else { return false }
+            last = now
+            return true
+        }
+    }
+
+    private func hangUp(_ channel: Channel, _ id: ConnectionID) {
+        forget(id)
+        channel.cancel()
+    }
+
+    // MARK: A channel of multifd
+
+    private func readChannel(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
+        do {
+            var buffer = ReceiveBuffer(capacity: Self.recognitionBytes)
+            buffer.append(first)
+            guard let greeting = try greeting(channel, &buffer) else {
+                return post(.disconnected(id, "it ended inside its greeting"))
+            }
+            barrier.greeted(id)
+            post(.greeted(id, greeting))
+            guard barrier.waitForAdmission(id) else { return }
+            HostThread.renameCurrent("multifd-recv-\(greeting.channel + 1)")
+            var receiver = ChannelReceiver(
+                channel, behind: buffer, memory: machine.memory, blocks: blocks, received: received,
+                statistics: statistics)
+            var progress = ProgressTeller()
+            while let packet = try receiver.next() {
+                if !packet.normal.isEmpty || !packet.zero.isEmpty {
+                    guard acceptsPages(on: id) else {
+                        return post(.rejected(id, "it sends pages that nobody waits for"))
+                    }
+                    try receiver.place(packet)
+                }
+                barrier.came()
+                if progress.isDue() { post(.progressed(id)) }
+                if packet.isSync, !barrier.synchronize(id) { return }
+            }
+            barrier.endAndWait(id)
+        } catch let error as StreamError {
+            post(.rejected(id, error.description))
+        } catch {
+            post(.disconnected(id, "\(error)"))
+        }
+    }
+
+    /// The whole greeting; `nil` when the connection ends before.
+    private func greeting(_ channel: Channel, _ buffer: inout ReceiveBuffer) throws -> MultifdGreeting? {
+        while true {
+            if let greeting = try MultifdGreeting(from: &buffer) { return greeting }
+            let count = try unsafe buffer.fill(atLeast: MultifdGreeting.byteCount) { (room) throws(ChannelError) in
+                try unsafe channel.receive(into: room)
+            }
+            if count == 0 { return nil }
+        }
+    }
+}

@@ -1,0 +1,132 @@
+import GuestMemory
+import Host
+import MigrationStream
+import Synchronization
+import Transport
+
+// What the thread of one channel does.
+
+extension ChannelGroup {
+    private enum Task {
+        case send(Item)
+        case synchronize(UInt64)
+        case end
+    }
+
+    func run(_ index: Int) {
+        do {
+            var sender = try PacketSender(self, channels[index])
+            var synchronized: UInt64 = 0
+            while true {
+                switch nextTask(after: synchronized) {
+                case .end: return
+                case .send(let item):
+                    progress.withLock { $0.queued -= 1 }
+                    try sender.send(item)
+                case .synchronize(let turn):
+                    synchronized = turn
+                    try sender.sendSync()
+                    progress.withLock { $0.synchronized += 1 }
+                }
+            }
+        } catch let error as ChannelError {
+            fail(index, error)
+        } catch let error as SystemError {
+            fail(index, .system(error))
+        } catch {
+            fail(index, .unusable("\(error)"))
+        }
+    }
+
+    /// Items come before a SYNC that was asked for after them.
+    private func nextTask(after synchronized: UInt64) -> Task {
+        work.wait { work -> Task? in
+            if work.isOver { return .end }
+            if !work.items.isEmpty { return .send(work.items.removeFirst()) }
+            return work.synchronizations > synchronized ? .synchronize(work.synchronizations) : nil
+        } ?? .end
+    }
+
+    private func fail(_ index: Int, _ error: ChannelError) {
+        let named = error == .cancelled ? error : .unusable("channel \(index + 1): \(error.description)")
+        progress.withLock { $0.failure = $0.failure ?? named }
+    }
+
+    /// Waits until so many bytes may go out; not longer than the round has time.
+    fileprivate func pay(_ bytes: Int) {
+        let wait = pacer.withLock { $0.sent(UInt64(bytes), at: Clock.monotonicNanoseconds) }
+        guard wait > 0 else { return }
+        work.wait(deadline: .after(nanoseconds: wait)) { $0.isInHurry || $0.isOver ? () : nil }
+    }
+}
+
+/// Makes packets of the pages it is given and sends them on one channel.
+///
+/// Contents go as they are. A compressor would stand here, one per channel: it turns the normal pages of a packet into
+/// `contentBytes` bytes, which follow the head instead.
+private struct PacketSender: ~Copyable {
+    private let group: ChannelGroup
+    private let channel: Channel
+    private let head: Mapping
+    private var vector = IOVector()
+    private var packet = MultifdPacket(number: 0)
+
+    init(_ group: ChannelGroup, _ channel: Channel) throws(SystemError) {
+        head = try Mapping(anonymousByteCount: MultifdWire.headBytes)
+        self.group = group
+        self.channel = channel
+    }
+
+    mutating func send(_ item: ChannelGroup.Item) throws(ChannelError) {
+        let mapping = group.memory.blocks[item.block].mapping
+        packet.block = item.block
+        for run in item.runs {
+            for page in run {
+                let offset = page.offset.value
+                if item.zeroPages != .none, mapping.isZero(at: Int(offset), count: Wire.pageSize) {
+                    packet.zero.append(offset)
+                } else {
+                    packet.normal.append(offset)
+                }
+                if packet.normal.count + packet.zero.count == MultifdWire.packetPages { try flush(item.zeroPages) }
+            }
+        }
+        try flush(item.zeroPages)
+    }
+
+    mutating func sendSync() throws(ChannelError) {
+        packet.isSync = true
+        try sendPacket()
+    }
+
+    /// Sends what was gathered.
+    private mutating func flush(_ zeroPages: ZeroPageDetection) throws(ChannelError) {
+        if zeroPages == .legacy, !packet.zero.isEmpty {
+            let found = (block: packet.block, offsets: packet.zero)
+            packet.zero.removeAll()
+            group.progress.withLock { $0.zeroes.append(found) }
+        }
+        if !packet.normal.isEmpty || !packet.zero.isEmpty { try sendPacket() }
+    }
+
+    private mutating func sendPacket() throws(ChannelError) {
+        packet.number = group.packetNumber.add(1, ordering: .relaxed).oldValue
+        packet.contentBytes = packet.normal.count * Wire.pageSize
+        let (normal, zero) = (UInt64(packet.normal.count), UInt64(packet.zero.count))
+        head.write(group.codec.head(of: packet), at: 0)
+        vector.removeAll()
+        vector.append(head, offset: 0, count: MultifdWire.headBytes)
+        if normal > 0 {
+            let mapping = group.memory.blocks[packet.block].mapping
+            for offset in packet.normal { vector.append(mapping, offset: Int(offset), count: Wire.pageSize) }
+        }
+        packet.normal.removeAll(keepingCapacity: true)
+        packet.zero.removeAll(keepingCapacity: true)
+        packet.isSync = false
+        let bytes = vector.byteCount
+        group.pay(bytes)
+        try channel.send(&vector)
+        group.statistics.sent(bytes: UInt64(bytes), normal: normal, duplicate: zero, overChannels: true)
+        group.progress.withLock { $0.bytes += UInt64(bytes) }
+    }
+}

@@ -1,0 +1,171 @@
+import GuestMemory
+import Host
+import MigrationStream
+import Synchronization
+import Transport
+
+/// The channels of an outgoing migration over which pages go (multifd): one blocking thread each, `multifd-send-N`, which takes the
+/// next pages from a short queue, looks for zeros, and sends a packet's head and contents in one gathering write from guest memory.
+///
+/// One thread, that of the main channel, fills the queue and asks for SYNC: what it asks for comes after all it enqueued before.
+final class ChannelGroup: Sendable {
+    /// Pages for whichever channel is free.
+    struct Item: Sendable {
+        let block: Int
+        let runs: [Range<PageIndex>]
+        let zeroPages: ZeroPageDetection
+    }
+
+    /// What waits for the threads.
+    struct Work {
+        var items: [Item] = []
+        /// Times that SYNC was asked for.
+        var synchronizations: UInt64 = 0
+        /// The round is to end: bandwidth counts no more.
+        var isInHurry = false
+        var isOver = false
+    }
+
+    /// What waits for the thread of the main channel.
+    struct Progress {
+        /// Items that no thread has taken.
+        var queued = 0
+        /// Threads that sent the last SYNC.
+        var synchronized = 0
+        /// Sent since the round began.
+        var bytes: UInt64 = 0
+        /// Zero pages to be told on the main channel.
+        var zeroes: [(block: Int, offsets: [UInt64])] = []
+        var failure: ChannelError?
+    }
+
+    let channels: [Channel]
+    let memory: GuestMemory
+    let codec: MultifdCodec
+    let statistics: OutgoingStatistics
+    let work = Monitor(Work())
+    let progress = Monitor(Progress())
+    /// One for all channels: together they keep the limit.
+    let pacer = Mutex(Pacer(bytesPerSecond: 0))
+    /// Packets are numbered through all channels.
+    let packetNumber = Atomic<UInt64>(0)
+    /// The most pages of one item. Few channels take whole huge pages, so that no two of them touch one at the destination at once.
+    private let mostItemPages: UInt64
+    private let mostQueued: Int
+
+    /// At most so many items wait beside those that are being sent.
+    private static let queueLimit = 8
+    /// Pages of a packet however slow the channels are: less would be heads mostly.
+    private static let fewestPages: UInt64 = 16
+    private static let lookMilliseconds: UInt64 = 20
+
+    /// Connects so many channels to where the main one went, and greets.
+    init(
+        _ count: Int, of migration: MigrationIdentifier, to address: MigrationAddress, connector: Connector,
+        cancel: CancelToken, memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics
+    ) throws(ChannelError) {
+        var channels: [Channel] = []
+        for index in 0..<count {
+            let channel: Channel
+            do throws(ChannelError) { channel = try connector.connect(to: address, cancel: cancel) } catch {
+                if error == .cancelled { throw error }
+                throw .unusable("channel \(index + 1) of \(count): \(error.description)")
+            }
+            let mark = MultifdGreeting.Mark(migration: migration, channels: count)
+            try channel.send(MultifdGreeting(channel: UInt8(index), mark: mark).bytes)
+            channels.append(channel)
+        }
+        self.channels = channels
+        self.memory = memory
+        self.statistics = statistics
+        codec = MultifdCodec(blocks: blocks)
+        mostItemPages = count <= Self.queueLimit ? 512 : UInt64(MultifdWire.packetPages)
+        mostQueued = min(max(count, 2), Self.queueLimit)
+        statistics.sent(bytes: UInt64(count * MultifdGreeting.byteCount), overChannels: true)
+    }
+
+    func start() throws(SystemError) {
+        for index in channels.indices {
+            _ = try HostThread(name: "multifd-send-\(index + 1)") { [self] in run(index) }
+        }
+    }
+
+    // MARK: The thread of the main channel
+
+    /// The most pages of an item.
+    var itemPages: UInt64 {
+        let most = pacer.withLock { $0.batchBytes(most: Int(mostItemPages) * Wire.pageSize) }
+        return max(UInt64(most / Wire.pageSize), Self.fewestPages)
+    }
+
+    func beginRound(_ pacer: Pacer) {
+        self.pacer.withLock { $0 = pacer }
+        work.withLock { $0.isInHurry = false }
+        progress.withLock { $0.bytes = 0 }
+    }
+
+    /// Queues an item when there is room. - Returns: false when `isOver` said so while there was none.
+    func enqueue(_ item: Item, unless isOver: () -> Bool) throws(ChannelError) -> Bool {
+        while true {
+            let room = progress.wait(deadline: .after(milliseconds: Self.lookMilliseconds)) {
+                progress -> Result<Void, ChannelError>? in
+                if let failure = progress.failure { return .failure(failure) }
+                guard progress.queued < mostQueued else { return nil }
+                progress.queued += 1
+                return .success(())
+            }
+            if let room {
+                try room.get()
+                work.withLock { $0.items.append(item) }
+                return true
+            }
+            if isOver() { return false }
+        }
+    }
+
+    /// Zero pages found since the last time.
+    func takeZeroes() -> [(block: Int, offsets: [UInt64])] {
+        progress.wait { progress in
+            let zeroes = progress.zeroes
+            progress.zeroes = []
+            return zeroes
+        } ?? []
+    }
+
+    /// Has every channel send SYNC behind all that was enqueued, and waits until they have.
+    /// - Parameter moved: called now and then while bytes go out.
+    /// - Returns: the bytes sent since the round began.
+    func synchronize(inHurry: Bool = false, moved: () -> Void = {}) throws(ChannelError) -> UInt64 {
+        progress.withLock { $0.synchronized = 0 }
+        work.withLock { work in
+            work.synchronizations += 1
+            if inHurry { work.isInHurry = true }
+        }
+        var seen: UInt64 = 0
+        while true {
+            let result = progress.wait(deadline: .after(seconds: 1)) { progress -> Result<UInt64, ChannelError>? in
+                if let failure = progress.failure { return .failure(failure) }
+                return progress.synchronized == channels.count ? .success(progress.bytes) : nil
+            }
+            if let result { return try result.get() }
+            let bytes = progress.withLock { $0.bytes }
+            if bytes != seen { moved() }
+            seen = bytes
+        }
+    }
+
+    // MARK: From any thread
+
+    /// What is queued goes out without regard to the bandwidth limit.
+    func hurry() { work.withLock { $0.isInHurry = true } }
+
+    /// Ends all channels and their threads at once.
+    func end() {
+        work.withLock { work in
+            work.items = []
+            work.isOver = true
+        }
+        for channel in channels { channel.cancel() }
+        progress.withLock { $0.failure = $0.failure ?? .cancelled }
+    }
+}

@@ -1,0 +1,134 @@
+import GuestMemory
+import Host
+import MigrationStream
+import Transport
+
+/// Writes records of RAM to the main channel: heads from a buffer of ours, contents straight from guest memory, in one gathering write.
+struct RecordWriter: ~Copyable {
+    let memory: GuestMemory
+    var encoder: RAMRecordEncoder
+    /// Where record heads, and deltas with them, stand while they are sent.
+    let heads: Mapping
+    var headBytes = 0
+    var vector = IOVector()
+    /// With the capability `xbzrle`.
+    var deltas: XBZRLESender?
+    /// Whether pages that are sent go into the cache of `deltas`.
+    var keepsPages = true
+
+    /// Runs of one vector: each may alternate between pages of data and of zeros, and a record's head stands before it.
+    static let batchRuns = StreamLimit.batchRuns / 2
+    /// A classic record needs two entries of the vector.
+    static let classicPages: UInt64 = 256
+    /// Zero records of one write.
+    private static let zeroRecords = 4096
+
+    init(
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], xbzrleCacheBytes: UInt64? = nil
+    ) throws(SystemError) {
+        // With deltas among them: as many as a batch has pages, each little longer than a page at worst.
+        let heads = try Mapping(anonymousByteCount: xbzrleCacheBytes == nil ? 256 << 10 : 4 << 20)
+        if let xbzrleCacheBytes { deltas = try XBZRLESender(cacheBytes: xbzrleCacheBytes) } else { deltas = nil }
+        self.heads = heads
+        self.memory = memory
+        encoder = RAMRecordEncoder(blocks: blocks)
+    }
+
+    /// What one write carried.
+    struct Sent {
+        var bytes: UInt64 = 0
+        var normal: UInt64 = 0
+        var zero: UInt64 = 0
+        var deltas = XBZRLECounts()
+    }
+
+    /// Sends the pages of some runs: as one batch, or as classic records.
+    mutating func send(
+        _ runs: [Range<PageIndex>], of block: Int, batches: Bool, findsZeroes: Bool, to channel: Channel
+    ) throws(ChannelError) -> Sent {
+        vector.removeAll()
+        headBytes = 0
+        var sent = Sent()
+        if deltas?.isActive == true {
+            writeDeltas(block, runs, batches: batches, findsZeroes, &sent)
+        } else if batches {
+            writeBatch(block, runs, findsZeroes, &sent)
+        } else {
+            writeClassic(block, runs, findsZeroes, &sent)
+        }
+        sent.bytes = UInt64(vector.byteCount)
+        // Nothing is sent of pages that are as they were.
+        if sent.bytes > 0 { try channel.send(&vector) }
+        return sent
+    }
+
+    /// Sends zero records for pages that the threads of other channels found.
+    mutating func sendZeroes(_ offsets: [UInt64], of block: Int, to channel: Channel) throws(ChannelError) -> Sent {
+        var sent = Sent(zero: UInt64(offsets.count))
+        for start in stride(from: 0, to: offsets.count, by: Self.zeroRecords) {
+            var bytes: [UInt8] = []
+            for offset in offsets[start..<min(start + Self.zeroRecords, offsets.count)] {
+                encoder.zeroPage(block: block, offset: offset, into: &bytes)
+            }
+            sent.bytes += UInt64(bytes.count)
+            try channel.send(bytes)
+        }
+        return sent
+    }
+
+    private mutating func writeBatch(
+        _ block: Int, _ ranges: [Range<PageIndex>], _ findsZeroes: Bool, _ sent: inout Sent
+    ) {
+        let mapping = memory.blocks[block].mapping
+        var runs: [PageRun] = []
+        for range in ranges {
+            for page in range {
+                let isZero = findsZeroes && mapping.isZero(at: Int(page.offset.value), count: 4096)
+                let kind: PageRunKind = isZero ? .zero : .data
+                if isZero { sent.zero += 1 } else { sent.normal += 1 }
+                if let last = runs.last, last.kind == kind, last.offset + last.length == page.offset.value {
+                    runs[runs.count - 1] = PageRun(kind: kind, offset: last.offset, pages: last.pages + 1)
+                } else {
+                    runs.append(PageRun(kind: kind, offset: page.offset.value, pages: 1))
+                }
+            }
+        }
+        // Alternating contents could make more runs than a record holds: then it takes several records.
+        for start in stride(from: 0, to: runs.count, by: StreamLimit.batchRuns) {
+            let part = runs[start..<min(start + StreamLimit.batchRuns, runs.count)]
+            var head: [UInt8] = []
+            encoder.batch(block: block, runs: part, into: &head)
+            append(head)
+            for run in part where run.kind == .data {
+                vector.append(mapping, offset: Int(run.offset), count: Int(run.length))
+            }
+        }
+    }
+
+    private mutating func writeClassic(
+        _ block: Int, _ ranges: [Range<PageIndex>], _ findsZeroes: Bool, _ sent: inout Sent
+    ) {
+        let mapping = memory.blocks[block].mapping
+        for range in ranges {
+            for page in range {
+                var head: [UInt8] = []
+                if findsZeroes, mapping.isZero(at: Int(page.offset.value), count: 4096) {
+                    encoder.zeroPage(block: block, offset: page.offset.value, into: &head)
+                    append(head)
+                    sent.zero += 1
+                } else {
+                    encoder.page(block: block, offset: page.offset.value, into: &head)
+                    append(head)
+                    vector.append(mapping, offset: Int(page.offset.value), count: 4096)
+                    sent.normal += 1
+                }
+            }
+        }
+    }
+
+    mutating func append(_ head: [UInt8]) {
+        heads.write(head, at: headBytes)
+        vector.append(heads, offset: headBytes, count: head.count)
+        headBytes += head.count
+    }
+}

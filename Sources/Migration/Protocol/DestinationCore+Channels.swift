@@ -1,0 +1,95 @@
+import MigrationStream
+
+// Multifd: the source's further channels. Who greets as one is a visitor until the migration that it belongs to has begun.
+
+extension DestinationCore {
+    /// Whether the migration under way brings its pages over further channels.
+    public var usesChannels: Bool {
+        guard source != nil else { return false }
+        if migration != nil { return features.contains(.multifd) }
+        return rule != nil && configuration.multifdChannels != nil
+    }
+
+    /// How many channels there will be. A Godwit source says so in each greeting, for another one the operator did.
+    var expectedChannels: Int? { migration == nil ? configuration.multifdChannels : announcedChannels }
+
+    /// A visitor says that it is a channel.
+    mutating func greeted(
+        _ connection: ConnectionID, _ greeting: MultifdGreeting, _ actions: inout [DestinationAction]
+    ) {
+        guard let visitor = visitors[connection], visitor.wish == .unknown else { return }
+        guard greeting.mark != nil || configuration.multifdChannels != nil else {
+            let remedy = "set the capability multifd and multifd-channels before migrate-incoming"
+            return dismiss(connection, "it is a channel of multifd, which is off here; \(remedy)", &actions)
+        }
+        visitors[connection]?.wish = .channel(greeting)
+        if usesChannels { admitOrDismiss(connection, greeting, &actions) }
+    }
+
+    /// The migration has begun: those that belong to it come in, the others leave.
+    mutating func sortChannels(_ actions: inout [DestinationAction]) {
+        for connection in visitors.keys.sorted(by: { $0.rawValue < $1.rawValue }) {
+            guard case .channel(let greeting) = visitors[connection]?.wish else { continue }
+            admitOrDismiss(connection, greeting, &actions)
+        }
+    }
+
+    private mutating func admitOrDismiss(
+        _ connection: ConnectionID, _ greeting: MultifdGreeting, _ actions: inout [DestinationAction]
+    ) {
+        if let reason = unwelcome(greeting) { return dismiss(connection, reason, &actions) }
+        if let mark = greeting.mark, migration != nil { announcedChannels = mark.channels }
+        guard let expected = expectedChannels else { return }
+        visitors[connection] = nil
+        cancelTimer(.visitor(connection), &actions)
+        channels[connection] = greeting.channel
+        actions.append(.admit(connection, of: expected))
+        if channels.count == expected { cancelTimer(.channels, &actions) }
+    }
+
+    /// Why a channel has no business here.
+    private func unwelcome(_ greeting: MultifdGreeting) -> String? {
+        guard usesChannels else { return "it is a channel of multifd, and the migration under way has none" }
+        if let migration, greeting.mark?.migration != migration { return "it is a channel of another migration" }
+        if let expected = expectedChannels {
+            if migration != nil, greeting.mark?.channels != expected { return "it counts the channels otherwise" }
+            if Int(greeting.channel) >= expected {
+                return "it is channel \(greeting.channel), and only \(expected) are expected; "
+                    + "set multifd-channels alike on both sides"
+            }
+        }
+        if channels.values.contains(greeting.channel) { return "channel \(greeting.channel) is here already" }
+        return nil
+    }
+
+    /// RAM begins: from here on all channels must come soon.
+    mutating func expectChannels(_ actions: inout [DestinationAction]) {
+        if migration == nil { sortChannels(&actions) }
+        guard usesChannels, phase == .receiving, channels.count != expectedChannels else { return }
+        actions.append(.setTimer(timers.set(.channels), nanoseconds: configuration.deadlines.greeting))
+    }
+
+    mutating func channelsAreLate(_ actions: inout [DestinationAction]) {
+        let wanted = expectedChannels.map { "\($0)" } ?? "its"
+        fail("only \(channels.count) of \(wanted) channels of the source came in time", &actions)
+    }
+
+    /// A channel failed: without it pages are missing, unless all of them are here.
+    mutating func channelLost(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
+        guard let channel = channels[connection] else { return }
+        if phase == .receiving || phase == .opened, !ramIsComplete {
+            return fail("channel \(channel) of the source failed: \(reason)", &actions)
+        }
+        channels[connection] = nil
+        actions.append(.close(connection))
+    }
+
+    mutating func closeChannels(_ actions: inout [DestinationAction]) {
+        for connection in channels.keys.sorted(by: { $0.rawValue < $1.rawValue }) {
+            actions.append(.close(connection))
+        }
+        channels = [:]
+        announcedChannels = nil
+        cancelTimer(.channels, &actions)
+    }
+}
