@@ -80,7 +80,7 @@ let package = Package(
         tests("GuestProgramsTests", of: ["GuestPrograms"]),
         tests("DevicesTests", of: ["Devices", "Host"]),
         tests("MachineTests", of: ["Machine", "Devices", "GuestMemory", "Host", "GuestPrograms"]),
-        tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
+        tests("MigrationTests", of: ["Migration", "MigrationStream", "Compression", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),
         tests("BenchmarksTests", of: ["Benchmarks", "QMP", "CommandLineKit", "GuestPrograms", "Host", "Machine"]),

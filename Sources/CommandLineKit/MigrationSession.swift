@@ -11,6 +11,8 @@ public struct MigrationSession {
         public var holdsBeforeSwitchover = false
         /// Channels for pages besides the main one; 0 for none.
         public var channels: Int?
+        /// `zlib`, `zstd`, `xbzrle` or `none`.
+        public var compression: String?
 
         public init() {}
     }
@@ -48,6 +50,10 @@ public struct MigrationSession {
         }
         if let bandwidth = settings.bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidth) }
         if let channels = settings.channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
+        if let compression = settings.compression {
+            parameters["multifd-compression"] = .string(compression == "xbzrle" ? "none" : compression)
+            try turn("xbzrle", compression == "xbzrle")
+        }
         if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
         if let channels = settings.channels { try turn("multifd", channels > 0) }
         if settings.holdsBeforeSwitchover { try hold(true) }

@@ -1,3 +1,5 @@
+public import Compression
+
 /// The numbers of a migration, by QEMU's names (`migrate-set-parameters`).
 public struct MigrationParameters: Sendable, Equatable {
     /// `downtime-limit`, milliseconds: how long the guest may stand still. At most 2,000,000.
@@ -21,6 +23,22 @@ public struct MigrationParameters: Sendable, Equatable {
         get { (chosenZeroPageDetection ?? .legacy).rawValue }
         set { chosenZeroPageDetection = ZeroPageDetection(rawValue: newValue) }
     }
+
+    /// `multifd-compression`, with the capability `multifd`: what the channels' packets are compressed with; `nil`: nothing.
+    public var compression: CompressionMethod?
+    /// `multifd-zlib-level`, 0 to 9, and `multifd-zstd-level`, 0 to 20.
+    public var zlibLevel: UInt64 = 1
+    public var zstdLevel: UInt64 = 1
+
+    /// `multifd-compression` as it is told; setting it chooses.
+    public var compressionName: String {
+        get { compression?.rawValue ?? Self.noCompression }
+        set { compression = CompressionMethod(rawValue: newValue) }
+    }
+
+    /// What `multifd-compression` may be.
+    public static let compressionNames = [noCompression] + CompressionMethod.allCases.map(\.rawValue)
+    private static let noCompression = "none"
 
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 

@@ -4,6 +4,7 @@
 //! `SourceCore`: threads, sockets and guest memory, no decisions. An `IncomingMigration` is the same around `DestinationCore`. Under
 //! `Protocol/` are both cores, without I/O, threads or clocks: read there what happens when.
 
+import Compression
 public import Host
 public import Machine
 import MigrationStream
@@ -30,6 +31,13 @@ public final class Migrator: Sendable {
             return (
                 Int(parameters.multifdChannels), parameters.flushesMultifdAfterEachSection ? .eachSection : .flush
             )
+        }
+
+        /// How packets are compressed; `nil`: they are not.
+        var packing: PacketPacking? {
+            guard capabilities.contains(.multifd), let method = parameters.compression else { return nil }
+            return PacketPacking(
+                method: method, level: Int(method == .zlib ? parameters.zlibLevel : parameters.zstdLevel))
         }
     }
 
@@ -73,6 +81,13 @@ public final class Migrator: Sendable {
         guard XBZRLECache.isSize(parameters.xbzrleCacheBytes) else {
             throw MigrationError(
                 "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page size")
+        }
+        for (name, level, method) in [
+            ("multifd-zlib-level", parameters.zlibLevel, CompressionMethod.zlib),
+            ("multifd-zstd-level", parameters.zstdLevel, .zstd),
+        ] where level > UInt64(method.levels.upperBound) {
+            throw MigrationError(
+                "Parameter '\(name)' expects a value between 0 and \(method.levels.upperBound)")
         }
         guard (1...UInt64(StreamLimit.multifdChannels)).contains(parameters.multifdChannels) else {
             throw MigrationError(
@@ -121,10 +136,20 @@ public final class Migrator: Sendable {
             guard multifd == nil || address.canReconnect else {
                 throw MigrationError("migrate: several channels (multifd) need tcp: or unix:, not \(address)")
             }
+            guard multifd == nil || !state.capabilities.contains(.xbzrle) else {
+                throw MigrationError(
+                    "migrate: xbzrle and several channels (multifd) do not go together; turn one of them off")
+            }
+            let packing = state.packing
+            if let packing {
+                do throws(CompressionError) { try packing.method.check(level: packing.level) } catch {
+                    throw MigrationError("migrate: \(error)")
+                }
+            }
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
                 pausesBeforeSwitchover: state.capabilities.contains(.pauseBeforeSwitchover),
-                xbzrle: state.capabilities.contains(.xbzrle), multifd: multifd,
+                xbzrle: state.capabilities.contains(.xbzrle), multifd: multifd, packing: packing,
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()

@@ -121,7 +121,7 @@ struct XBZRLEConformanceTests {
             try channel.send(writer.take())
             sender.prepareDeltas(cacheBytes: 0, isFinal: round == 11)
             let route = RoundSender.Route(
-                channel: channel, group: nil, batches: false, zeroPages: .legacy, marksEnd: false)
+                channel: channel, group: nil, batches: false, zeroPages: .legacy, mayGoPlain: false, marksEnd: false)
             _ = try sender.send(over: route, tracker: tracker, pacer: Pacer(bytesPerSecond: 0)) { sent in
                 counts.pages += sent?.deltas.pages ?? 0
                 counts.misses += sent?.deltas.misses ?? 0

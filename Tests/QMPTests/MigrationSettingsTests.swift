@@ -72,6 +72,29 @@ import Testing
         #expect(try state(vm, "xbzrle") == true)
     }
 
+    @Test(
+        "compression of channels is chosen by QEMU's names; a method we lack is refused by name, a level out of range too"
+    )
+    func compression() throws {
+        let vm = try MonitoredMachine()
+        #expect(try vm.run("query-migrate-parameters")["multifd-compression"] == "none")
+        for name in ["zlib", "zstd", "none", "zstd"] {
+            try vm.run("migrate-set-parameters", ["multifd-compression": .string(name)])
+            #expect(try vm.run("query-migrate-parameters")["multifd-compression"] == .string(name))
+        }
+        for name in ["qatzip", "qpl", "uadk"] {
+            let refusal = try vm.refusal("migrate-set-parameters", ["multifd-compression": .string(name)])
+            #expect(refusal.contains("'\(name)'") && refusal.contains("zstd"), "\(refusal)")
+        }
+        try vm.run("migrate-set-parameters", ["multifd-zlib-level": 9, "multifd-zstd-level": 20])
+        #expect(
+            try vm.refusal("migrate-set-parameters", ["multifd-zlib-level": 10])
+                == "Parameter 'multifd-zlib-level' expects a value between 0 and 9")
+        #expect(try vm.refusal("migrate-set-parameters", ["multifd-zstd-level": 21]).contains("between 0 and 20"))
+        let now = try vm.run("query-migrate-parameters")
+        #expect(now["multifd-compression"] == "zstd" && now["multifd-zlib-level"] == 9)
+    }
+
     @Test("every other parameter takes the value it has and refuses another, naming itself")
     func others() throws {
         let vm = try MonitoredMachine()

@@ -116,7 +116,7 @@ extension IncomingMigration {
             HostThread.renameCurrent("multifd-recv-\(greeting.channel + 1)")
             var receiver = ChannelReceiver(
                 channel, behind: buffer, memory: machine.memory, blocks: blocks, received: received,
-                statistics: statistics)
+                statistics: statistics, mayMix: greeting.mark != nil)
             var progress = ProgressTeller()
             while let packet = try receiver.next() {
                 if !packet.normal.isEmpty || !packet.zero.isEmpty {

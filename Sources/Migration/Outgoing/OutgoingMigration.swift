@@ -21,6 +21,7 @@ final class OutgoingMigration: Sendable {
     private let configuration: SourceConfiguration
     /// Channels for pages besides the main one.
     private let channelCount: Int
+    private let packing: PacketPacking?
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
@@ -47,7 +48,7 @@ final class OutgoingMigration: Sendable {
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
         pausesBeforeSwitchover: Bool, xbzrle: Bool, multifd: (channels: Int, mode: MultifdMode)?,
-        descriptors: @escaping DescriptorResolver,
+        packing: PacketPacking?, descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
@@ -66,6 +67,7 @@ final class OutgoingMigration: Sendable {
         configuration.multifd = multifd?.mode
         self.configuration = configuration
         channelCount = multifd?.channels ?? 0
+        self.packing = packing
         let cacheBytes = xbzrle ? parameters.xbzrleCacheBytes : nil
         statistics = OutgoingStatistics(
             totalBytes: machine.memory.byteCount, tracking: tracker?.method, xbzrleCacheBytes: cacheBytes)
@@ -226,7 +228,7 @@ final class OutgoingMigration: Sendable {
                     withChannels && channelCount > 0
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
-                        memory: machine.memory, blocks: blocks, statistics: statistics) : nil
+                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing) : nil
                 open.withLock { $0 = channel }
                 sender.attach(channel, group) { [self] in post($0) }
                 let answers = channel.kind == .socket

@@ -22,6 +22,8 @@ struct RoundSender: ~Copyable {
         let group: ChannelGroup?
         let batches: Bool
         let zeroPages: ZeroPageDetection
+        /// The peer takes plain packets among compressed ones.
+        let mayGoPlain: Bool
         /// Mark the end of the round in the main stream (`MultifdMode.flush`).
         let marksEnd: Bool
     }
@@ -177,7 +179,8 @@ struct RoundSender: ~Copyable {
             return try records.send(
                 batch.runs, of: block, batches: route.batches, findsZeroes: route.zeroPages != .none, to: route.channel)
         }
-        let item = ChannelGroup.Item(block: block, runs: batch.runs, zeroPages: route.zeroPages)
+        let item = ChannelGroup.Item(
+            block: block, runs: batch.runs, zeroPages: route.zeroPages, mayGoPlain: route.mayGoPlain)
         guard try group.enqueue(item, unless: { sent(nil) }) else { return nil }
         return try writeZeroes(group, route)
     }

@@ -154,7 +154,7 @@ final class StreamSender: Sendable {
         let understood: ZeroPageDetection = group != nil && peerIsGodwit.load(ordering: .relaxed) ? .multifd : .legacy
         return RoundSender.Route(
             channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
-            marksEnd: mode == .flush)
+            mayGoPlain: peerIsGodwit.load(ordering: .relaxed), marksEnd: mode == .flush)
     }
 
     /// Tells the core at most once per second that the peer takes data.

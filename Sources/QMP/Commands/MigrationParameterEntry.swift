@@ -83,14 +83,13 @@ struct MigrationParameterEntry: Sendable {
     private static let channels =
         numbers(
             "sending over several channels (multifd)",
-            [
-                ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
-                ("multifd-qatzip-level", 8, 1),
-            ])
+            [("multifd-qatzip-level", 8, 1)])
         + [
             MigrationParameterEntry(
                 "multifd-compression", .enumeration(["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
-                .off("none", "compression on several channels (multifd)"))
+                .choice(MigrationParameters.compressionNames, \.compressionName)),
+            MigrationParameterEntry("multifd-zlib-level", .unsigned(bits: 8), .setting(\.zlibLevel)),
+            MigrationParameterEntry("multifd-zstd-level", .unsigned(bits: 8), .setting(\.zstdLevel)),
         ]
 
     private static let rest =
