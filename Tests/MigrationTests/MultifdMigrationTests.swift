@@ -215,6 +215,30 @@ struct MultifdMigrationTests {
         }
     }
 
+    @Test(
+        "a channel whose migration never begins, and a connection that says nothing, are closed after ten seconds",
+        .timeLimit(.minutes(1)))
+    func silent() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 30) {
+                let source = try Migrator.source("idle,fill=1M", mebibytes: 16)
+                let destination = try source.destination()
+                let notices = destination.notices()
+                guard case .tcp(let host, let port) = try destination.listen() else { Child.fail("no port") }
+                let mark = MultifdGreeting.Mark(migration: MigrationIdentifier(high: 1, low: 1), channels: 2)
+                let began = Clock.monotonicNanoseconds
+                for bytes in [MultifdGreeting(channel: 0, mark: mark).bytes, [0x11]] {
+                    let socket = try Socket.connect(host: host, port: port, deadline: .after(seconds: 5))
+                    try socket.writeAll(bytes)
+                    claim(try socket.read(upTo: 1)?.isEmpty != false, "it was told something")
+                }
+                let seconds = Double(Clock.monotonicNanoseconds - began) / 1e9
+                claim((20..<25).contains(seconds), "two strangers, one after the other, took \(seconds) s")
+                claim(notices.withLock { $0.count } == 2, "\(notices.withLock { $0 })")
+            }
+        }
+    }
+
     @Test("all channels together keep a bandwidth limit", .timeLimit(.minutes(1)), arguments: [2, 16])
     func bandwidth(count: Int) async {
         await #expect(processExitsWith: .success) { [count] in

@@ -243,9 +243,9 @@ struct ProtocolDestinationTests {
     @Test("a stranger does not keep the real source out")
     func strangers() {
         var driver = Driver()
-        for id in 10..<30 as Range<UInt64> { driver.feed(.accepted(ConnectionID(id), answers: true)) }
+        for id in 10..<94 as Range<UInt64> { driver.feed(.accepted(ConnectionID(id), answers: true)) }
         #expect(driver.actions.count { if case .turnedAway = $0 { true } else { false } } == 12)
-        for id in 10..<18 as Range<UInt64> { driver.feed(.rejected(ConnectionID(id), "no stream")) }
+        for id in 10..<82 as Range<UInt64> { driver.feed(.rejected(ConnectionID(id), "no stream")) }
         driver.reachReady()
         driver.feed(.accepted(ConnectionID(40), answers: true))
         driver.items(.header, .configuration(machine: "m"), from: ConnectionID(40))

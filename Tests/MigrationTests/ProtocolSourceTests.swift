@@ -115,8 +115,8 @@ struct ProtocolSourceTests {
         let commands = items.compactMap { if case .command(let command) = $0 { command } else { nil } }
         #expect(
             commands == [
-                .openReturnPath, .ping(Wire.godwitPing), .begin(MigrationIdentifier(high: 1, low: 2), .all), .prepare,
-                .commit,
+                .openReturnPath, .ping(Wire.godwitPing),
+                .begin(MigrationIdentifier(high: 1, low: 2), [.twoPhaseHandover, .pageBatches]), .prepare, .commit,
             ])
         #expect(items.first == .header)
         #expect(items.contains(.ramRound(final: false)) && items.contains(.ramRound(final: true)))

@@ -137,15 +137,15 @@ final class IncomingMigration: Sendable {
     private func serveTimers() {
         while true {
             let next = timers.withLock { $0.values.map(\.deadline).min() } ?? .never
-            let due = timers.wait(deadline: next) { timers -> ProtocolTimer? in
+            let due = timers.wait(deadline: next) { timers -> ProtocolTimer?? in
                 guard let due = timers.values.first(where: { $0.deadline.hasPassed }) else {
-                    // Another deadline may have come nearer: look again.
-                    return (timers.values.map(\.deadline).min() ?? .never) < next ? ProtocolTimer?.none : nil
+                    // Another deadline may have come nearer: then this wait ends without a timer, and the next one is shorter.
+                    return (timers.values.map(\.deadline).min() ?? .never) < next ? .some(nil) : nil
                 }
                 timers[due.timer.kind] = nil
-                return due.timer
+                return .some(due.timer)
             }
-            if let due { post(.timer(due)) }
+            if case .some(.some(let timer)) = due { post(.timer(timer)) }
         }
     }
 
