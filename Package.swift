@@ -39,6 +39,7 @@ let package = Package(
         // How it runs, how it travels.
         room("MigrationStream"),
         room("Transport", standsOn: ["Host", "GuestMemory"]),
+        room("Compression", standsOn: ["Host"]),
         room("Accelerator", standsOn: ["GuestMemory"]),
         room("KVM", standsOn: ["CLinux", "Host", "GuestMemory", "Accelerator"]),
         // The VM.
@@ -47,7 +48,9 @@ let package = Package(
         room("Machine", standsOn: ["Host", "GuestMemory", "Accelerator", "KVM", "Devices", "GuestPrograms"]),
         room(
             "Migration",
-            standsOn: ["Host", "GuestMemory", "MigrationStream", "Transport", "Accelerator", "Machine"]),
+            standsOn: [
+                "Host", "GuestMemory", "MigrationStream", "Transport", "Compression", "Accelerator", "Machine",
+            ]),
         // Control.
         room(
             "QMP",
@@ -72,11 +75,12 @@ let package = Package(
         tests("GuestMemoryTests", of: ["GuestMemory", "Host"]),
         tests("MigrationStreamTests", of: ["MigrationStream"]),
         tests("TransportTests", of: ["Transport", "Host", "GuestMemory", "TestSupport"]),
+        tests("CompressionTests", of: ["Compression", "Host"]),
         tests("KVMTests", of: ["KVM", "Accelerator", "GuestMemory", "Host"]),
         tests("GuestProgramsTests", of: ["GuestPrograms"]),
         tests("DevicesTests", of: ["Devices", "Host"]),
         tests("MachineTests", of: ["Machine", "Devices", "GuestMemory", "Host", "GuestPrograms"]),
-        tests("MigrationTests", of: ["Migration", "MigrationStream", "GuestMemory", "Host"]),
+        tests("MigrationTests", of: ["Migration", "MigrationStream", "Compression", "GuestMemory", "Host"]),
         tests("Simulation", of: ["Migration", "MigrationStream"]),
         tests("QMPTests", of: ["QMP", "Host"]),
         tests("BenchmarksTests", of: ["Benchmarks", "QMP", "CommandLineKit", "GuestPrograms", "Host", "Machine"]),
@@ -84,7 +88,10 @@ let package = Package(
         .target(name: "TestSupport", dependencies: ["Host", "QMP"], path: "Tests/Support", swiftSettings: house),
         tests("CommandLineTests", of: ["CommandLineKit", "QMP", "Host", "MigrationStream", "TestSupport"]),
         tests(
-            "Conformance", of: ["QMP", "Host", "MigrationStream", "TestSupport"], besides: ["drive_migration.py"]),
+            "Conformance",
+            of: [
+                "QMP", "Host", "GuestMemory", "MigrationStream", "Transport", "Accelerator", "Migration", "TestSupport",
+            ], besides: ["drive_migration.py"]),
         tests("FaultInjection", of: ["QMP", "Host", "MigrationStream", "TestSupport"]),
     ]
 )

@@ -16,6 +16,8 @@ public struct MigrationSession {
         public var channels: Int?
         /// Throttle the guest while it writes too much (`auto-converge`); false leaves what the VM has.
         public var throttlesGuest = false
+        /// `zlib`, `zstd`, `xbzrle` or `none`.
+        public var compression: String?
 
         public init() {}
 
@@ -30,8 +32,12 @@ public struct MigrationSession {
             if let channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
             if let tlsCredentials { parameters["tls-creds"] = .string(tlsCredentials) }
             if let tlsHostname { parameters["tls-hostname"] = .string(tlsHostname) }
-            if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             var capabilities: [JSON] = []
+            if let compression {
+                parameters["multifd-compression"] = .string(compression == "xbzrle" ? "none" : compression)
+                capabilities.append(["capability": "xbzrle", "state": .bool(compression == "xbzrle")])
+            }
+            if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             guard !capabilities.isEmpty else { return }

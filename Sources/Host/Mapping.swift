@@ -81,6 +81,14 @@ import Glibc
 
     public func write(_ bytes: [UInt8], at offset: Int) { write(bytes[...], at: offset) }
 
+    /// Copies from another mapping, or another part of this one, which may change meanwhile.
+    public func copy(from source: Mapping, at start: Int, count: Int, to offset: Int = 0) {
+        source.check(start, count)
+        check(offset, count)
+        // SAFETY: both ranges are checked; memmove lets them overlap.
+        unsafe memmove(base + offset, source.base + start, count)
+    }
+
     public func zero(at offset: Int, count: Int) {
         check(offset, count)
         unsafe memset(base + offset, 0, count)

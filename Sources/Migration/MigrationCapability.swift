@@ -6,6 +6,8 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     case returnPath = "return-path"
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
+    /// Send pages that come again as their difference to what was sent before.
+    case xbzrle
     /// Throttle the guest's vCPUs, more and more, as long as it writes too much (`AutoConverge`).
     case autoConverge = "auto-converge"
     /// Limit what each vCPU dirties once it is too much: `vcpu-dirty-limit`. Needs a dirty ring.
@@ -20,7 +22,7 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "xbzrle", "rdma-pin-all", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps", "postcopy-blocktime",
+        "rdma-pin-all", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps", "postcopy-blocktime",
         "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
         "postcopy-preempt", "mapped-ram",
     ]

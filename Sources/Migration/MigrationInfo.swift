@@ -31,6 +31,25 @@ public struct MigrationInfo: Sendable, Equatable {
         public var normalBytes: UInt64 { normal * 4096 }
     }
 
+    /// What delta compression did (QEMU's `xbzrle-cache`). A page that went as a difference, or not at all because it was as before, is
+    /// neither `normal` nor `duplicate`.
+    public struct XBZRLE: Sendable, Equatable {
+        public var cacheBytes: UInt64 = 0
+        /// What pages that were in the cache took on the wire.
+        public var bytes: UInt64 = 0
+        /// Pages that were in the cache.
+        public var pages: UInt64 = 0
+        public var cacheMisses: UInt64 = 0
+        /// Of the pages of the last round, how many were not in the cache (0...1).
+        public var cacheMissRate: Double = 0
+        /// How many times smaller the last round's pages became.
+        public var encodingRate: Double = 0
+        /// Pages that changed too much, and went whole.
+        public var overflows: UInt64 = 0
+
+        public init() {}
+    }
+
     /// What the guest's standstill was made of, in nanoseconds, in order; they add up to the whole.
     public struct Downtime: Sendable, Equatable {
         public var parts: [(name: String, nanoseconds: UInt64)] = []
@@ -54,6 +73,8 @@ public struct MigrationInfo: Sendable, Equatable {
     /// `nil` before any migration.
     public var direction: Direction?
     public var ram: RAM?
+    /// With the capability `xbzrle`, at the source.
+    public var xbzrle: XBZRLE?
     public var totalNanoseconds: UInt64?
     public var setupNanoseconds: UInt64?
     public var expectedDowntimeNanoseconds: UInt64?

@@ -1,3 +1,5 @@
+public import Compression
+
 /// The numbers of a migration, by QEMU's names (`migrate-set-parameters`).
 public struct MigrationParameters: Sendable, Equatable {
     /// `downtime-limit`, milliseconds: how long the guest may stand still. At most 2,000,000.
@@ -7,6 +9,8 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `avail-switchover-bandwidth`, bytes per second to count on for the last part; 0: what was measured.
     public var availableSwitchoverBytesPerSecond: UInt64 = 0
 
+    /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
+    public var xbzrleCacheBytes: UInt64 = 64 << 20
     /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.
     public var multifdChannels: UInt64 = 2
     /// What `zero-page-detection` was set to; `nil`: `multifd` where pages go over several channels to a Godwit, else `legacy`.
@@ -31,6 +35,22 @@ public struct MigrationParameters: Sendable, Equatable {
     public var vcpuDirtyLimitMegabytes: UInt64 = 1
     /// `x-vcpu-dirty-limit-period`, milliseconds: so long are the periods after two of which the limit is set.
     public var vcpuDirtyLimitPeriodMilliseconds: UInt64 = 1000
+
+    /// `multifd-compression`, with the capability `multifd`: what the channels' packets are compressed with; `nil`: nothing.
+    public var compression: CompressionMethod?
+    /// `multifd-zlib-level`, 0 to 9, and `multifd-zstd-level`, 0 to 20.
+    public var zlibLevel: UInt64 = 1
+    public var zstdLevel: UInt64 = 1
+
+    /// `multifd-compression` as it is told; setting it chooses.
+    public var compressionName: String {
+        get { compression?.rawValue ?? Self.noCompression }
+        set { compression = CompressionMethod(rawValue: newValue) }
+    }
+
+    /// What `multifd-compression` may be.
+    public static let compressionNames = [noCompression] + CompressionMethod.allCases.map(\.rawValue)
+    private static let noCompression = "none"
 
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 

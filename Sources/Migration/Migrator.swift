@@ -5,6 +5,7 @@
 //! `Protocol/` are both cores, without I/O, threads or clocks: read there what happens when.
 
 import Accelerator
+import Compression
 import GuestMemory
 public import Host
 public import Machine
@@ -35,6 +36,13 @@ public final class Migrator: Sendable {
             return (
                 Int(parameters.multifdChannels), parameters.flushesMultifdAfterEachSection ? .eachSection : .flush
             )
+        }
+
+        /// How packets are compressed; `nil`: they are not.
+        var packing: PacketPacking? {
+            guard capabilities.contains(.multifd), let method = parameters.compression else { return nil }
+            return PacketPacking(
+                method: method, level: Int(method == .zlib ? parameters.zlibLevel : parameters.zstdLevel))
         }
     }
 
@@ -100,6 +108,17 @@ public final class Migrator: Sendable {
                 "downtime-limit \(parameters.downtimeLimitMilliseconds): at most \(MigrationParameters.longestDowntimeLimit) ms"
             )
         }
+        guard XBZRLECache.isSize(parameters.xbzrleCacheBytes) else {
+            throw MigrationError(
+                "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page size")
+        }
+        for (name, level, method) in [
+            ("multifd-zlib-level", parameters.zlibLevel, CompressionMethod.zlib),
+            ("multifd-zstd-level", parameters.zstdLevel, .zstd),
+        ] where level > UInt64(method.levels.upperBound) {
+            throw MigrationError(
+                "Parameter '\(name)' expects a value between 0 and \(method.levels.upperBound)")
+        }
         guard (1...UInt64(StreamLimit.multifdChannels)).contains(parameters.multifdChannels) else {
             throw MigrationError(
                 "multifd-channels \(parameters.multifdChannels): between 1 and \(StreamLimit.multifdChannels)")
@@ -148,9 +167,19 @@ public final class Migrator: Sendable {
             guard multifd == nil || address.canReconnect else {
                 throw MigrationError("migrate: several channels (multifd) need tcp: or unix:, not \(address)")
             }
+            guard multifd == nil || !state.capabilities.contains(.xbzrle) else {
+                throw MigrationError(
+                    "migrate: xbzrle and several channels (multifd) do not go together; turn one of them off")
+            }
+            let packing = state.packing
+            if let packing {
+                do throws(CompressionError) { try packing.method.check(level: packing.level) } catch {
+                    throw MigrationError("migrate: \(error)")
+                }
+            }
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
-                capabilities: state.capabilities, multifd: multifd,
+                capabilities: state.capabilities, multifd: multifd, packing: packing,
                 tls: security.settings(state.parameters, "migrate"),
                 convergence: Convergence(machine, state.parameters, means: Self.means(state.capabilities)),
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })

@@ -49,7 +49,7 @@
 ///                      -> PART or END ram          -> records
 ///                      -> FULL section: body       -> footer
 ///                      -> EOF -> trailer -> VMDESCRIPTION -> ended
-///     records          -> page | zero page | page batch (payload goes around the decoder) -> records
+///     records          -> page | zero page | page delta | page batch (payload goes around the decoder) -> records
 ///                      -> MULTIFD_FLUSH -> records
 ///                      -> EOS -> footer
 ///     footer           -> between sections
@@ -92,6 +92,7 @@ public struct RAMFlags: OptionSet, Sendable {
     public static let page = RAMFlags(rawValue: 0x08)
     public static let endOfSection = RAMFlags(rawValue: 0x10)
     public static let sameBlock = RAMFlags(rawValue: 0x20)
+    /// A page as its difference to what was sent of it before, see ``XBZRLE``.
     public static let xbzrle = RAMFlags(rawValue: 0x40)
     public static let hook = RAMFlags(rawValue: 0x80)
     public static let multifdFlush = RAMFlags(rawValue: 0x200)

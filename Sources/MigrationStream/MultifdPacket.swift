@@ -70,14 +70,14 @@ public struct MultifdCodec: Sendable {
     private let names: [[UInt8]]
     private let lengths: [UInt64]
     private let blocks: [RAMBlockDescription]
-    /// What both sides agreed on; another one in a packet is an error.
-    private let compression: MultifdCompression
+    /// The only one that packets may have; `nil`: any that is known.
+    private let compression: MultifdCompression?
 
     private static let nameOffset = 64
     private static let nameBytes = 256
     private static let offsetsStart = nameOffset + nameBytes
 
-    public init(blocks: [RAMBlockDescription], compression: MultifdCompression = .none) {
+    public init(blocks: [RAMBlockDescription], compression: MultifdCompression? = .some(.none)) {
         self.blocks = blocks
         self.compression = compression
         names = blocks.map { Array($0.name.utf8) }
@@ -121,8 +121,8 @@ public struct MultifdCodec: Sendable {
         var packet = MultifdPacket(isSync: flags & 1 != 0, number: buffer.be64(24))
         let (normal, zero) = (buffer.be32(16), buffer.be32(32))
         if normal != 0 || zero != 0 {
-            guard let method = MultifdCompression(rawValue: UInt8(flags >> 1)), method == compression else {
-                throw fault(.compression(got: flags >> 1, agreed: compression))
+            guard let method = MultifdCompression(rawValue: UInt8(flags >> 1)), method == compression ?? method else {
+                throw fault(.compression(got: flags >> 1, agreed: compression ?? .none))
             }
             packet.compression = method
             let room = buffer.be32(12)
@@ -132,13 +132,16 @@ public struct MultifdCodec: Sendable {
             packet.normal = try offsets(Int(normal), at: 0, of: packet.block, buffer, position)
             packet.zero = try offsets(Int(zero), at: Int(normal), of: packet.block, buffer, position)
             // Without normal pages nothing follows, whatever is written there.
-            packet.contentBytes = normal == 0 ? 0 : try contentBytes(buffer.be32(20), normal: Int(normal), position)
+            packet.contentBytes =
+                normal == 0 ? 0 : try contentBytes(buffer.be32(20), normal: Int(normal), method, position)
         }
         buffer.consume(MultifdWire.headBytes)
         return packet
     }
 
-    private func contentBytes(_ count: UInt32, normal: Int, _ position: UInt64) throws(StreamError) -> Int {
+    private func contentBytes(
+        _ count: UInt32, normal: Int, _ compression: MultifdCompression, _ position: UInt64
+    ) throws(StreamError) -> Int {
         let whole = normal * Wire.pageSize
         let isRight =
             compression == .none ? Int(count) == whole : (1...StreamLimit.multifdContentBytes).contains(Int(count))
@@ -192,9 +195,12 @@ public enum MultifdFault: Hashable, Sendable {
     case endlessName
     case offset(block: String, UInt64, length: UInt64)
     case contents(UInt32, normal: Int)
+    /// Compressed contents that could not be unpacked: the sentence of the library's wrapper.
+    case packed(String)
 
     var sentence: String {
         switch self {
+        case .packed(let sentence): sentence
         case .magic(let magic): "0x\(hexadecimal(UInt64(magic), digits: 8)) begins no packet of a multifd channel"
         case .version(let version):
             "version \(version) of multifd channels is not supported, only \(MultifdWire.version)"

@@ -24,6 +24,15 @@ public struct RAMRecordEncoder: Sendable {
         bytes.append(0)
     }
 
+    /// A page as its difference to what was sent of it before; the `byteCount` bytes of the encoding (``XBZRLE``) must follow.
+    public mutating func pageDelta(block: Int, offset: UInt64, byteCount: Int, into bytes: inout [UInt8]) {
+        precondition((1...XBZRLE.longestEncoding).contains(byteCount), "RAMRecordEncoder: length of a delta")
+        word(.xbzrle, block, offset, into: &bytes)
+        bytes.append(XBZRLE.recordKind)
+        bytes.append(UInt8(truncatingIfNeeded: byteCount >> 8))
+        bytes.append(UInt8(truncatingIfNeeded: byteCount))
+    }
+
     /// A batch; the bytes of its data runs must follow in the stream, in their order. At most
     /// ``StreamLimit/batchRuns`` runs with ``StreamLimit/batchDataBytes`` of data.
     public mutating func batch(block: Int, runs: some Collection<PageRun>, into bytes: inout [UInt8]) {

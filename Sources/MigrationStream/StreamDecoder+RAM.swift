@@ -87,6 +87,8 @@ extension StreamDecoder {
             return .again
         case RAMFlags.batch.rawValue:
             return try batch(sameBlock, offset, &buffer)
+        case RAMFlags.xbzrle.rawValue:
+            return try delta(sameBlock, offset, &buffer)
         default:
             return try rareRecord(kind, word, &buffer)
         }
@@ -97,7 +99,6 @@ extension StreamDecoder {
     ) throws(StreamError) -> Step {
         let offset = word & ~RAMFlags.mask
         switch kind {
-        case RAMFlags.xbzrle.rawValue: throw error(.unsupportedRecord("xbzrle compression", offset: offset))
         case RAMFlags.hook.rawValue: throw error(.unsupportedRecord("RDMA", offset: offset))
         case 0x01, 0x100: throw error(.unsupportedRecord("a page of an abandoned format", offset: offset))
         case RAMFlags.multifdFlush.rawValue where word == RAMFlags.multifdFlush.rawValue:
@@ -139,6 +140,25 @@ extension StreamDecoder {
         guard offset < currentLength else {
             throw error(.pageOutside(block: blocks[currentBlock].name, offset: offset, length: currentLength))
         }
+    }
+
+    /// A page as its difference to what came before: a byte for the kind, the length, and the encoding as payload.
+    private mutating func delta(
+        _ sameBlock: Bool, _ offset: UInt64, _ buffer: inout ReceiveBuffer
+    ) throws(StreamError) -> Step {
+        guard let body = try block(sameBlock, offset, &buffer), buffer.count >= body + 3 else { return .needMore }
+        try checkPage(offset)
+        let name = blocks[currentBlock].name
+        guard buffer[body] == XBZRLE.recordKind else {
+            throw error(.deltaKind(block: name, offset: offset, buffer[body]))
+        }
+        let length = Int(buffer.be16(body + 1))
+        guard (1...XBZRLE.longestEncoding).contains(length) else {
+            throw error(.deltaLength(block: name, offset: offset, length))
+        }
+        advance(body + 3, in: &buffer)
+        payloadBytes = length
+        return .item(.pageDelta(block: currentBlock, offset: offset, byteCount: length))
     }
 
     private mutating func batch(

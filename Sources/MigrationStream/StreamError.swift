@@ -54,6 +54,10 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         case pageOutside(block: String, offset: UInt64, length: UInt64)
         case zeroPageFill(block: String, offset: UInt64, UInt8)
         case unsupportedRecord(String, offset: UInt64)
+        case deltaKind(block: String, offset: UInt64, UInt8)
+        case deltaLength(block: String, offset: UInt64, Int)
+        case deltaDamaged(block: String, offset: UInt64, XBZRLE.Damage)
+        case deltaWithoutPage(block: String, offset: UInt64)
         case unknownFlags(UInt64, offset: UInt64)
         case batchNotAgreed
         case batchOffset(UInt64)
@@ -158,6 +162,7 @@ extension StreamError.Cause {
             "the zero page at offset 0x\(hexadecimal(offset)) of RAM block '\(block)' is filled with \(byte), not 0"
         case .unsupportedRecord(let what, let offset):
             "\(what) is not supported yet (RAM record at offset 0x\(hexadecimal(offset)))"
+        case .deltaKind, .deltaLength, .deltaDamaged, .deltaWithoutPage: deltaSentence
         case .unknownFlags(let flags, let offset):
             "a RAM record at offset 0x\(hexadecimal(offset)) has unknown flags 0x\(hexadecimal(flags))"
         case .batchNotAgreed: "a page batch came, but page batches were not agreed on"
@@ -175,6 +180,23 @@ extension StreamError.Cause {
             "a page batch of RAM block '\(block)' carries \(count) bytes, more than \(StreamLimit.batchDataBytes)"
         case .multifd(let fault): fault.sentence
         default: "invalid RAM record"
+        }
+    }
+
+    private var deltaSentence: String {
+        switch self {
+        case .deltaKind(let block, let offset, let kind):
+            "the delta of the page at offset 0x\(hexadecimal(offset)) of RAM block '\(block)' has the unknown encoding "
+                + "\(kind)"
+        case .deltaLength(let block, let offset, let count):
+            "the delta of the page at offset 0x\(hexadecimal(offset)) of RAM block '\(block)' has \(count) bytes, not 1 to "
+                + "\(XBZRLE.longestEncoding)"
+        case .deltaDamaged(let block, let offset, let damage):
+            "the delta of the page at offset 0x\(hexadecimal(offset)) of RAM block '\(block)' is damaged: "
+                + damage.sentence
+        case .deltaWithoutPage(let block, let offset):
+            "a delta came for the page at offset 0x\(hexadecimal(offset)) of RAM block '\(block)', which was not sent before"
+        default: "invalid delta"
         }
     }
 

@@ -134,6 +134,8 @@ public enum StreamItem: Hashable, Sendable {
     /// ``Wire/pageSize`` payload bytes follow. `block` is an index into the decoder's blocks.
     case page(block: Int, offset: UInt64)
     case zeroPage(block: Int, offset: UInt64)
+    /// A page as its difference to what the destination has of it: that many payload bytes follow, for ``XBZRLE``.
+    case pageDelta(block: Int, offset: UInt64, byteCount: Int)
     /// The bytes of all data runs follow as payload, in the order of the runs.
     case pageBatch(block: Int, runs: [PageRun])
     /// Everything that the other channels brought before their next SYNC belongs before what follows here.

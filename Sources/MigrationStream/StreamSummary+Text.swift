@@ -30,11 +30,16 @@ extension StreamSummary {
         let total = blocks.reduce(0) { $0 + $1.length }
         var lines = ["ram          \(total) bytes in \(blocks.count) \(blocks.count == 1 ? "block" : "blocks")"]
         let width = 2 + (blocks.map(\.name.count) + [5]).reduce(0, max)
-        lines.append("  \(Self.pad("block", width))" + Self.columns(["bytes", "data pages", "zero pages"]))
+        // Few streams have deltas.
+        let hasDeltas = blocks.contains { $0.deltaPages > 0 }
+        let heads = ["bytes", "data pages", "zero pages"] + (hasDeltas ? ["delta pages"] : [])
+        lines.append("  \(Self.pad("block", width))" + Self.columns(heads))
         for block in blocks {
             lines.append(
                 "  \(Self.pad(block.name, width))"
-                    + Self.columns(["\(block.length)", "\(block.dataPages)", "\(block.zeroPages)"]))
+                    + Self.columns(
+                        ["\(block.length)", "\(block.dataPages)", "\(block.zeroPages)"]
+                            + (hasDeltas ? ["\(block.deltaPages)"] : [])))
         }
         return lines
     }

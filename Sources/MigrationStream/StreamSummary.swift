@@ -9,6 +9,8 @@ public struct StreamSummary: Sendable {
         /// Page records with contents, and such of zero pages; a page sent in two rounds counts twice.
         public internal(set) var dataPages: UInt64 = 0
         public internal(set) var zeroPages: UInt64 = 0
+        /// Pages sent as their difference to an earlier version (xbzrle).
+        public internal(set) var deltaPages: UInt64 = 0
     }
 
     public struct Section: Hashable, Sendable {
@@ -114,6 +116,9 @@ public struct StreamSummary: Sendable {
             return
         case .zeroPage(let block, _):
             blocks[block].zeroPages += 1
+            return
+        case .pageDelta(let block, _, _):
+            blocks[block].deltaPages += 1
             return
         case .pageBatch(let block, let runs):
             for run in runs {

@@ -47,6 +47,11 @@ struct Migrate: ParsableCommand {
     )
     var tlsHostname: String?
 
+    enum Compression: String, ExpressibleByArgument, CaseIterable { case none, zlib, zstd, xbzrle }
+
+    @Option(help: "Compress pages: zlib or zstd on the --channels; xbzrle sends what changed of pages sent before.")
+    var compress: Compression?
+
     @Flag(help: "Print the last query-migrate answer as JSON instead of a report.")
     var json = false
 
@@ -80,6 +85,15 @@ struct Migrate: ParsableCommand {
         guard let uri else { return }
         guard channels.map({ (0...64).contains($0) }) ?? true else {
             throw ValidationError("--channels: give a number from 0 to 64.")
+        }
+        switch compress {
+        case .zlib, .zstd:
+            guard channels ?? 0 > 0 else {
+                throw ValidationError("--compress zlib and zstd work on several channels: give --channels, too.")
+            }
+        case .xbzrle:
+            guard channels ?? 0 == 0 else { throw ValidationError("--compress xbzrle works without --channels.") }
+        case nil, .some(.none): break
         }
         do { _ = try MigrationAddress(uri) } catch { throw ValidationError(error.description) }
     }
@@ -130,6 +144,7 @@ struct Migrate: ParsableCommand {
         settings.tlsCredentials = tls
         settings.tlsHostname = tlsHostname
         settings.throttlesGuest = autoConverge
+        settings.compression = compress?.rawValue
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

@@ -45,6 +45,7 @@ extension StreamSummary {
                 blocks.map {
                     [
                         "name": .string($0.name), "length": JSON($0.length), "data-pages": JSON($0.dataPages),
+                        "delta-pages": JSON($0.deltaPages),
                         "zero-pages": JSON($0.zeroPages),
                     ]
                 }),

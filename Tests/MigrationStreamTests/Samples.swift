@@ -73,6 +73,8 @@ enum Sample {
         ]
         records.batch(block: 0, runs: runs, into: &bytes)
         bytes += page(3) + page(4) + page(5)
+        records.pageDelta(block: 0, offset: 0x2000, byteCount: 3, into: &bytes)
+        bytes += [9, 1, 0xaa]
         writer.ramSectionEnd(id: 2)
         writer.ramRound(final: true, id: 2)
         writer.ramSectionEnd(id: 2)
@@ -94,6 +96,7 @@ enum Sample {
                 .ramSetup([low, high]), .ramSectionEnded(.start),
                 .ramRound(final: false), .page(block: 0, offset: 0), .zeroPage(block: 0, offset: 4096),
                 .zeroPage(block: 1, offset: 7 * 4096), .page(block: 1, offset: 0), .pageBatch(block: 0, runs: runs),
+                .pageDelta(block: 0, offset: 0x2000, byteCount: 3),
                 .ramSectionEnded(.part), .ramRound(final: true), .ramSectionEnded(.end),
                 .device(
                     SectionHead(type: .full, id: 4, name: "cpu", instance: 3, version: 7), body: cpu.body),

@@ -117,7 +117,12 @@ private let ram: [BadStream] = [
     BadStream(.pageOutside(block: "high", offset: 0x8000, length: 0x8000), records: be64(0x8002) + text("high") + [0]),
     BadStream(.pageOutside(block: "ram", offset: ~0xfff, length: 0x10000), records: be64(~0xfff | 8) + text("ram")),
     BadStream(.zeroPageFill(block: "ram", offset: 0, 7), records: be64(2) + text("ram") + [7]),
-    BadStream(.unsupportedRecord("xbzrle compression", offset: 0x1000), records: be64(0x1040)),
+    BadStream(.deltaKind(block: "ram", offset: 0x1000, 2), records: be64(0x1040) + text("ram") + [2, 0, 1]),
+    BadStream(.deltaLength(block: "ram", offset: 0, 0), records: be64(0x40) + text("ram") + [1, 0, 0]),
+    BadStream(.deltaLength(block: "ram", offset: 0, 4097), records: be64(0x40) + text("ram") + [1, 0x10, 1]),
+    BadStream(
+        .pageOutside(block: "high", offset: 0x8000, length: 0x8000), records: be64(0x8040) + text("high") + [1, 0, 1]),
+    BadStream(.noBlockNamed(offset: 0x3000), records: be64(0x3060) + [1, 0, 1]),
     BadStream(.unsupportedRecord("RDMA", offset: 0), records: be64(0x80)),
     BadStream(.unknownFlags(0x200, offset: 0x1000), records: be64(0x1200)),
     BadStream(.unknownFlags(0x220, offset: 0), records: be64(0x220)),

@@ -56,6 +56,45 @@ import Testing
         #expect(try vm.run("query-migrate-parameters")["downtime-limit"] == 2_000_000)
     }
 
+    @Test("the cache of xbzrle has a size in QEMU's bounds, and the capability is one of ours")
+    func xbzrle() throws {
+        let vm = try MonitoredMachine()
+        #expect(try vm.run("query-migrate-parameters")["xbzrle-cache-size"] == JSON(64 << 20))
+        try vm.run("migrate-set-parameters", ["xbzrle-cache-size": 8192])
+        for size in [0, 1, 5000, 12288] as [UInt64] {
+            #expect(
+                try vm.refusal("migrate-set-parameters", ["xbzrle-cache-size": JSON(size)])
+                    == "Parameter 'xbzrle-cache-size' expects a power of two no less than the target page size")
+        }
+        #expect(try vm.run("query-migrate-parameters")["xbzrle-cache-size"] == 8192)
+        try vm.run(
+            "migrate-set-capabilities", ["capabilities": [["capability": "xbzrle", "state": true]]])
+        #expect(try state(vm, "xbzrle") == true)
+    }
+
+    @Test(
+        "compression of channels is chosen by QEMU's names; a method we lack is refused by name, a level out of range too"
+    )
+    func compression() throws {
+        let vm = try MonitoredMachine()
+        #expect(try vm.run("query-migrate-parameters")["multifd-compression"] == "none")
+        for name in ["zlib", "zstd", "none", "zstd"] {
+            try vm.run("migrate-set-parameters", ["multifd-compression": .string(name)])
+            #expect(try vm.run("query-migrate-parameters")["multifd-compression"] == .string(name))
+        }
+        for name in ["qatzip", "qpl", "uadk"] {
+            let refusal = try vm.refusal("migrate-set-parameters", ["multifd-compression": .string(name)])
+            #expect(refusal.contains("'\(name)'") && refusal.contains("zstd"), "\(refusal)")
+        }
+        try vm.run("migrate-set-parameters", ["multifd-zlib-level": 9, "multifd-zstd-level": 20])
+        #expect(
+            try vm.refusal("migrate-set-parameters", ["multifd-zlib-level": 10])
+                == "Parameter 'multifd-zlib-level' expects a value between 0 and 9")
+        #expect(try vm.refusal("migrate-set-parameters", ["multifd-zstd-level": 21]).contains("between 0 and 20"))
+        let now = try vm.run("query-migrate-parameters")
+        #expect(now["multifd-compression"] == "zstd" && now["multifd-zlib-level"] == 9)
+    }
+
     @Test("every other parameter takes the value it has and refuses another, naming itself")
     func others() throws {
         let vm = try MonitoredMachine()

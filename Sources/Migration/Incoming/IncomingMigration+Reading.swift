@@ -39,7 +39,7 @@ extension IncomingMigration {
             var marks = ChannelMarks()
             while let item = try receiver.next() {
                 switch item {
-                case .page, .zeroPage, .pageBatch:
+                case .page, .zeroPage, .pageDelta, .pageBatch:
                     guard acceptsPages(on: id) else {
                         // Nobody wants these pages: the core says why, and the connection ends.
                         post(.item(id, item))
@@ -116,7 +116,7 @@ extension IncomingMigration {
             HostThread.renameCurrent("multifd-recv-\(greeting.channel + 1)")
             var receiver = ChannelReceiver(
                 channel, behind: buffer, memory: machine.memory, blocks: blocks, received: received,
-                statistics: statistics)
+                statistics: statistics, mayMix: greeting.mark != nil)
             var progress = ProgressTeller()
             while let packet = try receiver.next() {
                 if !packet.normal.isEmpty || !packet.zero.isEmpty {

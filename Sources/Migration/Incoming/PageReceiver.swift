@@ -85,6 +85,7 @@ struct PageReceiver: ~Copyable {
             received.clear(Self.range(offset, 1), of: block)
             pending.duplicate += 1
         case .pageBatch(let block, let runs): try place(block, runs)
+        case .pageDelta(let block, let offset, let count): try applyDelta(block, offset: offset, count: count)
         default: break
         }
         count(force: false)
@@ -125,6 +126,40 @@ struct PageReceiver: ~Copyable {
             try channel.receive(&vector)
         }
         decoder.payloadConsumed(count)
+    }
+
+    /// A difference to what the page holds: all of it is read and checked before a byte is changed.
+    private mutating func applyDelta(_ block: Int, offset: UInt64, count: Int) throws(ChannelError) {
+        while buffer.count < count {
+            guard try fill() > 0 else {
+                failure = StreamError(.truncated(inside: "the delta of a page"), position: decoder.position)
+                return
+            }
+        }
+        let name = memory.blocks[block].name
+        guard received.holds(RAMOffset(offset).page, of: block) else {
+            failure = StreamError(.deltaWithoutPage(block: name, offset: offset), position: decoder.position)
+            return
+        }
+        if let damage = Self.apply(buffer, count, to: memory.blocks[block].mapping, at: Int(offset)) {
+            failure = StreamError(.deltaDamaged(block: name, offset: offset, damage), position: decoder.position)
+            return
+        }
+        buffer.consume(count)
+        decoder.payloadConsumed(count)
+        received.mark(Self.range(offset, 1), of: block)
+    }
+
+    private static func apply(
+        _ buffer: borrowing ReceiveBuffer, _ count: Int, to mapping: Mapping, at offset: Int
+    ) -> XBZRLE.Damage? {
+        let delta = buffer.bytes.extracting(first: count)
+        do throws(XBZRLE.Damage) {
+            try unsafe mapping.withMutableBytes(at: offset, count: Wire.pageSize) { page throws(XBZRLE.Damage) in
+                try unsafe XBZRLE.apply(delta, to: page)
+            }
+            return nil
+        } catch { return error }
     }
 
     private mutating func take(_ count: Int, into mapping: Mapping, at offset: Int) {

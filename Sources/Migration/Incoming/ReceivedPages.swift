@@ -9,12 +9,19 @@ import Synchronization
 final class ReceivedPages: Sendable {
     private let memory: GuestMemory
     private let records: Mutex<[DirtyBitmap]>
+    /// Pages that came as zeros: a difference may refer to those, too, but to no page that never came.
+    private let zeroed: Mutex<[DirtyBitmap]>
 
     init(_ memory: GuestMemory) throws(SystemError) {
         var records: [DirtyBitmap] = []
-        for block in memory.blocks { records.append(try DirtyBitmap(pageCount: block.pageCount)) }
+        var zeroed: [DirtyBitmap] = []
+        for block in memory.blocks {
+            records.append(try DirtyBitmap(pageCount: block.pageCount))
+            zeroed.append(try DirtyBitmap(pageCount: block.pageCount))
+        }
         self.memory = memory
         self.records = Mutex(records)
+        self.zeroed = Mutex(zeroed)
     }
 
     func mark(_ pages: Range<PageIndex>, of block: Int) { records.withLock { $0[block].set(pages) } }
@@ -25,6 +32,11 @@ final class ReceivedPages: Sendable {
         }
     }
 
+    /// Whether that page came before, as data or as zeros.
+    func holds(_ page: PageIndex, of block: Int) -> Bool {
+        records.withLock { $0[block].contains(page) } || zeroed.withLock { $0[block].contains(page) }
+    }
+
     /// Whether nothing of that range was received.
     func isFresh(_ pages: Range<PageIndex>, of block: Int) -> Bool {
         records.withLock { $0[block].nextRun(from: pages.lowerBound, limit: 1) }
@@ -33,6 +45,7 @@ final class ReceivedPages: Sendable {
 
     /// Makes pages zero.
     func clear(_ pages: Range<PageIndex>, of block: Int) {
+        zeroed.withLock { $0[block].set(pages) }
         var position = pages.lowerBound
         let count = pages.upperBound.value - pages.lowerBound.value
         while let run = records.withLock({ $0[block].nextRun(from: position, limit: count) }),

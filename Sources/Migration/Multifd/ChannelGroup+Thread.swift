@@ -1,3 +1,4 @@
+import Compression
 import GuestMemory
 import Host
 import MigrationStream
@@ -62,17 +63,20 @@ extension ChannelGroup {
 
 /// Makes packets of the pages it is given and sends them on one channel.
 ///
-/// Contents go as they are. A compressor would stand here, one per channel: it turns the normal pages of a packet into
-/// `contentBytes` bytes, which follow the head instead.
+/// Contents go as they are, or through the channel's compressor, which turns the normal pages of a packet into `contentBytes` bytes.
 private struct PacketSender: ~Copyable {
     private let group: ChannelGroup
     private let channel: Channel
     private let head: Mapping
     private var vector = IOVector()
     private var packet = MultifdPacket(number: 0)
+    private var packer: PacketPacker?
+    private var mayGoPlain = false
 
-    init(_ group: ChannelGroup, _ channel: Channel) throws(SystemError) {
-        head = try Mapping(anonymousByteCount: MultifdWire.headBytes)
+    init(_ group: ChannelGroup, _ channel: Channel) throws {
+        let head = try Mapping(anonymousByteCount: MultifdWire.headBytes)
+        if let packing = group.packing { packer = try packing.packer() } else { packer = nil }
+        self.head = head
         self.group = group
         self.channel = channel
     }
@@ -80,6 +84,7 @@ private struct PacketSender: ~Copyable {
     mutating func send(_ item: ChannelGroup.Item) throws(ChannelError) {
         let mapping = group.memory.blocks[item.block].mapping
         packet.block = item.block
+        mayGoPlain = item.mayGoPlain
         for run in item.runs {
             for page in run {
                 let offset = page.offset.value
@@ -109,14 +114,37 @@ private struct PacketSender: ~Copyable {
         if !packet.normal.isEmpty || !packet.zero.isEmpty { try sendPacket() }
     }
 
+    /// Compresses the normal pages, or decides that they go plain. - Returns: whether `contentBytes` of the packer's buffer are to follow.
+    private mutating func pack() throws(ChannelError) -> Bool {
+        packet.contentBytes = packet.normal.count * Wire.pageSize
+        packet.compression = .none
+        guard let method = packer?.method, !packet.normal.isEmpty || !packet.zero.isEmpty else { return false }
+        // A packet of zero pages alone has nothing to compress; QEMU wants to see the method all the same.
+        packet.compression = method.onWire
+        guard !packet.normal.isEmpty else { return false }
+        let ranges = PacketPacking.ranges(packet.normal, in: group.memory.blocks[packet.block].mapping)
+        let contents: PacketPacker.Contents?
+        do throws(CompressionError) {
+            contents = try packer?.pack(ranges, byteCount: packet.contentBytes, mayGoPlain: mayGoPlain)
+        } catch { throw .unusable(error.description) }
+        guard case .packed(let byteCount) = contents else {
+            packet.compression = .none
+            return false
+        }
+        packet.contentBytes = byteCount
+        return true
+    }
+
     private mutating func sendPacket() throws(ChannelError) {
         packet.number = group.packetNumber.add(1, ordering: .relaxed).oldValue
-        packet.contentBytes = packet.normal.count * Wire.pageSize
+        let isPacked = try pack()
         let (normal, zero) = (UInt64(packet.normal.count), UInt64(packet.zero.count))
         head.write(group.codec.head(of: packet), at: 0)
         vector.removeAll()
         vector.append(head, offset: 0, count: MultifdWire.headBytes)
-        if normal > 0 {
+        if isPacked, let buffer = packer?.buffer {
+            vector.append(buffer, offset: 0, count: packet.contentBytes)
+        } else if normal > 0 {
             let mapping = group.memory.blocks[packet.block].mapping
             for offset in packet.normal { vector.append(mapping, offset: Int(offset), count: Wire.pageSize) }
         }

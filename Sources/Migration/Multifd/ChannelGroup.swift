@@ -14,6 +14,8 @@ final class ChannelGroup: Sendable {
         let block: Int
         let runs: [Range<PageIndex>]
         let zeroPages: ZeroPageDetection
+        /// The peer takes plain packets among compressed ones: it is a Godwit.
+        let mayGoPlain: Bool
     }
 
     /// What waits for the threads.
@@ -43,6 +45,8 @@ final class ChannelGroup: Sendable {
     let memory: GuestMemory
     let codec: MultifdCodec
     let statistics: OutgoingStatistics
+    /// `nil`: contents go as they are.
+    let packing: PacketPacking?
     let work = Monitor(Work())
     let progress = Monitor(Progress())
     /// One for all channels: together they keep the limit.
@@ -62,7 +66,8 @@ final class ChannelGroup: Sendable {
     /// Connects so many channels to where the main one went, and greets.
     init(
         _ count: Int, of migration: MigrationIdentifier, to address: MigrationAddress, connector: Connector,
-        cancel: CancelToken, memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics
+        cancel: CancelToken, memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
+        packing: PacketPacking?
     ) throws(ChannelError) {
         var channels: [Channel] = []
         for index in 0..<count {
@@ -78,6 +83,7 @@ final class ChannelGroup: Sendable {
         self.channels = channels
         self.memory = memory
         self.statistics = statistics
+        self.packing = packing
         codec = MultifdCodec(blocks: blocks)
         mostItemPages = count <= Self.queueLimit ? 512 : UInt64(MultifdWire.packetPages)
         mostQueued = min(max(count, 2), Self.queueLimit)

@@ -1,3 +1,4 @@
+import Compression
 import GuestMemory
 import Host
 import MigrationStream
@@ -15,18 +16,27 @@ struct ChannelReceiver: ~Copyable {
     private var vector = IOVector()
     /// Bytes of the channel before the next head.
     private var position = UInt64(MultifdGreeting.byteCount)
+    /// How the first packet with pages was compressed, and what unpacks such.
+    private var compression: MultifdCompression?
+    private var unpacker: PacketUnpacker?
+    /// A Godwit sends packets plain that would not shrink.
+    private let mayMix: Bool
 
-    /// - Parameter ahead: what came behind the greeting and was read with it.
+    /// - Parameters:
+    ///   - ahead: what came behind the greeting and was read with it.
+    ///   - mayMix: whether plain packets may come among compressed ones.
     init(
         _ channel: Channel, behind ahead: consuming ReceiveBuffer, memory: GuestMemory, blocks: [RAMBlockDescription],
-        received: ReceivedPages, statistics: IncomingStatistics
+        received: ReceivedPages, statistics: IncomingStatistics, mayMix: Bool
     ) {
         self.channel = channel
         self.memory = memory
         self.received = received
         self.statistics = statistics
+        self.mayMix = mayMix
+        unpacker = nil
         buffer = ahead
-        codec = MultifdCodec(blocks: blocks)
+        codec = MultifdCodec(blocks: blocks, compression: nil)
         statistics.received(bytes: position, normal: 0, duplicate: 0, overChannels: true)
     }
 
@@ -56,15 +66,53 @@ struct ChannelReceiver: ~Copyable {
     }
 
     /// Puts the pages of a packet into guest memory.
-    mutating func place(_ packet: MultifdPacket) throws(ChannelError) {
+    /// - Throws: `ChannelError`; the `StreamError` of contents that cannot be unpacked; `CompressionError` where the library is not here.
+    mutating func place(_ packet: MultifdPacket) throws {
+        try check(packet)
         let normal = Self.runs(packet.normal)
         received.mark(normal, of: packet.block)
-        if !normal.isEmpty { try receive(normal, of: packet.block) }
+        if !normal.isEmpty {
+            if packet.compression == .none {
+                try unpacker?.sawPlain()
+                try receive(normal, of: packet.block)
+            } else {
+                try unpack(packet)
+            }
+        }
         for run in Self.runs(packet.zero) { received.clear(run, of: packet.block) }
         position += UInt64(packet.contentBytes)
         statistics.received(
             bytes: UInt64(packet.contentBytes), normal: UInt64(packet.normal.count),
             duplicate: UInt64(packet.zero.count), overChannels: true)
+    }
+
+    /// The first compressed packet decides what the channel is compressed with.
+    private mutating func check(_ packet: MultifdPacket) throws {
+        if let compression, packet.compression != compression, !(mayMix && packet.compression == .none),
+            !(mayMix && compression == .none)
+        {
+            throw StreamError(
+                .multifd(.compression(got: UInt32(packet.compression.rawValue), agreed: compression)),
+                position: position)
+        }
+        if packet.compression != .none || compression == nil { compression = packet.compression }
+        if unpacker == nil, let method = CompressionMethod(packet.compression) {
+            unpacker = try PacketUnpacker(method, packetBytes: PacketPacking.packetBytes)
+        }
+    }
+
+    private mutating func unpack(_ packet: MultifdPacket) throws {
+        guard let room = unpacker?.buffer else { return }
+        let count = packet.contentBytes
+        let ahead = min(buffer.count, count)
+        if ahead > 0 { unsafe room.withMutableBytes(at: 0, count: ahead) { _ = unsafe buffer.move(to: $0) } }
+        vector.removeAll()
+        vector.append(room, offset: ahead, count: count - ahead)
+        if vector.byteCount > 0 { try channel.receive(&vector) }
+        do throws(CompressionError) {
+            let ranges = PacketPacking.ranges(packet.normal, in: memory.blocks[packet.block].mapping)
+            try unpacker?.unpack(count: count, into: ranges)
+        } catch { throw StreamError(.multifd(.packed(error.description)), position: position) }
     }
 
     private mutating func receive(_ runs: [Range<PageIndex>], of block: Int) throws(ChannelError) {

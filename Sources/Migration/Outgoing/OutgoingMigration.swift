@@ -23,6 +23,7 @@ final class OutgoingMigration: Sendable {
     private let configuration: SourceConfiguration
     /// Channels for pages besides the main one.
     private let channelCount: Int
+    private let packing: PacketPacking?
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
@@ -49,8 +50,9 @@ final class OutgoingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
-        capabilities: Set<MigrationCapability>, multifd: (channels: Int, mode: MultifdMode)?, tls: TLSSettings?,
-        convergence: Convergence, descriptors: @escaping DescriptorResolver,
+        capabilities: Set<MigrationCapability>, multifd: (channels: Int, mode: MultifdMode)?,
+        packing: PacketPacking?, tls: TLSSettings?, convergence: Convergence,
+        descriptors: @escaping DescriptorResolver,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
@@ -75,14 +77,17 @@ final class OutgoingMigration: Sendable {
         configuration.multifd = multifd?.mode
         self.configuration = configuration
         channelCount = multifd?.channels ?? 0
-        statistics = OutgoingStatistics(totalBytes: machine.memory.byteCount, tracking: tracker?.method)
+        self.packing = packing
+        let cacheBytes = capabilities.contains(.xbzrle) ? parameters.xbzrleCacheBytes : nil
+        statistics = OutgoingStatistics(
+            totalBytes: machine.memory.byteCount, tracking: tracker?.method, xbzrleCacheBytes: cacheBytes)
         do {
             // A machine without vCPUs has no tracker: what is allocated is sent once.
             let bitmaps: [any DirtyPages] =
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection)
+                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -109,6 +114,7 @@ final class OutgoingMigration: Sendable {
     }
 
     func update(_ parameters: MigrationParameters) {
+        sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         convergence.update(parameters)
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
@@ -250,7 +256,7 @@ final class OutgoingMigration: Sendable {
                     withChannels && channelCount > 0
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
-                        memory: machine.memory, blocks: blocks, statistics: statistics) : nil
+                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing) : nil
                 open.withLock { $0 = channel }
                 sender.attach(channel, group) { [self] in post($0) }
                 let answers = channel.kind == .socket

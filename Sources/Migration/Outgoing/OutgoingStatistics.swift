@@ -34,15 +34,21 @@ final class OutgoingStatistics: Sendable {
         var bytesAtCollect: UInt64 = 0
         var pagesAtCollect: UInt64 = 0
         var remainingPages: UInt64 = 0
+        /// Of the round under way.
+        var deltas = XBZRLECounts()
     }
     private let state: Mutex<State>
 
-    init(totalBytes: UInt64, tracking: String?) {
+    init(totalBytes: UInt64, tracking: String?, xbzrleCacheBytes: UInt64? = nil) {
         var initial = State()
         initial.info.direction = .outgoing
         initial.info.dirtyTracking = tracking
         initial.info.ram = MigrationInfo.RAM()
         initial.info.ram?.total = totalBytes
+        if let xbzrleCacheBytes {
+            initial.info.xbzrle = MigrationInfo.XBZRLE()
+            initial.info.xbzrle?.cacheBytes = xbzrleCacheBytes
+        }
         state = Mutex(initial)
     }
 
@@ -102,6 +108,17 @@ final class OutgoingStatistics: Sendable {
         }
     }
 
+    /// Counts what delta compression did with a batch; `bytes` of it are in the batch's already.
+    func encoded(_ counts: XBZRLECounts) {
+        guard counts.seen > 0 else { return }
+        state.withLock { state in
+            state.info.xbzrle?.add(counts)
+            state.deltas.add(counts)
+            state.remainingPages -= min(state.remainingPages, counts.deltasAndUnchanged)
+            state.info.ram?.remaining = state.remainingPages * 4096
+        }
+    }
+
     /// The dirty pages were collected. - Returns: for the how manieth time.
     func collected(remainingPages: UInt64) -> UInt64 {
         state.withLock { state in
@@ -120,6 +137,8 @@ final class OutgoingStatistics: Sendable {
                 ram.hole = ram.total / 4096 - min(ram.total / 4096, remainingPages)
             }
             ram.dirtySyncCount += 1
+            state.info.xbzrle?.setRates(of: state.deltas)
+            state.deltas = XBZRLECounts()
             ram.remaining = remainingPages * 4096
             state.info.ram = ram
             state.remainingPages = remainingPages
@@ -179,6 +198,34 @@ final class OutgoingStatistics: Sendable {
             let excess = state.info.brokenAttempts.count - MigrationInfo.brokenAttemptsKept
             if excess > 0 { state.info.brokenAttempts.removeFirst(excess) }
         }
+    }
+}
+
+extension XBZRLECounts {
+    fileprivate mutating func add(_ more: XBZRLECounts) {
+        seen += more.seen
+        pages += more.pages
+        misses += more.misses
+        bytes += more.bytes
+        overflows += more.overflows
+    }
+}
+
+extension MigrationInfo.XBZRLE {
+    fileprivate mutating func add(_ more: XBZRLECounts) {
+        cacheBytes = more.cacheBytes
+        pages += more.pages
+        cacheMisses += more.misses
+        bytes += more.bytes
+        overflows += more.overflows
+    }
+
+    /// Rates are those of the last round with such pages, as in QEMU.
+    fileprivate mutating func setRates(of round: XBZRLECounts) {
+        guard round.seen > 0 else { return }
+        cacheMissRate = Double(round.misses) / Double(round.seen)
+        guard round.pages > 0 else { return }
+        encodingRate = round.bytes == 0 ? 0 : Double(round.pages * 4096) / Double(round.bytes)
     }
 }
 

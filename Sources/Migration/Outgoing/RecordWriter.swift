@@ -5,12 +5,16 @@ import Transport
 
 /// Writes records of RAM to the main channel: heads from a buffer of ours, contents straight from guest memory, in one gathering write.
 struct RecordWriter: ~Copyable {
-    private let memory: GuestMemory
-    private var encoder: RAMRecordEncoder
-    /// Where record heads stand while they are sent.
-    private let heads: Mapping
-    private var headBytes = 0
-    private var vector = IOVector()
+    let memory: GuestMemory
+    var encoder: RAMRecordEncoder
+    /// Where record heads, and deltas with them, stand while they are sent.
+    let heads: Mapping
+    var headBytes = 0
+    var vector = IOVector()
+    /// With the capability `xbzrle`.
+    var deltas: XBZRLESender?
+    /// Whether pages that are sent go into the cache of `deltas`.
+    var keepsPages = true
 
     /// Runs of one vector: each may alternate between pages of data and of zeros, and a record's head stands before it.
     static let batchRuns = StreamLimit.batchRuns / 2
@@ -19,8 +23,13 @@ struct RecordWriter: ~Copyable {
     /// Zero records of one write.
     private static let zeroRecords = 4096
 
-    init(_ memory: GuestMemory, blocks: [RAMBlockDescription]) throws(SystemError) {
-        heads = try Mapping(anonymousByteCount: 256 << 10)
+    init(
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], xbzrleCacheBytes: UInt64? = nil
+    ) throws(SystemError) {
+        // With deltas among them: as many as a batch has pages, each little longer than a page at worst.
+        let heads = try Mapping(anonymousByteCount: xbzrleCacheBytes == nil ? 256 << 10 : 4 << 20)
+        if let xbzrleCacheBytes { deltas = try XBZRLESender(cacheBytes: xbzrleCacheBytes) } else { deltas = nil }
+        self.heads = heads
         self.memory = memory
         encoder = RAMRecordEncoder(blocks: blocks)
     }
@@ -30,6 +39,7 @@ struct RecordWriter: ~Copyable {
         var bytes: UInt64 = 0
         var normal: UInt64 = 0
         var zero: UInt64 = 0
+        var deltas = XBZRLECounts()
     }
 
     /// Sends the pages of some runs: as one batch, or as classic records.
@@ -39,13 +49,16 @@ struct RecordWriter: ~Copyable {
         vector.removeAll()
         headBytes = 0
         var sent = Sent()
-        if batches {
+        if deltas?.isActive == true {
+            writeDeltas(block, runs, batches: batches, findsZeroes, &sent)
+        } else if batches {
             writeBatch(block, runs, findsZeroes, &sent)
         } else {
             writeClassic(block, runs, findsZeroes, &sent)
         }
         sent.bytes = UInt64(vector.byteCount)
-        try channel.send(&vector)
+        // Nothing is sent of pages that are as they were.
+        if sent.bytes > 0 { try channel.send(&vector) }
         return sent
     }
 
@@ -113,7 +126,7 @@ struct RecordWriter: ~Copyable {
         }
     }
 
-    private mutating func append(_ head: [UInt8]) {
+    mutating func append(_ head: [UInt8]) {
         heads.write(head, at: headBytes)
         vector.append(heads, offset: headBytes, count: head.count)
         headBytes += head.count

@@ -22,6 +22,8 @@ struct RoundSender: ~Copyable {
         let group: ChannelGroup?
         let batches: Bool
         let zeroPages: ZeroPageDetection
+        /// The peer takes plain packets among compressed ones.
+        let mayGoPlain: Bool
         /// Mark the end of the round in the main stream (`MultifdMode.flush`).
         let marksEnd: Bool
     }
@@ -37,8 +39,11 @@ struct RoundSender: ~Copyable {
     private static let batchPages: UInt64 = 512
 
     /// - Parameter bitmaps: empty records of dirty pages, one per block.
-    init(_ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages]) throws(SystemError) {
-        let records = try RecordWriter(memory, blocks: blocks)
+    init(
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages],
+        xbzrleCacheBytes: UInt64? = nil
+    ) throws(SystemError) {
+        let records = try RecordWriter(memory, blocks: blocks, xbzrleCacheBytes: xbzrleCacheBytes)
         self.memory = memory
         self.bitmaps = bitmaps
         self.records = records
@@ -52,7 +57,15 @@ struct RoundSender: ~Copyable {
             try markAllocated()
         }
         firstCollect = false
-        return bitmaps.reduce(0) { $0 + $1.count }
+        let pages = bitmaps.reduce(0) { $0 + $1.count }
+        records.deltas?.roundBegins(pages: pages)
+        return pages
+    }
+
+    /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether this is the last round, whose pages need not be kept.
+    mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {
+        if cacheBytes > 0 { records.deltas?.resize(to: cacheBytes) }
+        records.keepsPages = !isFinal
     }
 
     /// A machine without vCPUs: whatever is allocated, once.
@@ -72,6 +85,7 @@ struct RoundSender: ~Copyable {
         var report = RoundReport(pages: 0, bytes: 0, nanoseconds: 0)
         route.group?.beginRound(pacer)
         report.interrupted = try walk(route, tracker, pacer, &report, sent) && bitmaps.contains { !$0.isEmpty }
+        records.deltas?.roundEnded(pages: report.pages, isInterrupted: report.interrupted)
         do throws(ChannelError) { try synchronize(route, &report, sent) } catch { throw .channel(error) }
         return report
     }
@@ -168,7 +182,8 @@ struct RoundSender: ~Copyable {
             return try records.send(
                 batch.runs, of: block, batches: route.batches, findsZeroes: route.zeroPages != .none, to: route.channel)
         }
-        let item = ChannelGroup.Item(block: block, runs: batch.runs, zeroPages: route.zeroPages)
+        let item = ChannelGroup.Item(
+            block: block, runs: batch.runs, zeroPages: route.zeroPages, mayGoPlain: route.mayGoPlain)
         guard try group.enqueue(item, unless: { sent(nil) }) else { return nil }
         return try writeZeroes(group, route)
     }

@@ -28,6 +28,8 @@ final class StreamSender: Sendable {
     private let waiting = Atomic<Bool>(false)
     /// Of all rounds but the last one; also for channels beside this one.
     let pacer = Pacer(bytesPerSecond: 0)
+    /// The size the cache of `xbzrle` should have from the next round on; 0: as it is.
+    private let xbzrleCache = Atomic<UInt64>(0)
     /// The channels for pages, if the migration has any, while they are open.
     private let group = Mutex<ChannelGroup?>(nil)
     private let mode: MultifdMode?
@@ -38,13 +40,14 @@ final class StreamSender: Sendable {
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
         bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics, mode: MultifdMode? = nil,
-        zeroPages: ZeroPageDetection? = nil
+        zeroPages: ZeroPageDetection? = nil, xbzrleCacheBytes: UInt64? = nil
     ) throws(SystemError) {
         self.mode = mode
         self.zeroPages = zeroPages
         self.tracker = tracker
         self.statistics = statistics
-        round = Mutex(try RoundSender(memory, blocks: blocks, bitmaps: bitmaps))
+        round = Mutex(
+            try RoundSender(memory, blocks: blocks, bitmaps: bitmaps, xbzrleCacheBytes: xbzrleCacheBytes))
     }
 
     /// Events wait for the core: a round that is not the last one ends at the next batch.
@@ -65,6 +68,8 @@ final class StreamSender: Sendable {
     func endChannels() { group.withLock { $0.take() }?.end() }
 
     func setBandwidth(_ bytesPerSecond: UInt64) { pacer.bytesPerSecond = bytesPerSecond }
+
+    func setXBZRLECache(_ byteCount: UInt64) { xbzrleCache.store(byteCount, ordering: .relaxed) }
 
     func enqueue(_ job: Job) {
         // Not when the round begins: it may be ended while it still waits behind bytes that the peer does not take.
@@ -123,12 +128,14 @@ final class StreamSender: Sendable {
         var progress = Progress(post: post)
         var failure: ChannelError?
         var report = round.withLock { round -> RoundReport in
+            round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), isFinal: final)
             do throws(RoundSender.Failure) {
                 return try round.send(
                     over: route(channel, batches: batches), tracker: tracker, pacer: final ? .unlimited : pacer
                 ) { sent in
                     if let sent {
                         statistics.sent(bytes: sent.bytes, normal: sent.normal, duplicate: sent.zero)
+                        statistics.encoded(sent.deltas)
                         progress.note()
                     }
                     return interrupted.load(ordering: .relaxed) || (!final && waiting.load(ordering: .relaxed))
@@ -151,7 +158,7 @@ final class StreamSender: Sendable {
         let understood: ZeroPageDetection = group != nil && peerIsGodwit.load(ordering: .relaxed) ? .multifd : .legacy
         return RoundSender.Route(
             channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
-            marksEnd: mode == .flush)
+            mayGoPlain: peerIsGodwit.load(ordering: .relaxed), marksEnd: mode == .flush)
     }
 
     /// Tells the core at most once per second that the peer takes data.

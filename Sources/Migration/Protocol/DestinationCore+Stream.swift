@@ -11,7 +11,7 @@ extension DestinationCore {
         case .configurationSubsection(let subsection): check(subsection, &actions)
         case .command(let command): take(command, &actions)
         case .ramSetup: ramSetup(&actions)
-        case .ramRound, .page, .zeroPage, .pageBatch:
+        case .ramRound, .page, .zeroPage, .pageDelta, .pageBatch:
             guard phase == .receiving, !ramIsComplete else { return outOfTurn("RAM", &actions) }
             memoryWasTouched = true
         case .multifdFlush:

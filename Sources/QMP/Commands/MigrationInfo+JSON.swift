@@ -14,6 +14,7 @@ extension MigrationInfo {
         if let errorDescription { members["error-desc"] = .string(errorDescription) }
         guard status != .setup else { return .object(members) }
         if let ram { members["ram"] = ram.json }
+        if let xbzrle { members["xbzrle-cache"] = xbzrle.json }
         if let totalNanoseconds { members["total-time"] = milliseconds(totalNanoseconds) }
         if let setupNanoseconds { members["setup-time"] = milliseconds(setupNanoseconds) }
         if let rule { members["x-handover"] = .string(rule.rawValue) }
@@ -82,6 +83,16 @@ extension MigrationInfo.RAM {
             "pages-per-second": JSON(pagesPerSecond),
             "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes), "postcopy-bytes": 0,
             "dirty-sync-missed-zero-copy": 0, "x-hole": JSON(hole),
+        ]
+    }
+}
+
+extension MigrationInfo.XBZRLE {
+    fileprivate var json: JSON {
+        [
+            "cache-size": JSON(cacheBytes), "bytes": JSON(bytes), "pages": JSON(pages),
+            "cache-miss": JSON(cacheMisses), "cache-miss-rate": .double(cacheMissRate),
+            "encoding-rate": .double(encodingRate), "overflow": JSON(overflows),
         ]
     }
 }

@@ -77,20 +77,19 @@ struct MigrationParameterEntry: Sendable {
         numbers(
             "compression of pages",
             [("compress-level", 8, 1), ("compress-threads", 8, 8), ("decompress-threads", 8, 2)])
-        + numbers("delta compression (xbzrle)", [("xbzrle-cache-size", 64, 64 << 20)])
+        + [MigrationParameterEntry("xbzrle-cache-size", .unsigned(bits: 64), .setting(\.xbzrleCacheBytes))]
         + [MigrationParameterEntry("compress-wait-thread", .bool, .off(true, "compression of pages"))]
 
     private static let channels =
         numbers(
             "sending over several channels (multifd)",
-            [
-                ("multifd-zlib-level", 8, 1), ("multifd-zstd-level", 8, 1),
-                ("multifd-qatzip-level", 8, 1),
-            ])
+            [("multifd-qatzip-level", 8, 1)])
         + [
             MigrationParameterEntry(
                 "multifd-compression", .enumeration(["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]),
-                .off("none", "compression on several channels (multifd)"))
+                .choice(MigrationParameters.compressionNames, \.compressionName)),
+            MigrationParameterEntry("multifd-zlib-level", .unsigned(bits: 8), .setting(\.zlibLevel)),
+            MigrationParameterEntry("multifd-zstd-level", .unsigned(bits: 8), .setting(\.zstdLevel)),
         ]
 
     private static let rest =

@@ -15,6 +15,7 @@ struct MigrationReport {
         if info.direction != nil, info.status != .none {
             lines += times
             if info.status != .setup, info.direction == .outgoing, let ram = info.ram { lines += Self.lines(of: ram) }
+            if info.status != .setup, let xbzrle = info.xbzrle { lines += Self.lines(of: xbzrle) }
         }
         if !info.listening.isEmpty {
             lines.append("socket address: [")
@@ -69,6 +70,18 @@ struct MigrationReport {
         if ram.precopyBytes > 0 { lines.append("precopy ram: \(ram.precopyBytes >> 10) kbytes") }
         if ram.downtimeBytes > 0 { lines.append("downtime ram: \(ram.downtimeBytes >> 10) kbytes") }
         return lines
+    }
+
+    private static func lines(of xbzrle: MigrationInfo.XBZRLE) -> [String] {
+        [
+            "cache size: \(xbzrle.cacheBytes) bytes",
+            "xbzrle transferred: \(xbzrle.bytes >> 10) kbytes",
+            "xbzrle pages: \(xbzrle.pages) pages",
+            "xbzrle cache miss: \(xbzrle.cacheMisses) pages",
+            "xbzrle cache miss rate: \(hundredths(xbzrle.cacheMissRate))",
+            "xbzrle encoding rate: \(hundredths(xbzrle.encodingRate))",
+            "xbzrle overflow: \(xbzrle.overflows)",
+        ]
     }
 
     /// `0.04`: two digits after the point.
