@@ -84,7 +84,7 @@ extension StreamDecoder {
         case RAMFlags.endOfSection.rawValue where offset == 0 && !sameBlock:
             advance(8, in: &buffer)
             state = .ramFooter
-            return .again
+            return tellsEndOfRecords ? .item(.ramRecordsEnded) : .again
         case RAMFlags.batch.rawValue:
             return try batch(sameBlock, offset, &buffer)
         case RAMFlags.xbzrle.rawValue:

@@ -51,6 +51,8 @@ public struct StreamDecoder: Sendable {
     public internal(set) var payloadBytes = 0
     /// Set when no more bytes will come, before the last items are asked for. Only inferred sections care.
     public var inputHasEnded = false
+    /// Whether EOS is an item of its own, ``StreamItem/ramRecordsEnded``.
+    public var tellsEndOfRecords = false
 
     var state = State.header
     var failure: StreamError?

@@ -134,6 +134,8 @@ public enum StreamItem: Hashable, Sendable {
     case pageBatch(block: Int, runs: [PageRun])
     /// Everything that the other channels brought before their next SYNC belongs before what follows here.
     case multifdFlush
+    /// EOS: the footer may still be on its way, as QEMU sends it later. Only if ``StreamDecoder/tellsEndOfRecords``.
+    case ramRecordsEnded
     /// A START, PART or END of the RAM section ended, footer included.
     case ramSectionEnded(SectionType)
     /// A whole FULL section, footer included.

@@ -40,12 +40,14 @@ struct MultifdConformanceTests {
             "\(bench.folder)/image", byteCount: trip.byteCount, content: trip.content, seed: UInt64(trip.channels))
         let first = try bench.startQEMU("first", byteCount: trip.byteCount, ram: image.path)
         let second = try startGodwit("second", trip)
-        try move(first, to: second, trip)
+        let told = try move(first, to: second, trip)["ram"]
         try expectEqual(image, second)
         let received = try second.migration()["ram"]
-        #expect(received?["normal"] == JSON(image.dataPages))
-        #expect(received?["duplicate"] == JSON(image.zeroPages))
-        #expect((received?["multifd-bytes"]?.integerValue(as: UInt64.self) ?? 0) >= image.dataPages * 4096)
+        #expect(received?["duplicate"] == told?["duplicate"])
+        // QEMU 7.2 sends some pages more than it counts; its bytes are right, less the greetings.
+        #expect((received?["normal"]?.integerValue(as: UInt64.self) ?? 0) >= image.dataPages)
+        let bytes = try #require(told?["multifd-bytes"]?.integerValue(as: Int.self))
+        #expect(received?["multifd-bytes"] == JSON(bytes + 64 * trip.channels))
 
         let third = try bench.startQEMU("third", byteCount: trip.byteCount, ["-incoming", "defer"])
         try move(second, to: third, trip)
@@ -63,18 +65,21 @@ struct MultifdConformanceTests {
     func notExpected() throws {
         let image = try MemoryImage("\(bench.folder)/image", byteCount: 8 << 20, content: .mixed, seed: 3)
         let trip = Case(channels: 4, content: .mixed, transport: "tcp", byteCount: 8 << 20)
-        let source = try bench.startQEMU("source", byteCount: trip.byteCount, ram: image.path)
-        try turnOn(source, trip)
-        let plain = try startGodwit("plain", trip)
-        try source.migrate(to: uri(plain, trip))
-        #expect(plain.waitForLog("set the capability multifd"), "\(plain.log)")
-        try expectFailed(source)
-
-        let few = try startGodwit("few", trip)
-        try turnOn(few, Case(channels: 2, content: .mixed, transport: "tcp"))
-        try source.migrate(to: uri(few, trip))
-        #expect(few.waitForLog("only 2 are expected"), "\(few.log)")
-        try expectFailed(source)
+        for (name, words) in [("plain", "set the capability multifd"), ("few", "only 2 are expected")] {
+            let source = try bench.startQEMU("to-\(name)", byteCount: trip.byteCount, ram: image.path)
+            try turnOn(source, trip)
+            // Without its return path it completes what the kernel took.
+            try source.client.execute(
+                "migrate-set-capabilities", ["capabilities": [["capability": "return-path", "state": true]]])
+            let destination = try startGodwit(name, trip)
+            if name == "few" { try turnOn(destination, Case(channels: 2, content: .mixed, transport: "tcp")) }
+            try source.migrate(to: uri(destination, trip))
+            #expect(destination.waitForLog(words), "\(destination.log)")
+            // What QEMU 7.2 makes of channels that are closed is its own business, but it completed nothing.
+            try source.client.execute("migrate_cancel")
+            #expect(try source.migrationStatus() != "completed")
+            #expect(try destination.status() == "inmigrate")
+        }
     }
 
     @Test("a QEMU destination that waits for more channels than come ends the migration in a sentence; we go on")
@@ -117,24 +122,18 @@ struct MultifdConformanceTests {
         return trip.transport == "unix" ? path : "tcp:127.0.0.1:\(try destination.port())"
     }
 
-    private func move(_ source: VM, to destination: VM, _ trip: Case) throws {
+    /// - Returns: what the source says afterwards.
+    @discardableResult
+    private func move(_ source: VM, to destination: VM, _ trip: Case) throws -> JSON {
         let isGodwit = destination.name != "third"
         try turnOn(destination, trip)
         try turnOn(source, trip, flushesAfterEachSection: !isGodwit && !Self.knowsFlush)
         try source.migrate(to: uri(destination, trip))
-        try source.waitForMigration("completed")
+        let answer = try source.waitForMigration("completed")
         try destination.waitForMigration("completed")
         #expect(try source.status() == "postmigrate")
         #expect(destination.wait(seconds: 5) { (try? destination.status()) == "running" })
-    }
-
-    private func expectFailed(_ qemu: VM) throws {
-        // QEMU may not look at its channels before it was told to give up.
-        if !qemu.wait(seconds: 10, until: { (try? qemu.migrationStatus()) == "failed" }) {
-            try qemu.client.execute("migrate_cancel")
-        }
-        #expect(qemu.wait(seconds: 10) { ["failed", "cancelled"].contains((try? qemu.migrationStatus()) ?? "") })
-        #expect(try qemu.status() == "running")
+        return answer
     }
 
     private func expectEqual(_ image: MemoryImage, _ vm: VM) throws {

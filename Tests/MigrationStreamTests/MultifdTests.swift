@@ -201,6 +201,11 @@ struct MultifdTests {
                 .header, .configuration(machine: "godwit"), .ramSetup(Self.blocks), .multifdFlush,
                 .ramSectionEnded(.start), .ramRound(final: true), .multifdFlush, .ramSectionEnded(.end), .endOfStream,
             ])
+        var telling = Sample.decoder
+        telling.tellsEndOfRecords = true
+        let told = try decode(writer.bytes, with: telling)
+        #expect(told.filter { $0 != .ramRecordsEnded } == items)
+        #expect(told.firstIndex(of: .ramRecordsEnded) == 4 && told.count == items.count + 2)
         var summary = StreamSummary()
         try summary.feed(writer.bytes)
         try summary.finish()

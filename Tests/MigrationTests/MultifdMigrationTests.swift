@@ -234,7 +234,7 @@ struct MultifdMigrationTests {
                 }
                 let seconds = Double(Clock.monotonicNanoseconds - began) / 1e9
                 claim((20..<25).contains(seconds), "two strangers, one after the other, took \(seconds) s")
-                claim(notices.withLock { $0.count } == 2, "\(notices.withLock { $0 })")
+                try waitFor("two notices") { notices.withLock { $0.count } == 2 }
             }
         }
     }

@@ -55,10 +55,9 @@ extension IncomingMigration {
                     post(.item(id, item))
                     marks.flushes = true
                     if isOpen(id) { waitForChannels(id) }
-                case .ramSectionEnded:
-                    // Before the core hears that RAM may be complete: until then channels bring pages.
-                    if !marks.flushes, usesChannels, isOpen(id) { waitForChannels(id) }
-                    post(.item(id, item))
+                case .ramRecordsEnded:
+                    // Not at the footer behind it: an old QEMU keeps that back until its channels have gone on.
+                    if !marks.flushes, usesChannels { waitForChannels(id) }
                 case .vmDescription: try receiver.skipPayload()
                 default: post(.item(id, item))
                 }

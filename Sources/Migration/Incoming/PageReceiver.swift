@@ -36,6 +36,7 @@ struct PageReceiver: ~Copyable {
         self.statistics = statistics
         self.received = received
         decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
+        decoder.tellsEndOfRecords = true
         buffer.append(ahead)
     }
 

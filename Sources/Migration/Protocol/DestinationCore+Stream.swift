@@ -29,7 +29,7 @@ extension DestinationCore {
             }
             load(&actions)
         case .header, .configuration: outOfTurn("a second opening", &actions)
-        case .vmDescription: break
+        case .ramRecordsEnded, .vmDescription: break
         }
     }
 
