@@ -127,6 +127,26 @@ struct TLSMigrationTests {
         #expect(destination.waitForLog("was not complete in time", seconds: 15), "\(destination.log)")
     }
 
+    @Test("on loopback, without TLS, silent peers and a thousand with nonsense do not keep the real source out either")
+    func strangersInPlaintext() throws {
+        let destination = try bench.startVM("destination", machine + ["--incoming", "tcp:127.0.0.1:0"])
+        let port = try destination.port()
+        func connect() throws -> Descriptor {
+            try Socket.connect(host: "127.0.0.1", port: port, deadline: .after(seconds: 5))
+        }
+        var random = SeededRandom(seed: 12)
+        for _ in 0..<1000 {
+            let bytes = (0..<Int(random.next() % 300)).map { _ in UInt8(truncatingIfNeeded: random.next() >> 8) }
+            try? connect().writeAll(bytes, deadline: .after(seconds: 5))
+        }
+        let hanging = try (0..<200).map { _ in try connect() }
+        let source = try bench.startVM("source", machine)
+        try source.migrate(to: "tcp:127.0.0.1:\(port)")
+        try source.waitForMigration("completed")
+        #expect(destination.wait(seconds: 5) { (try? destination.status()) == "running" }, "\(destination.log)")
+        #expect(hanging.count == 200 && destination.log.contains("said nothing for the longest time"))
+    }
+
     @Test("waiting for a migration in plaintext where others reach it is refused, by command line and by QMP")
     func closedByDefault() throws {
         for address in ["tcp::0", "tcp:0.0.0.0:0", "tcp:[::]:0"] {

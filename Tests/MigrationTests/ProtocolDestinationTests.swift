@@ -240,6 +240,19 @@ struct ProtocolDestinationTests {
         #expect(driver.outcome == .failed("other garbage"))
     }
 
+    @Test("strangers who say nothing give way, the oldest first, to a source that comes last")
+    func silentStrangers() {
+        var driver = Driver()
+        for number in 0..<UInt64(500) { driver.feed(.accepted(ConnectionID(100 + number), answers: true)) }
+        let closed = driver.actions.compactMap { action -> UInt64? in
+            guard case .close(let id) = action else { return nil }
+            return id.rawValue
+        }
+        #expect(!closed.isEmpty && closed == (0..<UInt64(closed.count)).map { 100 + $0 })
+        driver.open()
+        #expect(driver.core.phase == .opened && !driver.actions.contains(.close(Driver.id)))
+    }
+
     @Test("a stranger does not keep the real source out")
     func strangers() {
         var driver = Driver()

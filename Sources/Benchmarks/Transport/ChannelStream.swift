@@ -3,35 +3,36 @@ import Host
 import Synchronization
 import Transport
 
-/// Memory like a guest's, and the vectors in which it is sent and received: 256 pages each, none beside the next.
-struct ScatteredPages: Sendable {
-    static let vectorBytes = 1 << 20
-    private static let pageBytes = 4096
-    private static let pageCount = (64 << 20) / pageBytes
+/// Memory like a guest's, in huge pages, and the vectors in which it is sent and received: 256 pages each, none joined with the next.
+struct GuestPages: Sendable {
+    static let vectorPages = 256
+    static let pageBytes = 4096
+    static let vectorBytes = vectorPages * pageBytes
+    private static let vectorCount = 64
     let source: Mapping
     let target: Mapping
 
     init() throws {
-        source = try Mapping(anonymousByteCount: Self.pageCount * Self.pageBytes)
-        target = try Mapping(anonymousByteCount: Self.pageCount * Self.pageBytes)
+        let byteCount = Self.vectorCount * Self.vectorPages * Self.pageBytes
+        source = try Mapping(anonymousByteCount: byteCount)
+        target = try Mapping(anonymousByteCount: byteCount)
+        for mapping in [source, target] { try? mapping.advise(.hugePages) }
         var word: UInt64 = 1
-        for offset in stride(from: 0, to: source.byteCount, by: 8) {
+        for offset in stride(from: 0, to: byteCount, by: 8) {
             word = word &* 6_364_136_223_846_793_005 &+ 1
             source.store(word, at: offset)
         }
         try target.advise(.populate)
     }
 
-    /// The n-th vector of a mapping.
-    func vector(_ number: Int, of mapping: Mapping) -> IOVector {
-        var vector = IOVector()
-        let first = number * Self.vectorBytes / Self.pageBytes
-        for index in first..<first + Self.vectorBytes / Self.pageBytes {
-            // An odd factor reaches every page once.
-            let page = index &* 2_654_435_761 & (Self.pageCount - 1)
-            vector.append(mapping, offset: page * Self.pageBytes, count: Self.pageBytes)
+    /// Makes it the n-th vector of a mapping.
+    func fill(_ vector: inout IOVector, _ number: Int, of mapping: Mapping) {
+        vector.removeAll()
+        let first = number % Self.vectorCount * Self.vectorPages
+        for index in 0..<Self.vectorPages {
+            // Neighbours change places.
+            vector.append(mapping, offset: (first + (index ^ 1)) * Self.pageBytes, count: Self.pageBytes)
         }
-        return vector
     }
 }
 
@@ -48,7 +49,7 @@ enum ChannelStream {
     }
 
     static func measure(
-        _ pages: ScatteredPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?
+        _ pages: GuestPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?
     ) throws -> StreamRate {
         let listener = try Listener(on: .tcp(host: "127.0.0.1", port: "0"), tls: tls?.server)
         guard case .inet(let host, let port) = listener.addresses.first else { throw ChannelError.cancelled }
@@ -64,16 +65,18 @@ enum ChannelStream {
             out.cancel()
             into.cancel()
         }
-        let vectors = byteCount / ScatteredPages.vectorBytes
-        let rate = try StreamRate.measuring(byteCount) {
+        let vectors = byteCount / GuestPages.vectorBytes
+        let rate = try StreamRate.measuring(vectors * GuestPages.vectorBytes) {
             let sender = try Background {
+                var vector = IOVector()
                 for number in 0..<vectors {
-                    var vector = pages.vector(number, of: pages.source)
+                    pages.fill(&vector, number, of: pages.source)
                     try out.send(&vector)
                 }
             }
+            var vector = IOVector()
             for number in 0..<vectors {
-                var vector = pages.vector(number, of: pages.target)
+                pages.fill(&vector, number, of: pages.target)
                 try into.receive(&vector)
             }
             try sender.value()
@@ -83,7 +86,7 @@ enum ChannelStream {
     }
 
     /// What arrived is what was sent.
-    private static func check(_ pages: ScatteredPages) throws {
+    private static func check(_ pages: GuestPages) throws {
         let isEqual = unsafe pages.source.withBytes(at: 0, count: pages.source.byteCount) { left in
             unsafe pages.target.withBytes(at: 0, count: left.count) { right in
                 // SAFETY: both mappings have that many bytes.

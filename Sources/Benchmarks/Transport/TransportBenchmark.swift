@@ -5,8 +5,8 @@ import Transport
 /// What one channel carries over loopback, in plaintext and through TLS, beside programs that do nothing else.
 ///
 /// Each run measures all four, one after the other: a plain channel, `iperf3` with one stream and writes of 1 MiB, a TLS channel, and a
-/// bare loop of SSL_write and SSL_read with records of 16 KiB from one buffer. The channels send scattered pages of 64 MiB of memory in
-/// vectors of 1 MiB, and receive into scattered pages, as a migration does.
+/// bare loop of SSL_write and SSL_read with records of 16 KiB from one buffer. The channels send pages of 64 MiB of memory, in vectors
+/// of 256 that are not joined, and receive the same way, straight into pages.
 public struct TransportBenchmark: Benchmark {
     public static let name = "transport"
     public static let abstract = "one channel beside iperf3, and through TLS beside bare OpenSSL: GB/s"
@@ -18,7 +18,7 @@ public struct TransportBenchmark: Benchmark {
         let byteCount = options.isQuick ? 1 << 30 : 4 << 30
         let folder = try PrivateFolder("bench")
         defer { folder.remove() }
-        let pages = try ScatteredPages()
+        let pages = try GuestPages()
         let stream = Iperf.isInstalled ? Iperf(folder: folder.path) : nil
         let tls = try ChannelStream.keys(in: folder.path)
         var plain = Pair("plain", of: "channel", beside: stream == nil ? "write-read" : "iperf3")

@@ -4,10 +4,16 @@ import MigrationStream
 
 extension DestinationCore {
     mutating func accepted(_ connection: ConnectionID, _ answers: Bool, _ actions: inout [DestinationAction]) {
-        guard visitors.count < Self.visitorLimit else {
-            actions.append(.close(connection))
-            actions.append(.turnedAway(connection, "too many connections wait already"))
-            return
+        if visitors.count >= Self.visitorLimit {
+            // Who says nothing must not keep out the source, which says at once who it is.
+            guard
+                let oldest = visitors.filter({ $0.value.wish == .unknown }).keys.min(by: { $0.rawValue < $1.rawValue })
+            else {
+                actions.append(.close(connection))
+                actions.append(.turnedAway(connection, "too many connections wait already"))
+                return
+            }
+            dismiss(oldest, "too many connections wait, and it has said nothing for the longest time", &actions)
         }
         visitors[connection] = Visitor(answers: answers)
         let timer = timers.set(.visitor(connection))

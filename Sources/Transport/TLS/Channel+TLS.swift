@@ -93,10 +93,11 @@ extension Channel {
 
     /// Receives into the front of the vector, straight into the memory it names.
     func receive(_ vector: inout IOVector, through tls: TLSSession) throws(ChannelError) -> Int {
-        // SAFETY: the range is used during the call.
-        try unsafe vector.withFirstRange { (range) throws(ChannelError) in
-            try unsafe receive(into: range, through: tls)
-        }
+        try token.check()
+        hasReceived.store(true, ordering: .relaxed)
+        let count = try tls.receive(&vector, limit: stallLimits.receiveMilliseconds)
+        received.wrappingAdd(UInt64(count), ordering: .relaxed)
+        return count
     }
 
     // MARK: Plaintext that is none

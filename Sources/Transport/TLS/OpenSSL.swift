@@ -89,6 +89,7 @@ enum OpenSSL {
     let verificationDataIndex: @convention(c) () -> Int32
     let doHandshake: @convention(c) (Object) -> Int32
     let read: @convention(c) (Object, UnsafeMutableRawPointer, Int32) -> Int32
+    let pending: @convention(c) (Object) -> Int32
     let peek: @convention(c) (Object, UnsafeMutableRawPointer, Int32) -> Int32
     let write: @convention(c) (Object, UnsafeRawPointer, Int32) -> Int32
     let shutdown: @convention(c) (Object) -> Int32
@@ -137,6 +138,7 @@ enum OpenSSL {
         unsafe verificationDataIndex = try library.named("SSL_get_ex_data_X509_STORE_CTX_idx")
         unsafe doHandshake = try library.named("SSL_do_handshake")
         unsafe read = try library.named("SSL_read")
+        unsafe pending = try library.named("SSL_pending")
         unsafe peek = try library.named("SSL_peek")
         unsafe write = try library.named("SSL_write")
         unsafe shutdown = try library.named("SSL_shutdown")

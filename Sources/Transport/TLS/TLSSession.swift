@@ -149,10 +149,9 @@ import Synchronization
     ) throws(ChannelError) -> Bool {
         try token.check()
         try other?.check()
-        let wakes = [token, other].compactMap { $0.map { ($0.event.descriptor, Readiness.readable) } }
-        let ready = try channelled { () throws(SystemError) in
-            try poll([(socket, readiness)] + wakes, deadline: deadline)
-        }
+        var wanted = [(socket, readiness), (token.event.descriptor, .readable)]
+        if let other { wanted.append((other.event.descriptor, .readable)) }
+        let ready = try channelled { () throws(SystemError) in try poll(wanted, deadline: deadline) }
         try token.check()
         try other?.check()
         return !ready[0].isEmpty
@@ -337,5 +336,34 @@ import Synchronization
             }
         }
         return filled
+    }
+
+    /// Receives into the front of the vector, a record at most, straight into the memory it names.
+    /// - Returns: the number of bytes, which are gone from the vector; 0 when the peer said that it is done.
+    func receive(_ vector: inout IOVector, limit: UInt64?) throws(ChannelError) -> Int {
+        guard isEstablished else { throw .unusable("receive from \(peer): the TLS session has not begun") }
+        while true {
+            let result = unsafe step("receive from") { connection in
+                var total: Int32 = 0
+                repeat {
+                    var count: Int32 = 0
+                    // SAFETY: SSL_read fills at most the range, during the call.
+                    _ = unsafe vector.withFirstRange { range in
+                        count = unsafe ssl.read(connection, range.baseAddress!, Int32(min(range.count, 1 << 30)))
+                        return max(0, Int(count))
+                    }
+                    // What is left of a record cannot fail.
+                    guard count > 0 else { return total > 0 ? total : count }
+                    total += count
+                } while unsafe vector.byteCount > 0 && ssl.pending(connection) > 0
+                return total
+            }
+            switch result {
+            case .done(let count): return count
+            case .closed: return 0
+            case .wants(let readiness): try wait(readiness, limit: limit, "receive from")
+            case .failed(let error): throw error
+            }
+        }
     }
 }
