@@ -246,7 +246,7 @@ struct ConvergenceTests {
         fast.began(pages: 100_000)
         fast.collected(remaining: 90_000, sentPages: 50_000, sentBytes: 50_000 * 4104, seconds: 1, pace: 1)
         #expect(fast.mayShrink)
-        fast.collected(remaining: 90_000, sentPages: 50_000, sentBytes: 50_000 * 4104, seconds: 0.8, pace: 1)
+        fast.collected(remaining: 90_000, sentPages: 50_000, sentBytes: 50_000 * 4104, seconds: 0.4, pace: 1)
         #expect(!fast.mayShrink)
     }
 

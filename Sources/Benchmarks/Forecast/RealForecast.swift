@@ -89,6 +89,9 @@ struct RealForecast {
             quantities.append(("total-error", abs(expected - Double(total)) / Double(total)))
             quantities.append(("predicted-ms", expected))
             quantities.append(("total-ms", Double(total)))
+            // Less than one: the host was too busy for the link to be what limits, which no dry run knows of.
+            let achieved = Double(reading.transferredBytes) / Double(total) / 1000
+            quantities.append(("link-share", achieved / Double(megabytesPerSecond)))
             quantities.append(("predicted-downtime-ms", prediction["expected-downtime-ms"]?.doubleValue ?? 0))
             quantities.append(("downtime-ms", Double(reading.downtimeNanoseconds ?? 0) / 1e6))
         }

@@ -88,11 +88,14 @@ extension WriteModel {
         var weight = 1.0
     }
 
-    /// The classes that explain the counts best, of `total` pages: expectation and maximisation over the grid of intensities, from an even
-    /// start. What the counts do not tell stays even.
+    /// The classes that explain the counts best, of `total` pages: expectation and maximisation over the grid of intensities. What the
+    /// counts do not tell stays as it was at the start.
     static func classes(explaining counts: [Count], of total: Double, steps: Int = 1000) -> [PageClass] {
         let size = intensities.count
-        var found = [Double](repeating: total / Double(size), count: size)
+        // Of intensities that explain the same, the lower is likelier: no guest writes everywhere a thousand times a second.
+        var found = intensities.map { 1 / max(1, $0).squareRoot() }
+        let start = found.reduce(0, +)
+        found = found.map { $0 * total / start }
         // Errors count in proportion: a round of a millisecond tells as much as one of a second.
         var all = counts.filter { $0.pages >= 0 }.map { count -> Count in
             var count = count
