@@ -15,14 +15,16 @@ struct SwitchoverSample {
     var longestBroken: Double
     /// How much too late the control thread woke at most meanwhile.
     var control: Double
+    /// How long the host kept the vCPU at the destination waiting for a processor while it was ready to run.
+    var waited: Double
     var stalls: Int
 
     /// What is allowed above the limit.
     static let tolerance = 5.0
 
     var isAbove: Bool { gap > limit + Self.tolerance }
-    /// Above, and by more than the host kept the control thread waiting.
-    var isViolation: Bool { gap > limit + Self.tolerance + control }
+    /// Above, and by more than the host kept the control thread or the vCPU waiting.
+    var isViolation: Bool { gap > limit + Self.tolerance + max(control, waited) }
 }
 
 /// A chain of switchovers: each destination is the source of the next. All VMs are processes of their own.
@@ -89,6 +91,13 @@ final class SwitchoverChain {
         defer { proxy.close() }
         try source.execute("migrate-set-parameters", ["downtime-limit": JSON(limit)])
         try source.execute("x-reset-guest-gap")
+        let threads = (try destination.execute("query-cpus-fast").arrayValue ?? []).compactMap {
+            $0["thread-id"]?.integerValue()
+        }
+        func waited() -> Double {
+            Self.runQueueMilliseconds(process: destination.process.identifier, threads: threads)
+        }
+        let before = waited()
         _ = control.takeLongestNanoseconds()
         try source.execute("migrate", ["uri": .string(proxy.uri)])
         guard let answer = try awaitEnd(of: source) else {
@@ -104,10 +113,21 @@ final class SwitchoverChain {
             limit: Double(limit), gap: try Self.gap(here, there, reported: reported), reported: reported,
             total: Double(reading.totalMilliseconds ?? 0), broken: Int(reading.brokenSwitchovers),
             longestBroken: Double(reading.longestBrokenNanoseconds) / 1e6,
-            control: Double(control.takeLongestNanoseconds()) / 1e6, stalls: proxy.held.stalls)
+            control: Double(control.takeLongestNanoseconds()) / 1e6, waited: waited() - before,
+            stalls: proxy.held.stalls)
         source.end()
         self.source = destination
         return sample
+    }
+
+    /// How long threads were ready to run, and did not: the second field of schedstat (Documentation/scheduler/sched-stats.rst of the
+    /// kernel).
+    private static func runQueueMilliseconds(process: Int32, threads: [Int]) -> Double {
+        threads.reduce(0) { sum, thread in
+            let bytes = (try? Descriptor.contents(of: "/proc/\(process)/task/\(thread)/schedstat", limit: 4096)) ?? []
+            let fields = String(decoding: bytes, as: UTF8.self).split(separator: " ")
+            return sum + (fields.count > 1 ? Double(fields[1]) ?? 0 : 0) / 1e6
+        }
     }
 
     /// Of the standstill that was committed, by the guest's clock. What the source's memory tells was before it: a longer gap at the

@@ -147,6 +147,8 @@ final class OutgoingMigration: Sendable {
 
     private func run() {
         HostThread.sleepExactly()
+        // What it does is short, and the guest may be waiting for it.
+        _ = HostThread.runBeforeOthers()
         var core = SourceCore(configuration)
         while let event = nextEvent() {
             let actions = core.handle(event, at: Clock.monotonicNanoseconds)
@@ -292,6 +294,7 @@ final class OutgoingMigration: Sendable {
     }
 
     private func readAnswers(_ channel: Channel) {
+        _ = HostThread.runBeforeOthers()
         var decoder = ReturnPathDecoder()
         var buffer = ReceiveBuffer(capacity: 4096)
         do {

@@ -173,8 +173,6 @@ public struct SwitchoverCosts: Hashable, Sendable {
     /// Before anything was measured: of all parts.
     public private(set) var guessNanoseconds: UInt64
     private var measured = [UInt64?](repeating: nil, count: Part.allCases.count)
-    /// The shortest that was ever measured: what fades goes no lower.
-    private var least = [UInt64?](repeating: nil, count: Part.allCases.count)
     /// How the guess is divided, in sixteenths: most of it is reading and loading the vCPUs' state.
     private static let guessedShares: [UInt64] = [2, 2, 3, 7, 2]
 
@@ -187,7 +185,6 @@ public struct SwitchoverCosts: Hashable, Sendable {
     public mutating func learn(_ part: Part, _ nanoseconds: UInt64) {
         let old = measured[part.rawValue] ?? 0
         measured[part.rawValue] = max(nanoseconds, old - old / 4)
-        least[part.rawValue] = min(least[part.rawValue] ?? nanoseconds, nanoseconds)
     }
 
     /// It was broken off after so long, and may have taken longer.
@@ -195,10 +192,11 @@ public struct SwitchoverCosts: Hashable, Sendable {
         measured[part.rawValue] = max(nanoseconds, measured[part.rawValue] ?? 0)
     }
 
+    /// What was slow may have been the host's doing: it counts for less with time, so that a switchover is tried again some day.
     mutating func fade() {
         for index in measured.indices {
             guard let value = measured[index] else { continue }
-            measured[index] = max(least[index] ?? 0, value - value / 16)
+            measured[index] = value - value / 16
         }
     }
 
