@@ -7,9 +7,12 @@ import Testing
 
 @Suite("TLS: bytes on their way", .timeLimit(.minutes(1)))
 struct TLSChannelTests {
-    @Test("ranges of every size arrive whole, both ways at once")
-    func bothWays() throws {
+    @Test(
+        "ranges of every size arrive whole, both ways at once, also when both ends change keys all the time",
+        arguments: [0, 30_000])
+    func bothWays(keyBytes: Int) throws {
         let (a, b) = try tlsPair()
+        if keyBytes > 0 { for end in [a, b] { end.tls?.updateKeys(everyBytes: keyBytes) } }
         let source = try Mapping(anonymousByteCount: 8 << 20)
         for word in 0..<source.byteCount / 8 { source.store(UInt64(word) &* 0x9E37_79B9_7F4A_7C15, at: word * 8) }
         let targets = [

@@ -8,12 +8,14 @@ struct GuestPages: Sendable {
     static let vectorPages = 256
     static let pageBytes = 4096
     static let vectorBytes = vectorPages * pageBytes
-    private static let vectorCount = 64
+    private let vectorCount: Int
     let source: Mapping
     let target: Mapping
 
-    init() throws {
-        let byteCount = Self.vectorCount * Self.vectorPages * Self.pageBytes
+    /// - Parameter mebibytes: how much memory the vectors go over, again and again; as many as there are vectors.
+    init(mebibytes: Int) throws {
+        vectorCount = mebibytes
+        let byteCount = mebibytes << 20
         source = try Mapping(anonymousByteCount: byteCount)
         target = try Mapping(anonymousByteCount: byteCount)
         for mapping in [source, target] { try? mapping.advise(.hugePages) }
@@ -28,7 +30,7 @@ struct GuestPages: Sendable {
     /// Makes it the n-th vector of a mapping.
     func fill(_ vector: inout IOVector, _ number: Int, of mapping: Mapping) {
         vector.removeAll()
-        let first = number % Self.vectorCount * Self.vectorPages
+        let first = number % vectorCount * Self.vectorPages
         for index in 0..<Self.vectorPages {
             // Neighbours change places.
             vector.append(mapping, offset: (first + (index ^ 1)) * Self.pageBytes, count: Self.pageBytes)

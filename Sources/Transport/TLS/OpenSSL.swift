@@ -92,6 +92,7 @@ enum OpenSSL {
     let pending: @convention(c) (Object) -> Int32
     let peek: @convention(c) (Object, UnsafeMutableRawPointer, Int32) -> Int32
     let write: @convention(c) (Object, UnsafeRawPointer, Int32) -> Int32
+    let updateKey: @convention(c) (Object, Int32) -> Int32
     let shutdown: @convention(c) (Object) -> Int32
     let error: @convention(c) (Object, Int32) -> Int32
     let verifyResult: @convention(c) (Object) -> Int
@@ -141,6 +142,7 @@ enum OpenSSL {
         unsafe pending = try library.named("SSL_pending")
         unsafe peek = try library.named("SSL_peek")
         unsafe write = try library.named("SSL_write")
+        unsafe updateKey = try library.named("SSL_key_update")
         unsafe shutdown = try library.named("SSL_shutdown")
         unsafe error = try library.named("SSL_get_error")
         unsafe verifyResult = try library.named("SSL_get_verify_result")

@@ -13,6 +13,10 @@ import Synchronization
         var isEstablished = false
         /// No further record may go out: the last one was left in the middle.
         var isBroken = false
+        /// What was encrypted with the present key, and after how much a new one is made: RFC 8446, section 5.5, allows AES-GCM
+        /// 2^24.5 full records, which are 360 GiB.
+        var bytesUnderKey = 0
+        var keyBytes = 64 << 30
         /// Why the session cannot go on; whoever comes later is told the same.
         var failure: ChannelError?
     }
@@ -260,9 +264,17 @@ import Synchronization
 
     /// Sends all of the bytes. What cannot be sent to its end breaks the session: half a record cannot be taken back.
     @unsafe func send(_ bytes: UnsafeRawBufferPointer, limit: UInt64?) throws(ChannelError) {
-        guard state.withLock({ $0.isEstablished && !$0.isBroken }) else {
+        let (isUsable, needsKey) = state.withLock { state in
+            state.bytesUnderKey += bytes.count
+            let needsKey = state.bytesUnderKey >= state.keyBytes
+            if needsKey { state.bytesUnderKey = 0 }
+            return (state.isEstablished && !state.isBroken, needsKey)
+        }
+        guard isUsable else {
             throw .unusable("send to \(peer): the TLS session has not begun or was broken off")
         }
+        // The peer's own key is its own business (SSL_KEY_UPDATE_NOT_REQUESTED).
+        if needsKey, case .failed(let error) = unsafe step("send to", { unsafe ssl.updateKey($0, 0) }) { throw error }
         var offset = 0
         do throws(ChannelError) {
             while offset < bytes.count {
@@ -295,6 +307,9 @@ import Synchronization
         guard case .failed(let reason) = result, case .tls = reason else { return error }
         return reason
     }
+
+    /// Makes a new key each time so many bytes were sent.
+    func updateKeys(everyBytes count: Int) { state.withLock { $0.keyBytes = count } }
 
     /// Tells the peer that no more comes (close_notify); it may still answer.
     func finish(limit: UInt64?) throws(ChannelError) {
