@@ -167,15 +167,16 @@ struct MultifdMigrationTests {
         await #expect(processExitsWith: .success) { [place, words] in
             Child.run(seconds: 40) {
                 let source = try Migrator.source("dirty,working-set=8M,fill=40M,random,rate=100M")
-                try source.useChannels(2)
+                // The only one: its first packet behind SYNC has pages.
+                try source.useChannels(1)
                 let destination = try source.destination()
-                let proxy = try ChannelProxy(to: try destination.listen(), striking: 2, .spoil(at: place))
+                let proxy = try ChannelProxy(to: try destination.listen(), striking: 1, .spoil(at: place))
                 try source.migrate(to: proxy.address)
                 try source.awaitEnd(.failed, "with byte \(place) spoiled")
                 try source.claimGuestRuns("with byte \(place) spoiled")
                 try waitFor("the destination's sentence") { destination.info().errorDescription != nil }
                 let sentence = destination.info().errorDescription ?? ""
-                claim(sentence.contains(words) && sentence.contains("channel 1"), "the destination says '\(sentence)'")
+                claim(sentence.contains(words) && sentence.contains("channel 0"), "the destination says '\(sentence)'")
                 claim(destination.machine.runState == .inMigrate, "two guests run")
             }
         }
