@@ -38,6 +38,16 @@ import Glibc
         return try body(&value)
     }
 
+    /// As `withLock`, but wakes one of those who wait: for a change that any of them, and only one, will take.
+    public func withLockWakingOne<R>(_ body: (inout Value) -> R) -> R {
+        unsafe pthread_mutex_lock(mutex)
+        defer {
+            unsafe pthread_cond_signal(changed)
+            unsafe pthread_mutex_unlock(mutex)
+        }
+        return body(&value)
+    }
+
     /// Waits until `body` returns something, looking again after every change. - Returns: `nil` when the deadline passed.
     @discardableResult
     public func wait<R>(deadline: Deadline = .never, until body: (inout Value) -> R?) -> R? {

@@ -57,7 +57,7 @@ extension ChannelGroup {
     fileprivate func pay(_ bytes: Int) {
         let wait = pacer.withLock { $0 }.sent(UInt64(bytes), at: Clock.monotonicNanoseconds)
         guard wait > 0 else { return }
-        work.wait(deadline: .after(nanoseconds: wait)) { $0.isInHurry || $0.isOver ? () : nil }
+        isInHurry.wait(deadline: .after(nanoseconds: wait)) { $0 ? () : nil }
     }
 }
 

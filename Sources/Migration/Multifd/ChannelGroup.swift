@@ -23,8 +23,6 @@ final class ChannelGroup: Sendable {
         var items: [Item] = []
         /// Times that SYNC was asked for.
         var synchronizations: UInt64 = 0
-        /// The round is to end: bandwidth counts no more.
-        var isInHurry = false
         var isOver = false
     }
 
@@ -49,6 +47,8 @@ final class ChannelGroup: Sendable {
     let packing: PacketPacking?
     let work = Monitor(Work())
     let progress = Monitor(Progress())
+    /// The round is to end, or everything: bandwidth counts no more.
+    let isInHurry = Monitor(false)
     /// One for all channels: together they keep the limit.
     let pacer = Mutex(Pacer.unlimited)
     /// Packets are numbered through all channels.
@@ -106,7 +106,7 @@ final class ChannelGroup: Sendable {
 
     func beginRound(_ pacer: Pacer) {
         self.pacer.withLock { $0 = pacer }
-        work.withLock { $0.isInHurry = false }
+        isInHurry.withLock { $0 = false }
         progress.withLock { $0.bytes = 0 }
     }
 
@@ -122,7 +122,8 @@ final class ChannelGroup: Sendable {
             }
             if let room {
                 try room.get()
-                work.withLock { $0.items.append(item) }
+                // Whoever waits for work can take it: with 64 channels it matters that the others sleep on.
+                work.withLockWakingOne { $0.items.append(item) }
                 return true
             }
             if isOver() { return false }
@@ -143,10 +144,8 @@ final class ChannelGroup: Sendable {
     /// - Returns: the bytes sent since the round began.
     func synchronize(inHurry: Bool = false, moved: () -> Void = {}) throws(ChannelError) -> UInt64 {
         progress.withLock { $0.synchronized = 0 }
-        work.withLock { work in
-            work.synchronizations += 1
-            if inHurry { work.isInHurry = true }
-        }
+        if inHurry { hurry() }
+        work.withLock { $0.synchronizations += 1 }
         var seen: UInt64 = 0
         while true {
             let result = progress.wait(deadline: .after(seconds: 1)) { progress -> Result<UInt64, ChannelError>? in
@@ -163,7 +162,7 @@ final class ChannelGroup: Sendable {
     // MARK: From any thread
 
     /// What is queued goes out without regard to the bandwidth limit.
-    func hurry() { work.withLock { $0.isInHurry = true } }
+    func hurry() { isInHurry.withLock { $0 = true } }
 
     /// Ends all channels and their threads at once.
     func end() {
@@ -171,6 +170,7 @@ final class ChannelGroup: Sendable {
             work.items = []
             work.isOver = true
         }
+        hurry()
         for channel in channels { channel.cancel() }
         progress.withLock { $0.failure = $0.failure ?? .cancelled }
     }
