@@ -52,6 +52,30 @@ struct MigrateCommandTests {
         #expect(source.process.wait(deadline: .after(seconds: 5)) == .exited(0))
     }
 
+    @Test("--channels sends pages over so many channels, to a destination that was told nothing, and 0 turns that off")
+    func channels() throws {
+        let source = try bench.startVM("source", guest)
+        let destination = try bench.startVM("destination", ["--memory", "32M", "--incoming", "tcp:127.0.0.1:0"])
+        try source.waitForGuest()
+        let there = "tcp:127.0.0.1:\(try destination.port())"
+        let tooMany = try bench.run(["migrate", "source", there, "--channels", "65"])
+        #expect(tooMany.status == .exited(64) && tooMany.errors.contains("from 0 to 64"), "\(tooMany)")
+        let outcome = try bench.run(["migrate", "source", there, "--channels", "3", "--json"])
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        let ram = try JSON(parsing: outcome.output.utf8)["ram"]
+        let normal = try #require(ram?["normal"]?.integerValue(as: UInt64.self))
+        #expect((ram?["multifd-bytes"]?.integerValue(as: UInt64.self) ?? 0) > normal * 4096)
+        #expect(try destination.client.execute("x-check-guest")["verified"] == true)
+
+        let last = try bench.startVM("last", ["--memory", "32M", "--incoming", "tcp:127.0.0.1:0"])
+        try destination.client.execute(
+            "migrate-set-capabilities", ["capabilities": [["capability": "multifd", "state": true]]])
+        let plain = try bench.run(
+            ["migrate", "destination", "tcp:127.0.0.1:\(last.port())", "--channels", "0", "--json"])
+        #expect(plain.status == .exited(0), "\(plain)")
+        #expect(try JSON(parsing: plain.output.utf8)["ram"]?["multifd-bytes"] == 0)
+    }
+
     @Test("a refused connection fails the migration, and the guest runs on")
     func connectionRefused() throws {
         let source = try bench.startVM("source", guest)

@@ -26,9 +26,13 @@ final class Campaign {
     /// Slow enough that blows fall into every round.
     private static let bytesPerSecond: UInt64 = 160 << 20
 
-    init(seed: UInt64) throws {
+    /// Channels for pages besides the main one, which blows are aimed at.
+    private let channels: Int
+
+    init(seed: UInt64, channels: Int = 0) throws {
         bench = try Workbench()
         self.seed = seed
+        self.channels = channels
     }
 
     /// Strikes `points` migrations; those that are over before the blow do not count.
@@ -237,5 +241,9 @@ final class Campaign {
 
     private func limit(_ source: VM) throws {
         try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(Self.bytesPerSecond)])
+        guard channels > 0 else { return }
+        try source.client.execute("migrate-set-parameters", ["multifd-channels": JSON(channels)])
+        try source.client.execute(
+            "migrate-set-capabilities", ["capabilities": [["capability": "multifd", "state": true]]])
     }
 }

@@ -7,13 +7,17 @@ import Testing
     .timeLimit(.minutes(10)), .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct FaultTests {
     /// `GODWIT_FAULT_SEED` replays a run, `GODWIT_FAULT_RUNS` makes it longer.
-    @Test("processes killed, connections cut and held, at random points of migrations of a guest at work")
-    func randomPoints() throws {
+    @Test(
+        "processes killed, connections cut and held, at random points of migrations of a guest at work",
+        arguments: [0, 3])
+    func randomPoints(channels: Int) throws {
         let seed = TestEnvironment.number("GODWIT_FAULT_SEED") ?? .random(in: 0..<1_000_000)
-        let points = TestEnvironment.number("GODWIT_FAULT_RUNS").map(Int.init(_:)) ?? 50
-        print("fault injection: seed \(seed), \(points) points; GODWIT_FAULT_SEED=\(seed) aims at the same ones again")
+        let points = TestEnvironment.number("GODWIT_FAULT_RUNS").map(Int.init(_:)) ?? (channels == 0 ? 50 : 25)
+        print(
+            "fault injection: seed \(seed), \(points) points, \(channels) channels; GODWIT_FAULT_SEED=\(seed) aims at the same ones again"
+        )
         let began = Clock.monotonicNanoseconds
-        let campaign = try Campaign(seed: seed)
+        let campaign = try Campaign(seed: seed, channels: channels)
         try campaign.run(points: points)
         for violation in campaign.violations { Issue.record("\(violation)") }
         #expect(campaign.struck >= points, "seed \(seed): only \(campaign.struck) migrations were struck")

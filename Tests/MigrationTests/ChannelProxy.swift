@@ -7,6 +7,8 @@ final class ChannelProxy: Sendable {
     enum Fault: Sendable {
         /// Both ends are closed after so many bytes from the source.
         case cut(after: Int)
+        /// The bits of the byte there, counted from the source's first, are turned over.
+        case spoil(at: Int)
         /// It is accepted and leads nowhere.
         case swallow
     }
@@ -36,20 +38,24 @@ final class ChannelProxy: Sendable {
     private func pass(_ source: Descriptor, _ index: Int) throws {
         kept.withLock { $0.append(source) }
         var limit = Int.max
+        var spoiled = -1
         if index == struck {
             switch fault {
             case .cut(let count): limit = count
+            case .spoil(let place): spoiled = place
             case .swallow: return
             }
         }
         let destination = try Socket.connect(host: "127.0.0.1", port: target, deadline: .after(seconds: 5))
-        let most = limit
+        let (most, place) = (limit, spoiled)
         try HostThread.detached(name: "proxy-forward") {
             var left = most
-            while left > 0, let bytes = try? source.read(upTo: min(left, 65536)), !bytes.isEmpty,
-                (try? destination.writeAll(bytes)) != nil
-            {
+            var position = 0
+            while left > 0, var bytes = try? source.read(upTo: min(left, 65536)), !bytes.isEmpty {
+                if bytes.indices.contains(place - position) { bytes[place - position] ^= 0xff }
+                guard (try? destination.writeAll(bytes)) != nil else { break }
                 left -= bytes.count
+                position += bytes.count
             }
             if left == 0 { Socket.shutdown(source) }
             Socket.shutdown(destination)

@@ -158,6 +158,29 @@ struct MultifdMigrationTests {
         }
     }
 
+    @Test(
+        "bytes that are no packet are refused with a sentence, and nobody's guest is lost", .timeLimit(.minutes(1)),
+        arguments: [
+            (64, "begins no packet"), (64 + 1344 + 11, "unknown flags 0xff"), (64 + 1344 + 326, "is no page of"),
+        ])
+    func spoiled(place: Int, words: String) async {
+        await #expect(processExitsWith: .success) { [place, words] in
+            Child.run(seconds: 40) {
+                let source = try Migrator.source("dirty,working-set=8M,fill=40M,random,rate=100M")
+                try source.useChannels(2)
+                let destination = try source.destination()
+                let proxy = try ChannelProxy(to: try destination.listen(), striking: 2, .spoil(at: place))
+                try source.migrate(to: proxy.address)
+                try source.awaitEnd(.failed, "with byte \(place) spoiled")
+                try source.claimGuestRuns("with byte \(place) spoiled")
+                try waitFor("the destination's sentence") { destination.info().errorDescription != nil }
+                let sentence = destination.info().errorDescription ?? ""
+                claim(sentence.contains(words) && sentence.contains("channel 1"), "the destination says '\(sentence)'")
+                claim(destination.machine.runState == .inMigrate, "two guests run")
+            }
+        }
+    }
+
     @Test("strangers that greet as channels are turned away, and the migration goes on", .timeLimit(.minutes(1)))
     func stranger() async {
         await #expect(processExitsWith: .success) {

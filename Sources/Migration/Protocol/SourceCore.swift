@@ -156,6 +156,8 @@ public struct SourceCore: Sendable {
     var missedDeadline: String {
         switch phase {
         case .connecting, .reconnecting: "the connection to the destination was not made in time"
+        case .greeting where configuration.multifd != nil:
+            "the destination does not answer; a QEMU waits for as many channels as its multifd-channels says"
         case .greeting, .asking: "the destination does not answer"
         case .startingTracking: "dirty page tracking did not start in time"
         case .collecting, .finalCollecting: "the dirty pages were not collected in time"
