@@ -31,7 +31,7 @@ struct CompressionConformanceTests {
     private static let cases = [
         Case(method: "zlib", level: 1, content: .mixed), Case(method: "zlib", level: 0, content: .mixed),
         Case(method: "zlib", level: 9, content: .zero), Case(method: "zstd", level: 1, content: .mixed),
-        Case(method: "zstd", level: 3, content: .data), Case(method: "zstd", level: 20, content: .mixed),
+        Case(method: "zstd", level: 3, content: .data), Case(method: "zstd", level: 9, content: .mixed),
     ]
 
     @Test("QEMU to Godwit, from there to another QEMU, and back to Godwit", arguments: cases)

@@ -27,6 +27,8 @@ struct XBZRLECache: ~Copyable {
         let slots = byteCount / UInt64(Self.pageBytes)
         let pages = try Mapping(anonymousByteCount: Int(byteCount))
         let tags = try Mapping(anonymousByteCount: Int(slots) * Self.tagBytes)
+        // Only advice: the first touch of a page costs a sixth then, and a cache is filled while a guest waits for convergence.
+        try? pages.advise(.hugePages)
         self.pages = pages
         self.tags = tags
         self.byteCount = byteCount
