@@ -152,6 +152,9 @@ struct ThrottledMigrationTests {
                 let bad = try light.dryRun(.init(bandwidth: 2_000_000, downtimeLimitMilliseconds: 20))
                 claim(bad.verdict.state == .notConverging, bad.verdict.sentence)
                 claim(!bad.verdict.remedies.isEmpty, bad.verdict.sentence)
+                // No number of an operator's is too large to be reckoned with.
+                let absurd = try light.dryRun(.init(bandwidth: .max, downtimeLimitMilliseconds: 0))
+                claim(absurd.collects > 20, "\(absurd)")
                 claim(light.parameters == MigrationParameters(), "the dry run changed \(light.parameters)")
             }
         }

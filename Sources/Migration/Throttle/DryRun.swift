@@ -36,6 +36,8 @@ public struct DryRun: Sendable {
     private let memory: GuestMemory
     private let tracker: any DirtyTracker
     private static let chunkPages: UInt64 = 1 << 14
+    /// Whoever says more means no limit.
+    private static let fastestLink: UInt64 = 1_000_000_000_000
     /// Pages that are looked into for zeroes.
     private static let samplePages: UInt64 = 2048
 
@@ -49,11 +51,11 @@ public struct DryRun: Sendable {
     static func link(
         _ bandwidth: UInt64?, _ parameters: MigrationParameters
     ) throws(MigrationError) -> (bytesPerSecond: UInt64, source: LinkSource) {
-        if let bandwidth, bandwidth > 0 { return (bandwidth, .argument) }
-        if parameters.maxBandwidthBytesPerSecond > 0 { return (parameters.maxBandwidthBytesPerSecond, .maxBandwidth) }
-        if parameters.availableSwitchoverBytesPerSecond > 0 {
-            return (parameters.availableSwitchoverBytesPerSecond, .availableBandwidth)
-        }
+        let said: [(UInt64?, LinkSource)] = [
+            (bandwidth, .argument), (parameters.maxBandwidthBytesPerSecond, .maxBandwidth),
+            (parameters.availableSwitchoverBytesPerSecond, .availableBandwidth),
+        ]
+        for case (let rate?, let source) in said where rate > 0 { return (min(rate, fastestLink), source) }
         throw MigrationError(
             "x-migrate-dry-run: how fast the link is cannot be known without using it; give 'bandwidth' (--bandwidth), or set "
                 + "max-bandwidth or avail-switchover-bandwidth")
