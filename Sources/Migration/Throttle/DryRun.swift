@@ -121,7 +121,10 @@ public struct DryRun: Sendable {
         records.forEach { $0.removeAll() }
         var began = Clock.monotonicNanoseconds
         var spent: UInt64 = 0
-        for seconds in ObservationPlan.seconds {
+        var isExpensive = false
+        while let seconds = ObservationPlan.interval(
+            after: sight.observation.intervalCount, isExpensive: isExpensive)
+        {
             let end = began + UInt64(seconds * 1e9)
             let now = Clock.monotonicNanoseconds
             if end > now { Clock.sleep(nanoseconds: end - now) }
@@ -135,8 +138,11 @@ public struct DryRun: Sendable {
             began = after / 2 + Clock.monotonicNanoseconds / 2
             sight.pagesFound += count(records, marks, &sight.observation)
             records.forEach { $0.removeAll() }
+            if sight.observation.intervalCount == ObservationPlan.decisiveCount {
+                isExpensive = sight.pagesFound > ObservationPlan.expensivePages
+            }
         }
-        sight.collectSeconds = Double(spent) / 1e9 / Double(ObservationPlan.seconds.count)
+        sight.collectSeconds = Double(spent) / 1e9 / Double(max(1, sight.observation.intervalCount))
         sight.cpuNanoseconds = Clock.threadCPUNanoseconds - threadBefore
         return sight
     }
