@@ -35,7 +35,7 @@ public struct LiveLine: Sendable {
         switch figures.verdict?.state {
         case .notConverging?: return figures.verdict?.sentence ?? "not converging"
         case .converging?:
-            return "left ~\(Amount.time(nanoseconds: (figures.verdict?.millisecondsLeft ?? 0) * 1_000_000))"
+            return "left ~\(Amount.time(nanoseconds: (figures.verdict?.millisecondsLeft ?? 0) &* 1_000_000))"
         case .observing?, nil:
             if figures.verdict != nil, figures.nanosecondsLeft == nil { return "observing" }
             return figures.nanosecondsLeft.map { "left ~\(Amount.time(nanoseconds: $0))" } ?? "not converging"

@@ -41,7 +41,7 @@ public struct DryRunReading: Equatable, Sendable {
         let zero = number("zero-bytes")
         let memory = number("allocated-bytes")
         var lines = [
-            "dry run of \(vm): watched for \(Amount.time(nanoseconds: number("observed-ms") * 1_000_000)), nothing was moved",
+            "dry run of \(vm): watched for \(Amount.time(nanoseconds: number("observed-ms") &* 1_000_000)), nothing was moved",
             "memory to send: \(Amount.memory(memory))" + (zero > 0 ? ", \(Amount.memory(zero)) of it zeroes" : ""),
             "guest dirties: \(Amount.rate(Double(number("observed-dirty-rate")))) of distinct pages",
             "link: \(Amount.rate(Double(number("link-rate")))), taken from \(source)",
@@ -53,7 +53,7 @@ public struct DryRunReading: Equatable, Sendable {
         }
         lines.append(
             "cost: \(number("pages-found")) pages were watched afresh in \(number("collects")) collects, "
-                + "\(Amount.time(nanoseconds: number("cpu-us") * 1000)) of CPU time")
+                + "\(Amount.time(nanoseconds: number("cpu-us") &* 1000)) of CPU time")
         return lines.map { $0 + "\n" }.joined()
     }
 
@@ -65,5 +65,5 @@ public struct DryRunReading: Equatable, Sendable {
         }
     }
 
-    private func time(_ name: String) -> String { Amount.time(nanoseconds: number(name) * 1_000_000) }
+    private func time(_ name: String) -> String { Amount.time(nanoseconds: number(name) &* 1_000_000) }
 }

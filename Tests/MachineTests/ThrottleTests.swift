@@ -26,13 +26,13 @@ struct ThrottleTests {
                 let wanted = 1 - Double(percentage) / 100
                 // Full speed just before and just after: other work on this host slows both down. One quiet turn is enough.
                 var shares: [Double] = []
-                for _ in 0..<12 {
-                    let before = try Self.touches(machine, over: 300_000_000)
+                for _ in 0..<50 {
+                    let before = try Self.touches(machine, over: 150_000_000)
                     try machine.accelerator!.throttle(to: percentage)
                     Clock.sleep(nanoseconds: 20_000_000)
-                    let slowed = try Self.touches(machine, over: 600_000_000)
+                    let slowed = try Self.touches(machine, over: 300_000_000)
                     try machine.accelerator!.throttle(to: 0)
-                    let after = try Self.touches(machine, over: 300_000_000)
+                    let after = try Self.touches(machine, over: 150_000_000)
                     shares.append(slowed / ((before + after) / 2))
                     if abs(shares[shares.count - 1] - wanted) < 0.05 { return }
                 }

@@ -102,6 +102,24 @@ struct ConvergenceTests {
         #expect(seen.uniquePages(1...1) == 1)
     }
 
+    @Test("an observation takes two seconds, of an expensive guest in fewer looks")
+    func plan() {
+        var counts: [Int] = []
+        for isExpensive in [false, true] {
+            var (count, sum) = (0, 0.0)
+            while let seconds = ObservationPlan.interval(
+                after: count, isExpensive: isExpensive && count >= ObservationPlan.decisiveCount)
+            {
+                count += 1
+                sum += seconds
+            }
+            #expect(abs(sum - 2) < 1e-9)
+            counts.append(count)
+        }
+        #expect(counts[0] == ObservationPlan.seconds.count && counts[0] <= DirtyObservation.mostIntervals)
+        #expect(counts[1] * 2 < counts[0] + 2)
+    }
+
     @Test("the model gives back the unique pages of a working set, and of hot and cold pages", arguments: [1, 2])
     func uniquePages(seed: UInt64) {
         let sets: [[(pages: Int, writesPerSecond: Double)]] = [

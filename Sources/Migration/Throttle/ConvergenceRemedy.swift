@@ -46,7 +46,7 @@ extension ConvergenceForecast {
     private func leastBandwidth() -> (bytesPerSecond: UInt64, factor: Double)? {
         for step in Self.steps {
             var other = self
-            let wanted = Self.round(link.bytesPerSecond * step / 1e6) * 1_000_000
+            let wanted = Self.round(min(link.bytesPerSecond, 1e15) * step / 1e6) * 1_000_000
             other.link.bytesPerSecond = Double(wanted)
             other.policy.availableBytesPerSecond = nil
             if other.outcome().converges { return (wanted, step) }

@@ -36,6 +36,8 @@ public struct DryRun: Sendable {
     private let memory: GuestMemory
     private let tracker: any DirtyTracker
     private static let chunkPages: UInt64 = 1 << 14
+    /// Whoever says more means no limit.
+    private static let fastestLink: UInt64 = 1_000_000_000_000
     /// Pages that are looked into for zeroes.
     private static let samplePages: UInt64 = 2048
 
@@ -49,11 +51,11 @@ public struct DryRun: Sendable {
     static func link(
         _ bandwidth: UInt64?, _ parameters: MigrationParameters
     ) throws(MigrationError) -> (bytesPerSecond: UInt64, source: LinkSource) {
-        if let bandwidth, bandwidth > 0 { return (bandwidth, .argument) }
-        if parameters.maxBandwidthBytesPerSecond > 0 { return (parameters.maxBandwidthBytesPerSecond, .maxBandwidth) }
-        if parameters.availableSwitchoverBytesPerSecond > 0 {
-            return (parameters.availableSwitchoverBytesPerSecond, .availableBandwidth)
-        }
+        let said: [(UInt64?, LinkSource)] = [
+            (bandwidth, .argument), (parameters.maxBandwidthBytesPerSecond, .maxBandwidth),
+            (parameters.availableSwitchoverBytesPerSecond, .availableBandwidth),
+        ]
+        for case (let rate?, let source) in said where rate > 0 { return (min(rate, fastestLink), source) }
         throw MigrationError(
             "x-migrate-dry-run: how fast the link is cannot be known without using it; give 'bandwidth' (--bandwidth), or set "
                 + "max-bandwidth or avail-switchover-bandwidth")
@@ -119,7 +121,10 @@ public struct DryRun: Sendable {
         records.forEach { $0.removeAll() }
         var began = Clock.monotonicNanoseconds
         var spent: UInt64 = 0
-        for seconds in ObservationPlan.seconds {
+        var isExpensive = false
+        while let seconds = ObservationPlan.interval(
+            after: sight.observation.intervalCount, isExpensive: isExpensive)
+        {
             let end = began + UInt64(seconds * 1e9)
             let now = Clock.monotonicNanoseconds
             if end > now { Clock.sleep(nanoseconds: end - now) }
@@ -133,8 +138,11 @@ public struct DryRun: Sendable {
             began = after / 2 + Clock.monotonicNanoseconds / 2
             sight.pagesFound += count(records, marks, &sight.observation)
             records.forEach { $0.removeAll() }
+            if sight.observation.intervalCount == ObservationPlan.decisiveCount {
+                isExpensive = sight.pagesFound > ObservationPlan.expensivePages
+            }
         }
-        sight.collectSeconds = Double(spent) / 1e9 / Double(ObservationPlan.seconds.count)
+        sight.collectSeconds = Double(spent) / 1e9 / Double(max(1, sight.observation.intervalCount))
         sight.cpuNanoseconds = Clock.threadCPUNanoseconds - threadBefore
         return sight
     }
