@@ -34,6 +34,15 @@ struct MigrationReportTests {
         }
     }
 
+    @Test("switchovers that were broken off are told, with the longest standstill")
+    func broken() {
+        guard case .object(var members) = completed else { return }
+        members["x-broken-switchovers"] = ["count": 3, "longest-ns": 20_001_000, "attempts": []]
+        let text = MigrationReport(MigrationReading(.object(members))).text
+        #expect(text.contains("broken switchovers: 3 (longest 20.001 ms)\n"))
+        #expect(!MigrationReport(MigrationReading(completed)).text.contains("broken"))
+    }
+
     @Test("the parts of the downtime add up to it, and bars are as long as their share")
     func parts() {
         let lines = MigrationReport(MigrationReading(completed)).downtimeText.split(separator: "\n")

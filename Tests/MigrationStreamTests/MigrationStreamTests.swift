@@ -59,7 +59,8 @@ struct MigrationStreamTests {
         let messages: [ReturnPathMessage] = [
             .hello(version: 1, features: .all, instance: Sample.migration), .pong(Wire.godwitPing),
             .ready(nanoseconds: 1 << 40), .started(nanoseconds: 12), .failure(reason: "no space: ü"),
-            .verdict(.started), .verdict(.neverStarted), .verdict(.unknown), .switchoverAcknowledged, .shut(0),
+            .verdict(.started), .verdict(.neverStarted), .verdict(.unknown), .retracted(attempt: 7),
+            .switchoverAcknowledged, .shut(0),
         ]
         var writer = StreamWriter()
         for message in messages { writer.message(message) }
@@ -72,6 +73,35 @@ struct MigrationStreamTests {
         }
         #expect(read == messages)
         #expect(decoder.position == UInt64(writer.bytes.count))
+    }
+
+    @Test("behind RETRACT and COMMIT_WITHIN device state comes again, with RAM still open; without them it may not")
+    func retraction() throws {
+        for command in [.retract(attempt: 1), .commitWithin(attempt: 1, nanoseconds: 1 << 40), .prepare]
+            as [ForwardCommand]
+        {
+            var writer = Sample.opening()
+            writer.command(.begin(Sample.migration, .all))
+            writer.ramSetup(id: 2, blocks: [Sample.low, Sample.high])
+            for attempt in 0..<2 {
+                writer.ramRound(final: false, id: 2)
+                writer.ramSectionEnd(id: 2)
+                writer.deviceSection(Sample.cpu, id: 4, layout: .lengthPrefixed())
+                writer.command(.prepare)
+                if attempt == 0 { writer.command(command) }
+            }
+            writer.ramRound(final: true, id: 2)
+            writer.ramSectionEnd(id: 2)
+            writer.endOfStream()
+            guard command != .prepare else {
+                #expect(throws: StreamError.self) { try decode(writer.bytes) }
+                continue
+            }
+            let items = try decode(writer.bytes, pieces: { 3 })
+            #expect(items.contains(.command(command)))
+            #expect(items.count { if case .device = $0 { true } else { false } } == 2)
+            #expect(items.last == .endOfStream)
+        }
     }
 
     @Test("a long reason is cut at a character, not rejected")

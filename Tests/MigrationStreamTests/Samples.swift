@@ -55,6 +55,7 @@ enum Sample {
             subsections: [.targetPageBits(12), .capabilities(["a", "bc"]), .uuid(migration)])
         let commands: [ForwardCommand] = [
             .openReturnPath, .ping(Wire.godwitPing), .begin(migration, .all), .switchoverStart,
+            .retract(attempt: 0x0102_0304), .commitWithin(attempt: 3, nanoseconds: .max),
         ]
         for command in commands { writer.command(command) }
         writer.ramSetup(id: 2, blocks: [low, high])

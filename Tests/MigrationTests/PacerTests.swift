@@ -129,8 +129,8 @@ struct PacerTests {
         let median = sorted.isEmpty ? 0 : sorted[sorted.count / 2]
         print("pacing: \(megabytes) MB/s, seconds against the rate: \(seconds), median \(median)")
         #expect(seconds.count >= 3)
-        // A busy machine may be slower for a second; faster it must never be.
+        // A busy machine may leave the sender or the reader out for a second; faster it must never be.
         #expect(median > 0.90 && median < 1.05)
-        #expect((sorted.last ?? 9) < 1.05 && (sorted.first ?? 0) > 0.5)
+        #expect((sorted.last ?? 9) < 1.05)
     }
 }

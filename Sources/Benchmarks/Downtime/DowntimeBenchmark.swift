@@ -27,13 +27,19 @@ public struct DowntimeBenchmark: Benchmark {
         defer { chain.end() }
         var samples: [UInt64: [SwitchoverSample]] = [:]
         var unfinished = 0
-        for run in 0..<runs {
+        measuring: for run in 0..<runs {
             for limit in limits {
-                try progress.step("\(Self.name(ofLimit: limit)), switchover \(run + 1) of \(runs)")
-                if let sample = try chain.measure(limitMilliseconds: limit) {
-                    samples[limit, default: []].append(sample)
-                } else {
-                    unfinished += 1
+                do {
+                    try progress.step("\(Self.name(ofLimit: limit)), switchover \(run + 1) of \(runs)")
+                    if let sample = try chain.measure(limitMilliseconds: limit) {
+                        samples[limit, default: []].append(sample)
+                    } else {
+                        unfinished += 1
+                    }
+                } catch {
+                    // What was measured until the user asked for the end is worth telling.
+                    guard options.isInterrupted(), !samples.isEmpty else { throw error }
+                    break measuring
                 }
             }
             if run % Self.checkEvery == Self.checkEvery - 1 { try chain.verify() }
