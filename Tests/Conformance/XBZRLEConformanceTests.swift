@@ -27,8 +27,14 @@ struct XBZRLEConformanceTests {
         let memory = try RestlessMemory(image, folder: bench.folder)
         let source = try bench.startQEMU("source", byteCount: small, ram: image.path, memory.options)
         try source.client.execute(
-            "migrate-set-capabilities", ["capabilities": [["capability": "xbzrle", "state": true]]])
-        // So slow that memory changes in every round: it would end with the first in which nothing did.
+            "migrate-set-capabilities",
+            [
+                "capabilities": [
+                    ["capability": "xbzrle", "state": true], ["capability": "pause-before-switchover", "state": true],
+                ]
+            ])
+        // So slow that memory changes in every round: it stops iterating with the first in which nothing did. It must not end by itself:
+        // what the test changes afterwards would not arrive.
         try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(256 << 10), "downtime-limit": 1])
 
         let stream = "\(bench.folder)/stream"
@@ -39,14 +45,18 @@ struct XBZRLEConformanceTests {
         let isEnough = try source.wait(seconds: 40) {
             memory.change()
             try source.client.execute("system_reset")
-            sent = try source.migration()["xbzrle-cache"]
+            let now = try source.migration()
+            sent = now["xbzrle-cache"]
             return Self.number(sent, "pages") > 300 && Self.number(sent, "overflow") > 20
+                || now["status"] == "pre-switchover"
         }
-        #expect(isEnough, "\(sent ?? .null)")
+        #expect(isEnough && Self.number(sent, "pages") > 60, "\(sent ?? .null)")
         // What was changed last is reported with this reset, which is carried out a moment later.
         try source.client.execute("system_reset")
         Clock.sleep(nanoseconds: 300_000_000)
         try source.client.execute("migrate-set-parameters", ["max-bandwidth": JSON(1 << 30), "downtime-limit": 2000])
+        try source.waitForMigration("pre-switchover")
+        try source.client.execute("migrate-continue", ["state": "pre-switchover"])
         sent = try source.waitForMigration("completed")["xbzrle-cache"]
         #expect(Self.number(sent, "bytes") < Self.number(sent, "pages") * 4096)
 
@@ -54,7 +64,7 @@ struct XBZRLEConformanceTests {
             let summary = try JSON(parsing: bench.run(["stream", "--json", stream]).output.utf8)
             let deltas = Self.number(summary["blocks"]?[0], "delta-pages")
             #expect(summary["complete"] == true)
-            #expect(deltas > 50 && deltas <= Self.number(sent, "pages") - Self.number(sent, "overflow"))
+            #expect(deltas > 30 && deltas <= Self.number(sent, "pages") - Self.number(sent, "overflow"))
         }
         let receiver = try destination ?? startGodwit("exec:cat \(stream)", small)
         try receiver.waitForMigration("completed")
