@@ -112,6 +112,8 @@ extension SourceCore {
     }
 
     private mutating func endRAM(_ actions: inout [SourceAction]) {
+        // An older QEMU waits for its channels at every end of a section, also where no page was sent.
+        if configuration.multifd == .eachSection { actions.append(.synchronizeChannels) }
         send(&actions) { writer in
             writer.ramRound(final: true, id: Self.ramSectionID)
             writer.ramSectionEnd(id: Self.ramSectionID)
