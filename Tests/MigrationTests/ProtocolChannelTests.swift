@@ -219,7 +219,7 @@ struct ProtocolChannelTests {
             var items: [StreamItem] = []
             while let item = try decoder.next(from: &buffer) { items.append(item) }
             #expect(items.contains(.multifdFlush) == (mode == .flush))
-            let features: FeatureSet = mode == nil ? [.twoPhaseHandover, .pageBatches] : .all
+            let features: FeatureSet = mode == nil ? .all.subtracting(.multifd) : .all
             #expect(items.contains(.command(.begin(Driver.migration, features))) == isGodwit)
         }
     }
