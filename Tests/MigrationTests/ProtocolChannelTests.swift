@@ -166,6 +166,22 @@ struct ProtocolChannelTests {
         }
     }
 
+    @Test(
+        "what a channel has placed spoils the memory, though the stream has not come to its pages",
+        arguments: [true, false])
+    func ahead(places: Bool) {
+        var driver = Driver()
+        driver.greet(2, channel: 0, of: 1)
+        driver.open()
+        driver.items(.command(.begin(Driver.migration, .all)), .ramSetup([]), .multifdFlush, .ramSectionEnded(.start))
+        if places {
+            let takes = driver.core.takesPages(on: ConnectionID(2))
+            #expect(takes)
+        }
+        driver.feed(.disconnected(ConnectionID(2), "connection reset"))
+        #expect(driver.core.phase == (places ? .failed : .waiting), "the next source would find pages of this one")
+    }
+
     @Test("a channel whose migration never begins leaves when its time is over")
     func forgotten() throws {
         var driver = Driver()
