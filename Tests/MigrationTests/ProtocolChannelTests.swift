@@ -202,6 +202,19 @@ struct ProtocolChannelTests {
         #expect(driver.turnedAway[1000] == nil && driver.turnedAway[1] != nil)
     }
 
+    @Test("channels whose migration never begins do not keep the source out, however many there are")
+    func crowd() {
+        var driver = Driver()
+        let other = MigrationIdentifier(high: 9, low: 9)
+        for id in 100..<UInt64(100 + StreamLimit.multifdChannels + 8) {
+            driver.greet(id, channel: 0, of: 1, migration: other)
+        }
+        driver.open()
+        #expect(driver.turnedAway[Driver.main.rawValue] == nil)
+        #expect(driver.turnedAway[100]?.contains("whose migration has not begun") == true)
+        #expect(driver.core.phase == .opened)
+    }
+
     // MARK: Source
 
     private func source(_ mode: MultifdMode?) -> SourceCore {
