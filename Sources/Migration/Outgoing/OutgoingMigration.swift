@@ -117,6 +117,8 @@ final class OutgoingMigration: Sendable {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         convergence.update(parameters)
+        let available = parameters.availableSwitchoverBytesPerSecond
+        post(.setAvailableBandwidth(bytesPerSecond: available > 0 ? available : nil))
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
     }
 
