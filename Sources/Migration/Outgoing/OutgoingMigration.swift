@@ -342,7 +342,7 @@ final class OutgoingMigration: Sendable {
             if final {
                 statistics.mark(.collect)
             } else {
-                convergence.collected(remainingPages: pages, statistics.info().ram)
+                convergence.collected(remainingPages: pages, statistics.info())
             }
             report(.pass(statistics.collected(remainingPages: pages)))
             post(.collected(remainingPages: pages))

@@ -72,10 +72,12 @@ final class Convergence: Sendable {
 
     // MARK: From the migration
 
-    /// The dirty pages were collected while the guest ran. - Parameter ram: what had been sent by then.
-    func collected(remainingPages: UInt64, _ ram: MigrationInfo.RAM?) {
-        guard let ram else { return }
-        let (bytes, pages, now) = (ram.transferred, ram.normal + ram.duplicate, Clock.monotonicNanoseconds)
+    /// The dirty pages were collected while the guest ran. - Parameter info: what had been sent by then.
+    func collected(remainingPages: UInt64, _ info: MigrationInfo) {
+        guard let ram = info.ram else { return }
+        // Those that went as differences, or were as before, are settled like the others.
+        let deltas = info.xbzrle.map { $0.pages - min($0.pages, $0.overflows) } ?? 0
+        let (bytes, pages, now) = (ram.transferred, ram.normal + ram.duplicate + deltas, Clock.monotonicNanoseconds)
         state.withLock { state in
             guard !state.isOver else { return }
             defer {
