@@ -61,7 +61,8 @@ final class Convergence: Sendable {
             state.limitTrigger.periodNanoseconds = parameters.vcpuDirtyLimitPeriodMilliseconds * 1_000_000
             let isNewLimit = state.limit != parameters.vcpuDirtyLimitMegabytes
             state.limit = parameters.vcpuDirtyLimitMegabytes
-            if isNewLimit, state.isLimited { setLimit(state.limit << 20) }
+            // A migration that is over is still told of new parameters: its guest is free.
+            if isNewLimit, state.isLimited, !state.isOver { setLimit(state.limit << 20) }
             state.policy.downtimeLimitNanoseconds = parameters.downtimeLimitMilliseconds * 1_000_000
             let available = parameters.availableSwitchoverBytesPerSecond
             state.policy.availableBytesPerSecond = available > 0 ? available : nil
