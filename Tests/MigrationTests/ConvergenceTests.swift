@@ -50,6 +50,17 @@ struct ConvergenceTests {
         #expect(info.throttlePercentage ?? 0 >= 20)
     }
 
+    @Test("a link that carries pages compressed to a fifth is measured all the same; one of zeroes is not")
+    func compressedRounds() {
+        for whole in [0, 50_000] as [UInt64] {
+            var history = RoundHistory(chunkCount: 4)
+            history.began(pages: 50_000)
+            history.collected(
+                remaining: 40_000, sentPages: 50_000, wholePages: whole, sentBytes: 50_000 * 800, seconds: 1, pace: 1)
+            #expect(history.linkBytesPerSecond == (whole > 0 ? 40_000_000 : nil))
+        }
+    }
+
     @Test("short rounds are summed up until they make a period")
     func shortRounds() {
         var policy = AutoConverge()

@@ -122,6 +122,8 @@ public struct RoundReport: Hashable, Sendable {
     /// Pages sent, zero pages included.
     public var pages: UInt64
     public var bytes: UInt64
+    /// Of pages that went compressed with others: what they have in memory. 0 where nothing is compressed.
+    public var contentBytes: UInt64 = 0
     public var nanoseconds: UInt64
     /// The round ended early because an event waited; the pages not sent are still dirty.
     public var interrupted: Bool

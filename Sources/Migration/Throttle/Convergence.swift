@@ -24,6 +24,7 @@ final class Convergence: Sendable {
         var collectedAt: UInt64?
         var sentBytes: UInt64 = 0
         var sentPages: UInt64 = 0
+        var wholePages: UInt64 = 0
         var remainingPages: UInt64 = 0
         var isOver = false
         /// How often parameters changed.
@@ -83,6 +84,7 @@ final class Convergence: Sendable {
             guard !state.isOver else { return }
             defer {
                 (state.collectedAt, state.sentBytes, state.sentPages) = (now, bytes, pages)
+                state.wholePages = ram.normal
                 state.remainingPages = remainingPages
             }
             guard let before = state.collectedAt else { return state.history.began(pages: remainingPages) }
@@ -90,7 +92,8 @@ final class Convergence: Sendable {
             let left = state.remainingPages - min(state.remainingPages, sent.pages)
             let fresh = remainingPages - min(remainingPages, left)
             state.history.collected(
-                remaining: remainingPages, sentPages: sent.pages, sentBytes: sent.bytes,
+                remaining: remainingPages, sentPages: sent.pages,
+                wholePages: ram.normal - min(ram.normal, state.wholePages), sentBytes: sent.bytes,
                 seconds: Double(now - before) / 1e9, pace: 1 - Double(state.throttle.percentage) / 100)
             slowDown(&state, dirtyBytes: fresh * 4096, sentBytes: sent.bytes, nanoseconds: now - before)
         }
