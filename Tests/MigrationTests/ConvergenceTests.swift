@@ -1,4 +1,6 @@
 import Glibc
+import Host
+import Machine
 import Testing
 
 @testable import Migration
@@ -26,6 +28,37 @@ struct ConvergenceTests {
         #expect(policy.percentage == 99)
         // What was set stays, as in QEMU.
         #expect(period(0) == 99)
+    }
+
+    @Test("pages that go as differences count as sent: a guest that writes them again and again is throttled")
+    func deltas() throws {
+        let machine = try VirtualMachine(
+            MachineConfiguration(kind: .none, memoryByteCount: 1 << 20), serial: SerialPort(.none))
+        let convergence = Convergence(machine, MigrationParameters(), means: .throttle)
+        var info = MigrationInfo()
+        info.status = .active
+        info.ram = MigrationInfo.RAM()
+        info.xbzrle = MigrationInfo.XBZRLE()
+        for _ in 0..<5 {
+            convergence.collected(remainingPages: 200, info)
+            info.xbzrle?.pages += 200
+            info.ram?.transferred += 200 * 100
+            // Two of these are a period.
+            Clock.sleep(nanoseconds: AutoConverge.periodNanoseconds * 3 / 5)
+        }
+        convergence.describe(&info)
+        #expect(info.throttlePercentage ?? 0 >= 20)
+    }
+
+    @Test("a link that carries pages compressed to a fifth is measured all the same; one of zeroes is not")
+    func compressedRounds() {
+        for whole in [0, 50_000] as [UInt64] {
+            var history = RoundHistory(chunkCount: 4)
+            history.began(pages: 50_000)
+            history.collected(
+                remaining: 40_000, sentPages: 50_000, wholePages: whole, sentBytes: 50_000 * 800, seconds: 1, pace: 1)
+            #expect(history.linkBytesPerSecond == (whole > 0 ? 40_000_000 : nil))
+        }
     }
 
     @Test("short rounds are summed up until they make a period")

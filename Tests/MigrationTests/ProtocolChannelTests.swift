@@ -166,6 +166,22 @@ struct ProtocolChannelTests {
         }
     }
 
+    @Test(
+        "what a channel has placed spoils the memory, though the stream has not come to its pages",
+        arguments: [true, false])
+    func ahead(places: Bool) {
+        var driver = Driver()
+        driver.greet(2, channel: 0, of: 1)
+        driver.open()
+        driver.items(.command(.begin(Driver.migration, .all)), .ramSetup([]), .multifdFlush, .ramSectionEnded(.start))
+        if places {
+            let takes = driver.core.takesPages(on: ConnectionID(2))
+            #expect(takes)
+        }
+        driver.feed(.disconnected(ConnectionID(2), "connection reset"))
+        #expect(driver.core.phase == (places ? .failed : .waiting), "the next source would find pages of this one")
+    }
+
     @Test("a channel whose migration never begins leaves when its time is over")
     func forgotten() throws {
         var driver = Driver()
@@ -184,6 +200,19 @@ struct ProtocolChannelTests {
         #expect(driver.turnedAway.isEmpty)
         driver.feed(.accepted(ConnectionID(1000), answers: true))
         #expect(driver.turnedAway[1000] == nil && driver.turnedAway[1] != nil)
+    }
+
+    @Test("channels whose migration never begins do not keep the source out, however many there are")
+    func crowd() {
+        var driver = Driver()
+        let other = MigrationIdentifier(high: 9, low: 9)
+        for id in 100..<UInt64(100 + StreamLimit.multifdChannels + 8) {
+            driver.greet(id, channel: 0, of: 1, migration: other)
+        }
+        driver.open()
+        #expect(driver.turnedAway[Driver.main.rawValue] == nil)
+        #expect(driver.turnedAway[100]?.contains("whose migration has not begun") == true)
+        #expect(driver.core.phase == .opened)
     }
 
     // MARK: Source

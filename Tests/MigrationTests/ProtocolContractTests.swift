@@ -157,6 +157,18 @@ struct ProtocolContractTests {
         #expect(driver.actions.last == .finished(.completed))
     }
 
+    @Test("the bandwidth to count on may be changed under way, like the limit: more pages are too many")
+    func availableBandwidth() {
+        for isSlow in [false, true] {
+            var driver = Standstill()
+            if isSlow { driver.feed(.setAvailableBandwidth(bytesPerSecond: 100_000)) }
+            driver.stop()
+            // 3 pages at 100 kB/s are 123 ms, at what was measured or guessed next to nothing.
+            driver.collect()
+            #expect(driver.core.phase == (isSlow ? .collecting : .finalSending))
+        }
+    }
+
     @Test("COMMIT allows what is left of the limit when READY is heard, and none is said when nothing is left")
     func left() {
         var driver = Standstill()

@@ -140,6 +140,17 @@ struct ProtocolSwitchoverTests {
         #expect(policy.decide(remainingPages: 20_000) == .switchOver)
     }
 
+    @Test("pages that go compressed are measured by what they are in memory, as what remains is")
+    func compressed() {
+        var policy = SwitchoverPolicy()
+        var report = RoundReport(pages: 100_000, bytes: 100_000 * 500, nanoseconds: 1_000_000_000)
+        policy.sent(report)
+        #expect(!policy.knowsBandwidth)
+        report.contentBytes = 100_000 * 4096
+        policy.sent(report)
+        #expect(policy.knowsBandwidth && policy.bandwidthBytesPerSecond == 409_600_000)
+    }
+
     @Test("bandwidth is measured by rounds of data, not by zero pages or a handful of bytes")
     func bandwidth() {
         var policy = SwitchoverPolicy()

@@ -128,6 +128,9 @@ struct ThrottledMigrationTests {
                 }
                 try source.claimArrival(at: destination, "limited to 8 MB/s")
                 claim(machine.accelerator?.dirtyRateControl?.limits.isEmpty == true, "the limit is still there")
+                parameters.vcpuDirtyLimitMegabytes = 9
+                try source.set(parameters)
+                claim(machine.accelerator?.dirtyRateControl?.limits.isEmpty == true, "a number for later limits now")
                 // 4096 pages at 8 MB/s are two seconds.
                 claim((200_000...60_000_000).contains(figures.1), "a ring is said to last \(figures.1) us")
                 claim(figures.0 <= figures.1, "\(figures)")

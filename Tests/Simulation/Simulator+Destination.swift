@@ -156,7 +156,7 @@ extension Simulator {
 
     /// Pages go around the core.
     private func isPlaced(_ item: StreamItem, from id: ConnectionID) -> Bool {
-        guard destination.acceptsPages(on: id) else { return false }
+        guard destination.takesPages(on: id) else { return false }
         switch item {
         case .page(let block, let offset):
             readers[id]?.awaited = [map.page(block: block, offset: offset)]

@@ -40,7 +40,7 @@ extension IncomingMigration {
             while let item = try receiver.next() {
                 switch item {
                 case .page, .zeroPage, .pageDelta, .pageBatch:
-                    guard acceptsPages(on: id) else {
+                    guard takesPages(on: id) else {
                         // Nobody wants these pages: the core says why, and the connection ends.
                         post(.item(id, item))
                         post(.rejected(id, "it sends pages that nobody waits for"))
@@ -119,7 +119,7 @@ extension IncomingMigration {
             var progress = ProgressTeller()
             while let packet = try receiver.next() {
                 if !packet.normal.isEmpty || !packet.zero.isEmpty {
-                    guard acceptsPages(on: id) else {
+                    guard takesPages(on: id) else {
                         return post(.rejected(id, "it sends pages that nobody waits for"))
                     }
                     try receiver.place(packet)

@@ -159,6 +159,7 @@ final class IncomingMigration: Sendable {
     func isOpen(_ id: ConnectionID) -> Bool { channels.withLock { $0[id] != nil } }
 
     func acceptsPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.acceptsPages(on: id) } }
+    func takesPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.takesPages(on: id) } }
     var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
 
     private func serveTimers() {

@@ -138,6 +138,7 @@ private struct PacketSender: ~Copyable {
     private mutating func sendPacket() throws(ChannelError) {
         packet.number = group.packetNumber.add(1, ordering: .relaxed).oldValue
         let isPacked = try pack()
+        let isPacking = group.packing != nil
         let (normal, zero) = (UInt64(packet.normal.count), UInt64(packet.zero.count))
         head.write(group.codec.head(of: packet), at: 0)
         vector.removeAll()
@@ -155,6 +156,10 @@ private struct PacketSender: ~Copyable {
         group.pay(bytes)
         try channel.send(&vector)
         group.statistics.sent(bytes: UInt64(bytes), normal: normal, duplicate: zero, overChannels: true)
-        group.progress.withLock { $0.bytes += UInt64(bytes) }
+        group.progress.withLock { progress in
+            progress.bytes += UInt64(bytes)
+            // With a compressor also what went plain, or a round of both would seem to be smaller than it was.
+            if isPacking { progress.contentBytes += normal * UInt64(Wire.pageSize) }
+        }
     }
 }

@@ -34,6 +34,8 @@ final class ChannelGroup: Sendable {
         var synchronized = 0
         /// Sent since the round began.
         var bytes: UInt64 = 0
+        /// Of the pages that were compressed, in memory.
+        var contentBytes: UInt64 = 0
         /// Zero pages to be told on the main channel.
         var zeroes: [(block: Int, offsets: [UInt64])] = []
         var failure: ChannelError?
@@ -107,7 +109,7 @@ final class ChannelGroup: Sendable {
     func beginRound(_ pacer: Pacer) {
         self.pacer.withLock { $0 = pacer }
         isInHurry.withLock { $0 = false }
-        progress.withLock { $0.bytes = 0 }
+        progress.withLock { ($0.bytes, $0.contentBytes) = (0, 0) }
     }
 
     /// Queues an item when there is room. - Returns: false when `isOver` said so while there was none.
@@ -138,6 +140,9 @@ final class ChannelGroup: Sendable {
             return zeroes
         } ?? []
     }
+
+    /// In memory, of the pages that were compressed since the round began.
+    var contentBytes: UInt64 { progress.wait { $0.contentBytes } ?? 0 }
 
     /// Has every channel send SYNC behind all that was enqueued, and waits until they have.
     /// - Parameter moved: called now and then while bytes go out.

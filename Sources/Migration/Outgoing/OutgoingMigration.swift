@@ -117,6 +117,8 @@ final class OutgoingMigration: Sendable {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         convergence.update(parameters)
+        let available = parameters.availableSwitchoverBytesPerSecond
+        post(.setAvailableBandwidth(bytesPerSecond: available > 0 ? available : nil))
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
     }
 
@@ -340,7 +342,7 @@ final class OutgoingMigration: Sendable {
             if final {
                 statistics.mark(.collect)
             } else {
-                convergence.collected(remainingPages: pages, statistics.info().ram)
+                convergence.collected(remainingPages: pages, statistics.info())
             }
             report(.pass(statistics.collected(remainingPages: pages)))
             post(.collected(remainingPages: pages))

@@ -207,6 +207,7 @@ struct RoundSender: ~Copyable {
     ) throws(ChannelError) {
         guard let group = route.group else { return }
         report.bytes += try group.synchronize(inHurry: report.interrupted) { _ = sent(RecordWriter.Sent()) }
+        report.contentBytes = group.contentBytes
         var written = try writeZeroes(group, route)
         if route.marksEnd {
             var writer = StreamWriter()

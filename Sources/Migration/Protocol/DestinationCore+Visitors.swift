@@ -5,19 +5,23 @@ import MigrationStream
 extension DestinationCore {
     mutating func accepted(_ connection: ConnectionID, _ answers: Bool, _ actions: inout [DestinationAction]) {
         if visitors.count >= Self.visitorLimit {
-            // Who says nothing must not keep out the source, which says at once who it is.
-            guard
-                let oldest = visitors.filter({ $0.value.wish == .unknown }).keys.min(by: { $0.rawValue < $1.rawValue })
-            else {
+            // Who says nothing must not keep out the source, which says at once who it is; nor must channels without a migration.
+            let silent = oldest { $0 == .unknown }
+            guard let leaving = silent ?? oldest({ if case .channel = $0 { true } else { false } }) else {
                 actions.append(.close(connection))
                 actions.append(.turnedAway(connection, "too many connections wait already"))
                 return
             }
-            dismiss(oldest, "too many connections wait, and it has said nothing for the longest time", &actions)
+            let fault = silent != nil ? "has said nothing" : "is a channel whose migration has not begun"
+            dismiss(leaving, "too many connections wait, and it \(fault) for the longest time", &actions)
         }
         visitors[connection] = Visitor(answers: answers)
         let timer = timers.set(.visitor(connection))
         actions.append(.setTimer(timer, nanoseconds: configuration.deadlines.greeting))
+    }
+
+    private func oldest(_ isWanted: (Visitor.Wish) -> Bool) -> ConnectionID? {
+        visitors.filter { isWanted($0.value.wish) }.keys.min { $0.rawValue < $1.rawValue }
     }
 
     mutating func visit(_ connection: ConnectionID, _ item: StreamItem, _ actions: inout [DestinationAction]) {

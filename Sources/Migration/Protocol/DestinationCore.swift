@@ -95,6 +95,13 @@ public struct DestinationCore: Sendable {
         phase == .receiving && !ramIsComplete && (connection == source || channels[connection] != nil)
     }
 
+    /// The same, asked by who is about to place pages: what was placed stays. A channel may be ahead of the stream's own words.
+    public mutating func takesPages(on connection: ConnectionID) -> Bool {
+        guard acceptsPages(on: connection) else { return false }
+        memoryWasTouched = true
+        return true
+    }
+
     /// Takes one event and returns what to do, in order.
     /// - Parameter now: the moment of the event, in nanoseconds of a clock that never goes back.
     public mutating func handle(_ event: DestinationEvent, at now: UInt64 = 0) -> [DestinationAction] {

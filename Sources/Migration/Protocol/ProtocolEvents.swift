@@ -122,6 +122,8 @@ public struct RoundReport: Hashable, Sendable {
     /// Pages sent, zero pages included.
     public var pages: UInt64
     public var bytes: UInt64
+    /// Of pages that went compressed with others: what they have in memory. 0 where nothing is compressed.
+    public var contentBytes: UInt64 = 0
     public var nanoseconds: UInt64
     /// The round ended early because an event waited; the pages not sent are still dirty.
     public var interrupted: Bool
@@ -177,6 +179,8 @@ public enum SourceEvent: Hashable, Sendable {
     case settle(Settlement)
     /// The operator changed the limit while the migration runs.
     case setDowntimeLimit(nanoseconds: UInt64)
+    /// The operator changed what the last round can count on; `nil`: what was measured.
+    case setAvailableBandwidth(bytesPerSecond: UInt64?)
 }
 
 public enum SourceAction: Hashable, Sendable {

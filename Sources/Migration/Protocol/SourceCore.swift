@@ -149,6 +149,8 @@ public struct SourceCore: Sendable {
         case .settle(let settlement): settle(settlement, &actions)
         case .setDowntimeLimit(let nanoseconds):
             configuration.switchover.downtimeLimitNanoseconds = nanoseconds
+        case .setAvailableBandwidth(let bytesPerSecond):
+            configuration.switchover.availableBytesPerSecond = bytesPerSecond
         }
     }
 

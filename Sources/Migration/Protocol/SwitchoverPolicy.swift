@@ -81,10 +81,10 @@ public struct SwitchoverPolicy: Hashable, Sendable {
     /// - Returns: whether there was something to measure.
     @discardableResult
     private mutating func measure(_ round: RoundReport) -> Bool {
-        guard round.nanoseconds > 0, round.bytes >= Self.measurableBytes, round.bytes / 2048 >= round.pages else {
-            return false
-        }
-        let rate = UInt64(min(max(Double(round.bytes) * 1e9 / Double(round.nanoseconds), 1), 1e15))
+        // Pages that shrink are that much faster: what counts is how long as many as remain will take.
+        let bytes = max(round.bytes, round.contentBytes)
+        guard round.nanoseconds > 0, bytes >= Self.measurableBytes, bytes / 2048 >= round.pages else { return false }
+        let rate = UInt64(min(max(Double(bytes) * 1e9 / Double(round.nanoseconds), 1), 1e15))
         fastestRate = max(fastestRate, rate)
         rates.append(rate)
         if rates.count > Self.ratesKept { rates.removeFirst() }

@@ -24,6 +24,7 @@ final class Convergence: Sendable {
         var collectedAt: UInt64?
         var sentBytes: UInt64 = 0
         var sentPages: UInt64 = 0
+        var wholePages: UInt64 = 0
         var remainingPages: UInt64 = 0
         var isOver = false
         /// How often parameters changed.
@@ -61,7 +62,8 @@ final class Convergence: Sendable {
             state.limitTrigger.periodNanoseconds = parameters.vcpuDirtyLimitPeriodMilliseconds * 1_000_000
             let isNewLimit = state.limit != parameters.vcpuDirtyLimitMegabytes
             state.limit = parameters.vcpuDirtyLimitMegabytes
-            if isNewLimit, state.isLimited { setLimit(state.limit << 20) }
+            // A migration that is over is still told of new parameters: its guest is free.
+            if isNewLimit, state.isLimited, !state.isOver { setLimit(state.limit << 20) }
             state.policy.downtimeLimitNanoseconds = parameters.downtimeLimitMilliseconds * 1_000_000
             let available = parameters.availableSwitchoverBytesPerSecond
             state.policy.availableBytesPerSecond = available > 0 ? available : nil
@@ -72,14 +74,17 @@ final class Convergence: Sendable {
 
     // MARK: From the migration
 
-    /// The dirty pages were collected while the guest ran. - Parameter ram: what had been sent by then.
-    func collected(remainingPages: UInt64, _ ram: MigrationInfo.RAM?) {
-        guard let ram else { return }
-        let (bytes, pages, now) = (ram.transferred, ram.normal + ram.duplicate, Clock.monotonicNanoseconds)
+    /// The dirty pages were collected while the guest ran. - Parameter info: what had been sent by then.
+    func collected(remainingPages: UInt64, _ info: MigrationInfo) {
+        guard let ram = info.ram else { return }
+        // Those that went as differences, or were as before, are settled like the others.
+        let deltas = info.xbzrle.map { $0.pages - min($0.pages, $0.overflows) } ?? 0
+        let (bytes, pages, now) = (ram.transferred, ram.normal + ram.duplicate + deltas, Clock.monotonicNanoseconds)
         state.withLock { state in
             guard !state.isOver else { return }
             defer {
                 (state.collectedAt, state.sentBytes, state.sentPages) = (now, bytes, pages)
+                state.wholePages = ram.normal
                 state.remainingPages = remainingPages
             }
             guard let before = state.collectedAt else { return state.history.began(pages: remainingPages) }
@@ -87,7 +92,8 @@ final class Convergence: Sendable {
             let left = state.remainingPages - min(state.remainingPages, sent.pages)
             let fresh = remainingPages - min(remainingPages, left)
             state.history.collected(
-                remaining: remainingPages, sentPages: sent.pages, sentBytes: sent.bytes,
+                remaining: remainingPages, sentPages: sent.pages,
+                wholePages: ram.normal - min(ram.normal, state.wholePages), sentBytes: sent.bytes,
                 seconds: Double(now - before) / 1e9, pace: 1 - Double(state.throttle.percentage) / 100)
             slowDown(&state, dirtyBytes: fresh * 4096, sentBytes: sent.bytes, nanoseconds: now - before)
         }

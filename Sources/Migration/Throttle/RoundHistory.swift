@@ -45,9 +45,12 @@ public struct RoundHistory: Sendable {
 
     /// A round was sent, and the collect after it found `remaining` pages in all.
     ///
-    /// - Parameter pace: the part of its time in which the guest could run.
+    /// - Parameters:
+    ///   - wholePages: of those sent, how many went with all their contents, compressed or not; `nil`: as the bytes tell.
+    ///   - pace: the part of its time in which the guest could run.
     public mutating func collected(
-        remaining: UInt64, sentPages: UInt64, sentBytes: UInt64, seconds: Double, pace: Double
+        remaining: UInt64, sentPages: UInt64, wholePages: UInt64? = nil, sentBytes: UInt64, seconds: Double,
+        pace: Double
     ) {
         guard allocatedPages != nil, seconds > 0 else { return }
         let sent = Double(sentPages)
@@ -64,7 +67,7 @@ public struct RoundHistory: Sendable {
         let left = max(0, remainingPages - sent)
         uniqueBytesPerSecond = max(0, Double(remaining) - left) * 4096 / seconds
         // Rounds of zeroes tell nothing of the link, nor of what a written page takes.
-        if sentBytes >= 256 << 10, Double(sentBytes) >= sent * 2048 {
+        if sentBytes >= 256 << 10, wholePages.map({ Double($0) * 2 }) ?? Double(sentBytes) / 2048 >= sent {
             pageBytes = Double(sentBytes) / max(sent, 1)
             recent.append((bytes: Double(sentBytes), seconds: seconds))
             while recent.count > 1, recent.dropFirst().reduce(0, { $0 + $1.seconds }) >= Self.windowSeconds {
