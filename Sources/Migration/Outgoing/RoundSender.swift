@@ -24,10 +24,10 @@ struct RoundSender: ~Copyable {
         let zeroPages: ZeroPageDetection
         /// The peer takes plain packets among compressed ones.
         let mayGoPlain: Bool
-        /// Where marks between pages are acknowledged; `nil`: there are none.
-        let marks: MarkBoard?
         /// Mark the end of the round in the main stream (`MultifdMode.flush`).
         let marksEnd: Bool
+        /// Where marks between pages are acknowledged; `nil`: there are none.
+        var marks: MarkBoard?
     }
 
     private let memory: GuestMemory

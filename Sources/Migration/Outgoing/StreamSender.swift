@@ -181,7 +181,8 @@ final class StreamSender: Sendable {
         return RoundSender.Route(
             channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
             mayGoPlain: peerIsGodwit.load(ordering: .relaxed),
-            marks: isResumable.load(ordering: .relaxed) ? marks : nil, marksEnd: mode == .flush)
+            marksEnd: mode == .flush,
+            marks: isResumable.load(ordering: .relaxed) ? marks : nil)
     }
 
     /// Tells the core at most once per second that the peer takes data.
