@@ -8,7 +8,7 @@ public struct MigrationReading: Equatable, Sendable {
         public let nanoseconds: UInt64
     }
 
-    /// QEMU's word, or `x-unsettled`; `none` before any migration.
+    /// QEMU's word, `x-paused` or `x-unsettled`; `none` before any migration.
     public let status: String
     /// Bytes of guest RAM, and of those that are known to need sending.
     public let totalBytes: UInt64
@@ -92,7 +92,7 @@ public struct MigrationReading: Equatable, Sendable {
     }
 
     /// Whether the migration is over, one way or the other, or waits for an operator.
-    public var isOver: Bool { ["completed", "failed", "cancelled", "x-unsettled"].contains(status) }
+    public var isOver: Bool { ["completed", "failed", "cancelled", "x-unsettled", "x-paused"].contains(status) }
 }
 
 extension MigrationReading {
@@ -102,6 +102,10 @@ extension MigrationReading {
         switch status {
         case "completed": return
         case "cancelled": throw CommandFailure("\(what) was cancelled; the guest is here as before")
+        case "x-paused":
+            throw CommandFailure(
+                "\(what) is paused: \(errorDescription ?? "the connection was lost"); the guest runs here; go on with "
+                    + "'godwit migrate \(vm) --resume \(uri)', or end it with 'godwit migrate \(vm) --cancel'")
         case "x-unsettled":
             throw CommandFailure(
                 "\(what) ended in doubt: \(errorDescription ?? "the connection was lost at the handover"); the guest stands "

@@ -37,7 +37,7 @@ public struct MigrationReport: Sendable {
         guard showsColors else { return reading.status }
         switch reading.status {
         case "completed": return Style.green(reading.status)
-        case "failed", "cancelled", "x-unsettled": return Style.red(reading.status)
+        case "failed", "cancelled", "x-unsettled", "x-paused": return Style.red(reading.status)
         default: return Style.bold(reading.status)
         }
     }

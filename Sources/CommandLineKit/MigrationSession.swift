@@ -18,6 +18,10 @@ public struct MigrationSession {
         public var throttlesGuest = false
         /// `zlib`, `zstd`, `xbzrle` or `none`.
         public var compression: String?
+        /// Let a lost connection pause the migration (`x-resumable`); false leaves what the VM has.
+        public var isResumable = false
+        /// Go on with a migration that is paused.
+        public var resumes = false
 
         public init() {}
 
@@ -40,6 +44,7 @@ public struct MigrationSession {
             if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
+            if isResumable { capabilities.append(["capability": "x-resumable", "state": true]) }
             guard !capabilities.isEmpty else { return }
             try client.execute("migrate-set-capabilities", ["capabilities": .array(capabilities)])
         }
@@ -63,7 +68,9 @@ public struct MigrationSession {
     /// - Throws: `QMPClientError` if the VM refuses or does not answer, `CommandFailure` for a descriptor we do not have.
     public mutating func run(to uri: String, _ settings: Settings = Settings()) throws -> JSON {
         try apply(settings)
-        try client.execute("migrate", ["uri": .string(try passDescriptor(of: uri))])
+        var arguments: [String: JSON] = ["uri": .string(try passDescriptor(of: uri))]
+        if settings.resumes { arguments["resume"] = true }
+        try client.execute("migrate", .object(arguments))
         defer { display.finish() }
         let answer = try watch()
         if settings.holdsBeforeSwitchover { try hold(false) }

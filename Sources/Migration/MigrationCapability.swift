@@ -18,6 +18,10 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Stop the guest only when the destination said that it may be; to be set on both sides.
     case switchoverAck = "switchover-ack"
 
+    /// A connection lost before the handover pauses the migration (`x-paused`); `migrate` with `resume` goes on. To a Godwit only; on
+    /// the source.
+    case resumable = "x-resumable"
+
     var isOnByDefault: Bool { [.events, .returnPath].contains(self) }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.

@@ -84,7 +84,11 @@ public struct MigrationInfo: Sendable, Equatable {
     public var longestBrokenNanoseconds: UInt64 = 0
     public var brokenAttempts: [BrokenAttempt] = []
     public static let brokenAttemptsKept = 16
-    /// One sentence: why it failed, or what an operator must settle.
+    /// Times that a new connection took the migration up (`x-resumable`), and the pages that were sent again because it was not known
+    /// that they had arrived.
+    public var resumptions: UInt64 = 0
+    public var repeatedPages: UInt64 = 0
+    /// One sentence: why it failed or is paused, or what an operator must settle.
     public var errorDescription: String?
     /// How the right to run passed on.
     public var rule: HandoverRule?

@@ -150,6 +150,9 @@ public final class Migrator: Sendable {
     /// Starts to move the guest to where `address` says (`migrate`). Returns at once.
     public func migrate(to address: MigrationAddress) throws(MigrationError) {
         try state.withLock { (state) throws(MigrationError) in
+            if let outgoing = state.outgoing, outgoing.isPaused {
+                throw MigrationError("migrate: the last migration is paused; go on with 'resume', or cancel it")
+            }
             if let outgoing = state.outgoing, outgoing.isUnderWay || outgoing.isUnsettled {
                 throw MigrationError(
                     outgoing.isUnsettled
@@ -245,6 +248,17 @@ public final class Migrator: Sendable {
             state.incoming = incoming
             try incoming.start()
         }
+    }
+
+    /// Goes on with a migration whose connection was lost (`migrate` with `resume`), over a new one to `address`.
+    public func resume(to address: MigrationAddress) throws(MigrationError) {
+        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isPaused else {
+            throw MigrationError("migrate: there is no paused migration to resume")
+        }
+        guard address.canReconnect else {
+            throw MigrationError("migrate: 'resume' needs tcp: or unix:, not \(address)")
+        }
+        try outgoing.resume(at: address)
     }
 
     /// Gives up a migration under way; the guest runs on here (`migrate_cancel`). Without one, nothing happens.

@@ -25,6 +25,17 @@
 /// follows, with the guest running on the source. (Peers without ``FeatureSet/retraction`` get END ram before the device
 /// sections, COMMIT instead of COMMIT_WITHIN, and EOF right behind it.)
 ///
+/// With ``FeatureSet/resumption`` a connection lost before COMMIT_WITHIN ends nothing: the destination keeps what it received, and a
+/// later connection takes the migration up. Sections and records begin afresh on it:
+///
+///       header, CONFIGURATION, OPEN_RETURN_PATH, PING 0x474F4457  --->|
+///       |<----------------------------------------  x HELLO, PONG 0x474F4457
+///     x COMMAND RESUME migration, the features chosen      ---------->|  lets go of the old connection
+///       |<----------------------------------------  x RESUMED
+///       START ram: block list, EOS, FOOTER, PART ram ...   ---------->|
+///
+/// So that the source knows what was placed, it ends a PART now and then, says PING 0x4Dxxxxxx (a ``ResumptionMark``), and begins another.
+///
 /// A QEMU destination answers PONG without HELLO: then nothing of Godwit's is sent, EOF alone tells it to start, and
 /// SHUT tells how it went. A connection lost after COMMIT is settled on a new one: header, `x` COMMAND SETTLE migration;
 /// the answer is `x` VERDICT.
@@ -124,6 +135,7 @@ public enum CommandType: UInt16, Sendable {
     case cancel = 0x4705
     case retract = 0x4710
     case commitWithin = 0x4711
+    case resume = 0x4720
 }
 
 /// The numbers of return path messages. Zero is invalid.
@@ -142,6 +154,7 @@ public enum ReturnPathType: UInt16, Sendable {
     case failure = 0x4704
     case verdict = 0x4705
     case retracted = 0x4710
+    case resumed = 0x4720
 }
 
 /// What a run of a page batch holds: the low bits of its first word. Zero is invalid.
@@ -176,8 +189,11 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     /// RETRACT, RETRACTED, COMMIT_WITHIN: a switchover that takes too long is taken back. Only with ``twoPhaseHandover``.
     public static let retraction = FeatureSet(rawValue: 1 << 8)
 
+    /// RESUME, RESUMED: a connection lost before the handover is replaced by another. Only with ``twoPhaseHandover``.
+    public static let resumption = FeatureSet(rawValue: 1 << 10)
+
     /// All that this program knows.
-    public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction]
+    public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction, .resumption]
 }
 
 /// Upper bounds of everything that a stream may announce. What exceeds one is an error, never memory.

@@ -58,6 +58,7 @@ public struct ReturnPathDecoder: Sendable {
             }
             return .verdict(verdict)
         case .retracted: return length == 4 ? .retracted(attempt: buffer.be32(4)) : nil
+        case .resumed: return length == 0 ? .resumed : nil
         case .switchoverAcknowledged: return length == 0 ? .switchoverAcknowledged : nil
         case .invalid, .requestPagesWithName, .requestPages, .receivedBitmap, .resumeAcknowledged:
             throw StreamError(.unsupportedMessage(type.name), position: position)
@@ -83,6 +84,7 @@ extension ReturnPathType {
         case .failure: "FAILURE"
         case .verdict: "VERDICT"
         case .retracted: "RETRACTED"
+        case .resumed: "RESUMED"
         }
     }
 }

@@ -14,10 +14,9 @@ extension StreamDecoder {
         guard let parsed = try parse(type ?? .invalid, number, length, buffer) else {
             throw error(.commandLength((type ?? .invalid).name, got: length))
         }
-        if case .begin(_, let features) = parsed, !describes {
-            allowsPageBatches = features.contains(.pageBatches)
-        }
         switch parsed {
+        case .begin(_, let features), .resume(_, let features):
+            if !describes { allowsPageBatches = features.contains(.pageBatches) }
         // The device sections before it may be void: those of the next attempt have the same numbers.
         case .retract, .commitWithin: forgetDeviceSections()
         default: break
@@ -47,6 +46,8 @@ extension StreamDecoder {
             return length == 12 ? .commitWithin(attempt: buffer.be32(5), nanoseconds: buffer.be64(9)) : nil
         case .retract: return length == 4 ? .retract(attempt: buffer.be32(5)) : nil
         case .settle: return length == 16 ? .settle(buffer.identifier(5)) : nil
+        case .resume:
+            return length == 24 ? .resume(buffer.identifier(5), FeatureSet(rawValue: buffer.be64(21))) : nil
         case .cancel:
             guard let reason = buffer.text(5..<(5 + length)) else { throw error(.reasonNotText(type.name)) }
             return .cancel(reason: reason)
@@ -81,6 +82,7 @@ extension CommandType {
         case .cancel: "CANCEL"
         case .retract: "RETRACT"
         case .commitWithin: "COMMIT_WITHIN"
+        case .resume: "RESUME"
         }
     }
 }

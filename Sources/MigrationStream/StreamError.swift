@@ -9,6 +9,9 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         self.position = position
     }
 
+    /// Whether nothing is wrong but that the stream ends too early.
+    public var isTruncation: Bool { if case .truncated = cause { true } else { false } }
+
     public var description: String { "migration stream, byte \(position): \(cause.sentence)" }
 
     public enum Cause: Hashable, Sendable {

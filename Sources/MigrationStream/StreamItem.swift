@@ -98,6 +98,8 @@ public enum ForwardCommand: Hashable, Sendable {
     /// Takes PREPARE back: the device state is void, RAM goes on.
     case retract(attempt: UInt32)
     case settle(MigrationIdentifier)
+    /// On a new connection: that migration goes on here, with the features it had.
+    case resume(MigrationIdentifier, FeatureSet)
     case cancel(reason: String)
     /// Only from a decoder that describes streams instead of loading them.
     case other(type: UInt16, length: Int)
@@ -118,6 +120,8 @@ public enum ReturnPathMessage: Hashable, Sendable {
     case verdict(Verdict)
     /// The switchover of that number is void: the guest did not start, and RAM is awaited again.
     case retracted(attempt: UInt32)
+    /// After RESUME: everything received so far is kept, RAM is awaited.
+    case resumed
     /// A message of QEMU that has no meaning without postcopy; it needs no answer.
     case switchoverAcknowledged
 }

@@ -90,6 +90,8 @@ extension StreamSummary {
             "\(CommandType.commitWithin.name) \(nanoseconds) ns of READY, attempt \(attempt)"
         case .retract(let attempt): "\(CommandType.retract.name) attempt \(attempt)"
         case .settle(let migration): "\(CommandType.settle.name) \(migration)"
+        case .resume(let migration, let features):
+            "\(CommandType.resume.name) \(migration) features 0x\(hexadecimal(features.rawValue))"
         case .cancel(let reason): "\(CommandType.cancel.name) \(reason)"
         case .other(let type, let length):
             (CommandType(rawValue: type).map(\.name) ?? "0x\(hexadecimal(UInt64(type)))") + " (\(length) bytes)"

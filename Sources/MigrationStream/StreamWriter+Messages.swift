@@ -24,6 +24,10 @@ extension StreamWriter {
         case .settle(let migration):
             head(CommandType.settle.rawValue, 16)
             identifier(migration)
+        case .resume(let migration, let features):
+            head(CommandType.resume.rawValue, 24)
+            identifier(migration)
+            be64(features.rawValue)
         case .cancel(let reason): text(CommandType.cancel.rawValue, reason)
         case .other(let type, let length):
             head(type, UInt16(length))
@@ -58,6 +62,7 @@ extension StreamWriter {
         case .retracted(let attempt):
             head(ReturnPathType.retracted.rawValue, 4)
             be32(attempt)
+        case .resumed: head(ReturnPathType.resumed.rawValue, 0)
         case .switchoverAcknowledged: head(ReturnPathType.switchoverAcknowledged.rawValue, 0)
         }
     }

@@ -67,6 +67,12 @@ struct Migrate: ParsableCommand {
     @Flag(help: "Throttle the guest, more and more, as long as it writes too much to be moved.")
     var autoConverge = false
 
+    @Flag(help: "A connection that is lost pauses the migration, to a Godwit; go on with --resume.")
+    var resumable = false
+
+    @Flag(help: "Go on with a migration that is paused, over a new connection to the address given.")
+    var resume = false
+
     @Flag(help: "Let a migration that was held go on.")
     var proceed = false
 
@@ -82,7 +88,11 @@ struct Migrate: ParsableCommand {
             throw ValidationError("Give one of: where to migrate to, --dry-run, --proceed, --cancel, --settle.")
         }
         if dryRun, uri == nil { throw ValidationError("--dry-run goes with an address or alone.") }
+        if resume, uri == nil { throw ValidationError("--resume goes with an address.") }
         guard let uri else { return }
+        if resume, resumable || hold || channels != nil || compress != nil || autoConverge {
+            throw ValidationError("--resume goes on as the migration began: leave other settings out.")
+        }
         guard channels.map({ (0...64).contains($0) }) ?? true else {
             throw ValidationError("--channels: give a number from 0 to 64.")
         }
@@ -145,6 +155,8 @@ struct Migrate: ParsableCommand {
         settings.tlsHostname = tlsHostname
         settings.throttlesGuest = autoConverge
         settings.compression = compress?.rawValue
+        settings.isResumable = resumable
+        settings.resumes = resume
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

@@ -46,6 +46,8 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case stopsTheClock
     /// The destination loads device state once; what comes after a retraction is not loaded.
     case keepsOldState
+    /// What was on its way when the connection was lost is taken for delivered.
+    case forgetsWhatWasLost
 
     /// By which words of a violation it may be found.
     var symptoms: [String] {
@@ -55,6 +57,7 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .losesFinalRound, .clearsDirtyMarkLate: ["pages differ at the switch"]
         case .losesTimers: ["waits for ever", "nothing disturbed the migration"]
         case .stopsTheClock: ["are allowed"]
+        case .forgetsWhatWasLost: ["pages differ at the switch"]
         case .keepsOldState: ["device state differs"]
         }
     }
@@ -102,6 +105,10 @@ struct SimulationPlan: Sendable {
     /// Nanoseconds between two writes of the guest.
     var writeInterval: UInt64 = 100 * microsecond
     var guestRuns = true
+    /// A lost connection pauses the migration, and the operator resumes it.
+    var isResumable = false
+    /// Later connections are cut after so many bytes towards the destination, too.
+    var furtherCuts: [Int] = []
     var pauses = false
     /// The operator's cancel comes then, if at all.
     var cancelsAfter: UInt64?
@@ -140,6 +147,14 @@ struct SimulationPlan: Sendable {
         }
         if generator.chance(0.85) { plan.faults.append(fault(plan, using: &generator)) }
         if generator.chance(0.25) { plan.faults.append(fault(plan, using: &generator)) }
+        if plan.rule == .twoPhase, generator.chance(0.7) {
+            plan.isResumable = true
+            if generator.chance(0.6) {
+                plan.furtherCuts = (0..<Int.random(in: 1...3, using: &generator)).map { _ in
+                    Int.random(in: 0...(plan.pages * 4000), using: &generator)
+                }
+            }
+        }
         return plan
     }
 

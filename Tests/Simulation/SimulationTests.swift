@@ -31,10 +31,13 @@ struct SimulationTests {
         let count = Self.environment("GODWIT_SIMULATION_SEEDS") ?? 500
         var endings: [RunEnding: Int] = [:]
         var broken = 0
+        var resumed = 0
         for seed in 1...max(count, 1) {
             do {
                 let simulator = Simulator(seed: seed)
-                endings[try simulator.run(), default: 0] += 1
+                let ending = try simulator.run()
+                endings[ending, default: 0] += 1
+                if ending == .completed, simulator.resumptions > 0 { resumed += 1 }
                 broken += simulator.brokenSwitchovers
             } catch {
                 Issue.record("\(Self.report(seed))")
@@ -42,9 +45,12 @@ struct SimulationTests {
             }
         }
         let summary = RunEnding.allCases.map { "\($0.rawValue) \(endings[$0, default: 0])" }.joined(separator: ", ")
-        print("simulation: \(count) seeds: \(summary); \(broken) switchovers broken off")
+        print(
+            "simulation: \(count) seeds: \(summary); \(broken) switchovers broken off, \(resumed) completed after a resume"
+        )
         // Seeds that never get into trouble would prove nothing.
         if count >= 500 {
+            #expect(resumed > 20, "hardly a seed completes after its connection was lost")
             #expect(broken > 50, "no seed has a switchover broken off")
             for ending in RunEnding.allCases where ending != .stillUnsettled {
                 #expect(endings[ending, default: 0] > 0, "no seed ends as \(ending.rawValue)")

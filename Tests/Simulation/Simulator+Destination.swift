@@ -48,7 +48,9 @@ extension Simulator {
             }
         case .cancelTimer(let kind): destinationTimers[kind] = nil
         case .finished(let outcome): destinationOutcomes.append(outcome)
-        case .report, .agreed, .admit, .turnedAway: break
+        case .awaitReaders:
+            schedule(after: microsecond, 10 * millisecond) { [self] in feedDestination(.readersEnded) }
+        case .report, .agreed, .admit, .turnedAway, .keeps: break
         }
     }
 

@@ -96,7 +96,9 @@ extension Simulator {
 
     /// QEMU's order of states; the ways out are open from everywhere.
     func checkOrder(_ status: MigrationStatus) {
-        let order: [MigrationStatus] = [.none, .setup, .active, .preSwitchover, .device, .unsettled, .completed]
+        let order: [MigrationStatus] = [
+            .none, .paused, .setup, .active, .preSwitchover, .device, .unsettled, .completed,
+        ]
         if let old = order.firstIndex(of: lastReport), let new = order.firstIndex(of: status), new <= old {
             violate("the status goes from \(lastReport.rawValue) to \(status.rawValue)")
         }

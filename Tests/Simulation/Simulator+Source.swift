@@ -43,7 +43,13 @@ extension Simulator {
         case .sendRound(let final, let batches):
             round = SimulatedRound(final: final, batches: batches, began: now)
             schedule(after: microsecond, 50 * microsecond) { [self] in batch() }
-        case .interruptRound: round?.endsEarly = true
+        case .interruptRound:
+            round?.endsEarly = true
+            wakeBatch()
+        case .abandon: abandon()
+        case .paused: paused()
+        case .rewind: rewind()
+        case .bidFarewell(let bytes): bidFarewell(bytes)
         case .stopGuest:
             standsStillSince = now
             stopGuest()
@@ -78,8 +84,12 @@ extension Simulator {
     // MARK: The connection
 
     private func connect() {
+        attempts += 1
+        let attempt = attempts
         schedule(after: plan.latency.lowerBound, plan.latency.upperBound * 2) { [self] in
-            guard sourceIsAlive else { return }
+            guard sourceIsAlive, attempt == attempts else { return }
+            // The thread of the connection before is gone first.
+            guard round == nil else { return connect() }
             let isFirst = connections.allSatisfy(\.isStranger)
             if isFirst, plan.faults.contains(where: { if case .refusal = $0 { true } else { false } }) {
                 return feedSource(.connectFailed("connection refused"))
@@ -88,7 +98,11 @@ extension Simulator {
                 return feedSource(.connectFailed("no route to the destination"))
             }
             let connection = SimulatedConnection(ConnectionID(UInt64(connections.count + 1)))
-            if isFirst { prepareCuts(of: connection) }
+            if isFirst {
+                prepareCuts(of: connection)
+            } else if source.phase == .reopening, resumptions <= plan.furtherCuts.count {
+                connection.towardsDestination.bytesUntilCut = plan.furtherCuts[resumptions - 1]
+            }
             connections.append(connection)
             sourceConnection = connection
             sourceMessages = ReturnPathDecoder()
@@ -109,6 +123,10 @@ extension Simulator {
         sourceInput.append(bytes)
         do {
             while connection === sourceConnection, let message = try sourceMessages.next(from: &sourceInput) {
+                if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
+                    acknowledged(mark)
+                    continue
+                }
                 feedSource(.received(message))
             }
         } catch {
@@ -154,8 +172,9 @@ extension Simulator {
         }
     }
 
-    private func batch() {
+    func batch() {
         guard sourceIsAlive, var current = round else { return }
+        batchWaits = false
         // A peer that takes nothing: the write blocks after what the socket holds.
         if let connection = sourceConnection, connection.isSilent { return }
         if let connection = sourceConnection, now < connection.isHeldUntil,
@@ -174,7 +193,9 @@ extension Simulator {
                 interrupted: !dirty.isEmpty && !isLost)
             return feedSource(.roundSent(report))
         }
+        if mustWaitForMark() { return }
         let bytes = current.batches && generator.chance(0.8) ? batched(dirty) : single(dirty)
+        stretch += dirty
         for page in dirty {
             pending[page] = false
             if bug == .clearsDirtyMarkLate { sourceGuest.forgetDirty(page) }
@@ -182,7 +203,7 @@ extension Simulator {
         current.pages += UInt64(dirty.count)
         current.bytes += UInt64(bytes.count)
         round = current
-        sourceSends(bytes)
+        sourceSends(bytes + mark())
         let duration = max(UInt64(bytes.count) * second / plan.bytesPerSecond, microsecond)
         schedule(at: now + duration) { [self] in
             if bug == .clearsDirtyMarkLate {

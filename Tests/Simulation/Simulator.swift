@@ -46,6 +46,15 @@ final class Simulator {
     /// When the present standstill began for the contract.
     var standsStillSince: UInt64?
     var brokenSwitchovers = 0
+    /// Pages sent since the mark before, and behind each mark that was not acknowledged.
+    var stretch: [Int] = []
+    var unacknowledged: [(mark: ResumptionMark, pages: [Int])] = []
+    var nextMark = ResumptionMark(number: 0)
+    var batchWaits = false
+    /// Counts attempts to connect.
+    var attempts = 0
+    var resumptions = 0
+    var pauses = 0
 
     // The destination's process.
     var destination: DestinationCore
@@ -83,16 +92,20 @@ final class Simulator {
         destinationGuest = SimulatedGuest(emptyPages: plan.pages)
         pending = [Bool](repeating: true, count: plan.pages)
         records = RAMRecordEncoder(blocks: map.blocks)
-        source = SourceCore(
+        var configuration =
             SourceConfiguration(
                 migration: MigrationIdentifier(high: seed, low: 1), machineName: Self.machineName, blocks: map.blocks,
                 catalogue: Self.catalogue, pausesBeforeSwitchover: plan.pauses,
-                switchover: SwitchoverPolicy(downtimeLimitNanoseconds: plan.downtimeLimit)))
-        destination = DestinationCore(
+                switchover: SwitchoverPolicy(downtimeLimitNanoseconds: plan.downtimeLimit))
+        configuration.isResumable = plan.isResumable
+        source = SourceCore(configuration)
+        var waiting =
             DestinationConfiguration(
                 instance: MigrationIdentifier(high: seed, low: 2), machineName: Self.machineName,
                 sections: [ExpectedSection(name: "cpu"), ExpectedSection(name: "clock")],
-                features: plan.rule == .twoPhase ? .all : []))
+                features: plan.rule == .twoPhase ? .all : [])
+        waiting.deadlines.kept = 600 * second
+        destination = DestinationCore(waiting)
     }
 
     static var catalogue: SectionCatalogue {

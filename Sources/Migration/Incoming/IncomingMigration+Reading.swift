@@ -65,7 +65,9 @@ extension IncomingMigration {
                 guard isOpen(id) else { return }
             }
             post(
-                receiver.failure.map { .rejected(id, $0.description) }
+                receiver.failure.map {
+                    $0.isTruncation && isResumable ? .disconnected(id, $0.description) : .rejected(id, $0.description)
+                }
                     ?? .disconnected(id, "the source closed the connection"))
         } catch {
             post(.disconnected(id, "\(error)"))
@@ -76,6 +78,8 @@ extension IncomingMigration {
     private func waitForChannels(_ id: ConnectionID) {
         switch barrier.waitForAll(main: id) {
         case .complete, .closed: break
+        case .channelEnded where isResumable: post(.disconnected(id, "one of its channels ended"))
+        case .stalled where isResumable: post(.disconnected(id, "its channels bring nothing any more"))
         case .channelEnded: post(.rejected(id, "one of its channels ended before its pages were complete"))
         case .stalled: post(.rejected(id, "its channels bring nothing any more"))
         }

@@ -26,6 +26,8 @@ final class IncomingMigration: Sendable {
         var isOver = false
     }
     private let state: Mutex<State>
+    /// Connections that a thread reads.
+    private let readers = Monitor<Set<ConnectionID>>([])
     /// Under a lock of their own: they can be cancelled while the core is busy sending to one of them.
     private let channels = Mutex<[ConnectionID: Channel]>([:])
     /// How long a peer may keep the end of the process waiting, by not taking what it is told.
@@ -102,14 +104,17 @@ final class IncomingMigration: Sendable {
             channels.withLock { $0[id] = channel }
             barrier.opened(id)
             // Nobody is a visitor before the handshake; but who alone can come is one at once, or nobody would be waited for.
+            readers.withLock { _ = $0.insert(id) }
             let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
             if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
             do throws(SystemError) {
                 _ = try HostThread(name: "migration-recv") { [self] in
+                    defer { readers.withLock { _ = $0.remove(id) } }
                     guard shakeHands(channel, id, isVisitor: isVisitor) else { return }
                     recognize(channel, id)
                 }
             } catch {
+                readers.withLock { _ = $0.remove(id) }
                 post(.disconnected(id, error.description))
                 channel.cancel()
             }
@@ -160,6 +165,7 @@ final class IncomingMigration: Sendable {
 
     func acceptsPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.acceptsPages(on: id) } }
     func takesPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.takesPages(on: id) } }
+    var isResumable: Bool { state.withLock { $0.core.isResumable } }
     var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
 
     private func serveTimers() {
@@ -217,12 +223,26 @@ final class IncomingMigration: Sendable {
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, _): statistics.agreed(rule)
+        case .awaitReaders(let ids): awaitReaders(Set(ids))
+        case .keeps(let sentence):
+            statistics.end(error: sentence)
+            report(.notice(sentence))
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):
             if let reason = outcome.reason { report(.notice(reason)) }
             if outcome == .completed { stopListeningLater() }
         }
         return nil
+    }
+
+    /// Their channels are cancelled: the threads end as soon as they notice.
+    private func awaitReaders(_ ids: Set<ConnectionID>) {
+        do throws(SystemError) {
+            _ = try HostThread(name: "migration-quiet") { [self] in
+                readers.wait { $0.isDisjoint(with: ids) ? () : nil }
+                post(.readersEnded)
+            }
+        } catch { report(.notice("the migration cannot go on: \(error.description)")) }
     }
 
     /// A source that lost its connection after COMMIT may come back and ask; then the address is free for others.

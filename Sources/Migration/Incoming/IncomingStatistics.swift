@@ -29,6 +29,10 @@ final class IncomingStatistics: Sendable {
 
     func enter(_ status: MigrationStatus) {
         state.withLock { state in
+            if state.info.status == .paused, status == .active {
+                state.info.resumptions += 1
+                state.info.errorDescription = nil
+            }
             state.info.status = status
             switch status {
             case .setup:

@@ -79,8 +79,9 @@ struct PageReceiver: ~Copyable {
     mutating func place(_ item: StreamItem) throws(ChannelError) {
         switch item {
         case .page(let block, let offset):
-            try place(block, offset: offset, count: Wire.pageSize)
+            // Before its contents: if these are cut off, zeros that come later must clear what is there.
             received.mark(Self.range(offset, 1), of: block)
+            try place(block, offset: offset, count: Wire.pageSize)
             pending.normal += 1
         case .zeroPage(let block, let offset):
             received.clear(Self.range(offset, 1), of: block)

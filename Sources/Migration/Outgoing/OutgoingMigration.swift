@@ -14,7 +14,8 @@ import Transport
 /// * `migration-return` reads what the destination answers.
 final class OutgoingMigration: Sendable {
     private let machine: VirtualMachine
-    private let address: MigrationAddress
+    /// Where the destination listens; another after a `resume` that says so.
+    private let target: Mutex<MigrationAddress>
     private let descriptors: DescriptorResolver
     /// For every channel of the migration; `nil`: plaintext.
     private let tls: TLSSettings?
@@ -40,6 +41,10 @@ final class OutgoingMigration: Sendable {
     }
     private let inbox = Monitor(Inbox())
     private let open = Mutex<Channel?>(nil)
+    /// Counts the attempts to connect: what an earlier connection still says does not count.
+    private let attempts = Mutex<UInt64>(0)
+    /// Nothing takes jobs.
+    private let isAbandoned = Mutex(false)
     private let refusal = Mutex<String?>(nil)
     private let settleAttempts = Mutex(0)
     private static let settleAttemptLimit = 5
@@ -56,7 +61,7 @@ final class OutgoingMigration: Sendable {
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
-        self.address = address
+        target = Mutex(address)
         self.convergence = convergence
         self.descriptors = descriptors
         self.tls = tls
@@ -75,6 +80,7 @@ final class OutgoingMigration: Sendable {
             pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
         configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
         configuration.multifd = multifd?.mode
+        configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
         self.configuration = configuration
         channelCount = multifd?.channels ?? 0
         self.packing = packing
@@ -124,6 +130,14 @@ final class OutgoingMigration: Sendable {
 
     func cancel() throws(MigrationError) { try command(.cancel) }
     func proceed() throws(MigrationError) { try command(.proceed) }
+    var isPaused: Bool { statistics.status == .paused }
+
+    /// Goes on where it was, over a new connection.
+    func resume(at address: MigrationAddress) throws(MigrationError) {
+        target.withLock { $0 = address }
+        try command(.resume)
+    }
+
     func settle(_ settlement: Settlement) throws(MigrationError) { try command(.settle(settlement)) }
 
     /// Posts an operator's command and waits until the core has taken it.
@@ -190,15 +204,22 @@ final class OutgoingMigration: Sendable {
 
     private func perform(_ action: SourceAction, _ phase: SourcePhase) {
         switch action {
-        case .connect: connect(withChannels: phase == .connecting)
+        case .connect: connect(withChannels: phase == .connecting || phase == .reopening)
         case .send(let bytes): sender.enqueue(.bytes(bytes))
         case .startTracking: startTracking()
         case .stopTracking:
             convergence.end()
-            sender.enqueue(.stopTracking)
+            stopTracking()
         case .collect(let final): collect(final: final)
         case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
         case .synchronizeChannels: sender.enqueue(.synchronize)
+        case .abandon: abandon()
+        case .paused(let reason):
+            convergence.pause()
+            statistics.end(error: reason)
+            report(.notice("the migration is paused: \(reason)"))
+        case .rewind: sender.rewind()
+        case .bidFarewell(let bytes): bidFarewell(bytes)
         case .interruptRound: sender.interruptRound()
         case .stopGuest:
             statistics.beginDowntime()
@@ -245,8 +266,12 @@ final class OutgoingMigration: Sendable {
     /// The main channel first, then those for pages: a QEMU destination listens to nobody before all are there.
     private func connect(withChannels: Bool) {
         let connector = Connector(tls: tls, descriptors: descriptors)
-        let address = address
+        let address = target.withLock { $0 }
         let token: CancelToken
+        let attempt = attempts.withLock { attempts in
+            attempts += 1
+            return attempts
+        }
         do throws(SystemError) { token = try CancelToken() } catch {
             post(.connectFailed(error.description))
             return
@@ -261,14 +286,23 @@ final class OutgoingMigration: Sendable {
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
                         memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing) : nil
+                sender.waitUntilClosed()
+                guard isCurrent(attempt) else {
+                    group?.end()
+                    return channel.cancel()
+                }
                 open.withLock { $0 = channel }
-                sender.attach(channel, group) { [self] in post($0) }
+                isAbandoned.withLock { $0 = false }
+                sender.attach(channel, group) { [self] event in
+                    if case .disconnected = event, !isCurrent(attempt) { return }
+                    post(event)
+                }
                 let answers = channel.kind == .socket
                 post(.connected(answers ? .bothWays : .oneWay))
                 // Only now: a connection that ends at once must not end before it began.
-                if answers { startThread("migration-return") { [self] in readAnswers(channel) } }
+                if answers { startThread("migration-return") { [self] in readAnswers(channel, attempt) } }
             } catch {
-                post(.connectFailed(error.description))
+                if isCurrent(attempt) { post(.connectFailed(error.description)) }
             }
         }
     }
@@ -295,28 +329,30 @@ final class OutgoingMigration: Sendable {
         } catch { post(.disconnected(error.description)) }
     }
 
-    private func readAnswers(_ channel: Channel) {
+    private func readAnswers(_ channel: Channel, _ attempt: UInt64) {
         _ = HostThread.runBeforeOthers()
         var decoder = ReturnPathDecoder()
         var buffer = ReceiveBuffer(capacity: 4096)
         do {
             while true {
                 while let message = try decoder.next(from: &buffer) {
-                    guard waitForRoom() else { return }
+                    guard waitForRoom(), isCurrent(attempt) else { return }
+                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
+                        sender.acknowledged(mark)
+                        continue
+                    }
                     post(.received(message))
                 }
                 let count = try unsafe buffer.fill(atLeast: 1024) { (room) throws(ChannelError) in
                     try unsafe channel.receive(into: room)
                 }
                 guard count > 0 else {
-                    post(.disconnected("the destination closed the connection"))
+                    if isCurrent(attempt) { post(.disconnected("the destination closed the connection")) }
                     return
                 }
             }
-        } catch let error as StreamError {
-            post(.disconnected(error.description))
         } catch {
-            post(.disconnected("\(error)"))
+            if isCurrent(attempt) { post(.disconnected("\(error)")) }
         }
     }
 
@@ -370,10 +406,48 @@ final class OutgoingMigration: Sendable {
     }
 }
 
+// MARK: - Resumption
+
 extension OutgoingMigration {
+    /// Whether no later attempt to connect was made.
+    private func isCurrent(_ attempt: UInt64) -> Bool { attempts.withLock { $0 == attempt } }
+
+    /// Ends the connection, or the attempt to make one, whatever is queued for it.
+    private func abandon() {
+        connecting.withLock { $0 }?.cancel()
+        attempts.withLock { $0 += 1 }
+        guard let channel = open.withLock({ $0.take() }) else { return }
+        isAbandoned.withLock { $0 = true }
+        sender.interruptRound()
+        channel.cancel()
+        sender.endChannels()
+        sender.enqueue(.close)
+    }
+
+    private func stopTracking() {
+        guard isAbandoned.withLock({ $0 }) else { return sender.enqueue(.stopTracking) }
+        sender.waitUntilClosed()
+        tracker?.stop()
+    }
+
+    /// A few words to a destination that waits in vain. It gives up by itself, too, if they do not reach it.
+    private func bidFarewell(_ bytes: [UInt8]) {
+        let connector = Connector(tls: tls, descriptors: descriptors)
+        let address = target.withLock { $0 }
+        guard let token = try? CancelToken() else { return }
+        _ = try? HostThread.detached(name: "migration-bye") {
+            guard let channel = try? connector.connect(to: address, cancel: token) else { return }
+            try? channel.send(bytes)
+            // It answers what became of the migration: then it has read this.
+            var answer: [UInt8] = []
+            _ = try? channel.receive(appendingTo: &answer, upTo: 64)
+            channel.cancel()
+        }
+    }
+
     /// Asks a destination that fell silent after COMMIT whether it started, a few times; after that an operator must settle it.
     private func askAgain() {
-        guard address.canReconnect else { return }
+        guard target.withLock({ $0.canReconnect }) else { return }
         let attempt = settleAttempts.withLock { attempts in
             attempts += 1
             return attempts

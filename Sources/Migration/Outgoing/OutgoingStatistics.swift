@@ -81,6 +81,18 @@ final class OutgoingStatistics: Sendable {
         }
     }
 
+    /// A new connection took the migration up; so many pages are sent again that may have been lost with the old one.
+    func resumed(repeatedPages: UInt64) {
+        state.withLock { state in
+            state.info.resumptions += 1
+            state.info.repeatedPages += repeatedPages
+            state.info.errorDescription = nil
+            state.remainingPages += repeatedPages
+            // The time between says nothing of the rates.
+            state.collectedAt = nil
+        }
+    }
+
     func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
 
     func end(error: String?) { state.withLock { $0.info.errorDescription = error } }
@@ -133,7 +145,7 @@ final class OutgoingStatistics: Sendable {
                 ram.pagesPerSecond = UInt64(Double(pages - state.pagesAtCollect) / seconds)
                 let fresh = remainingPages - min(remainingPages, state.remainingPages)
                 ram.dirtyPagesRate = UInt64(Double(fresh) / seconds)
-            } else {
+            } else if ram.dirtySyncCount == 0 {
                 ram.hole = ram.total / 4096 - min(ram.total / 4096, remainingPages)
             }
             ram.dirtySyncCount += 1

@@ -6,6 +6,7 @@ import Transport
 /// Writes records of RAM to the main channel: heads from a buffer of ours, contents straight from guest memory, in one gathering write.
 struct RecordWriter: ~Copyable {
     let memory: GuestMemory
+    private let blocks: [RAMBlockDescription]
     var encoder: RAMRecordEncoder
     /// Where record heads, and deltas with them, stand while they are sent.
     let heads: Mapping
@@ -31,7 +32,15 @@ struct RecordWriter: ~Copyable {
         if let xbzrleCacheBytes { deltas = try XBZRLESender(cacheBytes: xbzrleCacheBytes) } else { deltas = nil }
         self.heads = heads
         self.memory = memory
+        self.blocks = blocks
         encoder = RAMRecordEncoder(blocks: blocks)
+    }
+
+    /// Another stream begins, to a destination of which it is not known exactly what it has.
+    mutating func startOver() {
+        encoder = RAMRecordEncoder(blocks: blocks)
+        // Without memory for another cache pages go whole from here on.
+        if deltas?.forget() == false { deltas = nil }
     }
 
     /// What one write carried.

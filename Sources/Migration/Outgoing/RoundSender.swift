@@ -26,12 +26,17 @@ struct RoundSender: ~Copyable {
         let mayGoPlain: Bool
         /// Mark the end of the round in the main stream (`MultifdMode.flush`).
         let marksEnd: Bool
+        /// Where marks between pages are acknowledged; `nil`: there are none.
+        var marks: MarkBoard?
     }
 
     private let memory: GuestMemory
     private let bitmaps: [any DirtyPages]
     private var records: RecordWriter
     private var firstCollect = true
+    private var unacknowledged = UnacknowledgedPages()
+    /// Of the round under way, what its report has of the bytes that went over the group.
+    private var groupBytes: UInt64 = 0
 
     /// 64 MiB of guest memory are write-protected at a time.
     private static let chunkPages: UInt64 = 1 << 14
@@ -84,6 +89,7 @@ struct RoundSender: ~Copyable {
     ) throws(Failure) -> RoundReport {
         var report = RoundReport(pages: 0, bytes: 0, nanoseconds: 0)
         route.group?.beginRound(pacer)
+        groupBytes = 0
         report.interrupted = try walk(route, tracker, pacer, &report, sent) && bitmaps.contains { !$0.isEmpty }
         records.deltas?.roundEnded(pages: report.pages, isInterrupted: report.interrupted)
         do throws(ChannelError) { try synchronize(route, &report, sent) } catch { throw .channel(error) }
@@ -105,6 +111,7 @@ struct RoundSender: ~Copyable {
                     try watch(block, chunk: start, tracker)
                     chunk = start
                 }
+                if try waitForMark(route, sent) { return true }
                 let end = min(run.upperBound.value, (run.lowerBound.value / Self.batchPages + 1) * Self.batchPages)
                 let batch = gather(block, from: run.lowerBound, to: end, limit: most, route)
                 let written: RecordWriter.Sent?
@@ -113,9 +120,11 @@ struct RoundSender: ~Copyable {
                 }
                 guard let written else { return true }
                 for pages in batch.runs { bitmaps[block].clear(pages) }
+                if route.marks != nil { unacknowledged.sent(batch.runs, of: block, pages: batch.pages) }
                 report.pages += batch.pages
                 report.bytes += written.bytes
                 position = batch.end
+                do throws(ChannelError) { try mark(route, &report, sent) } catch { throw .channel(error) }
                 let wait = route.group == nil ? pacer.sent(written.bytes, at: Clock.monotonicNanoseconds) : 0
                 if sent(written) { return true }
                 // To wait for its turn is no standstill of the peer.
@@ -125,6 +134,41 @@ struct RoundSender: ~Copyable {
             }
         }
         return false
+    }
+
+    // MARK: Marks
+
+    /// Between two batches: the destination is asked to say when it has placed what came before.
+    private mutating func mark(
+        _ route: Route, _ report: inout RoundReport, _ sent: (RecordWriter.Sent?) -> Bool
+    ) throws(ChannelError) {
+        guard let board = route.marks, unacknowledged.isMarkDue else { return }
+        if let mark = board.take(waits: false) { unacknowledged.acknowledged(mark) }
+        try synchronize(route, &report, sent)
+        var writer = StreamWriter()
+        writer.ramSectionEnd(id: SourceCore.ramSectionID)
+        writer.command(.ping(unacknowledged.close().pingValue))
+        writer.ramRound(final: false, id: SourceCore.ramSectionID)
+        try route.channel.send(writer.bytes)
+        report.bytes += UInt64(writer.bytes.count)
+        _ = sent(RecordWriter.Sent(bytes: UInt64(writer.bytes.count)))
+    }
+
+    /// What is on its way stays bounded. - Returns: whether to end early.
+    private mutating func waitForMark(_ route: Route, _ sent: (RecordWriter.Sent?) -> Bool) throws(Failure) -> Bool {
+        guard let board = route.marks else { return false }
+        while unacknowledged.isFull {
+            if let mark = board.take(waits: true) { unacknowledged.acknowledged(mark) }
+            if unacknowledged.isFull, sent(nil) { return true }
+        }
+        return false
+    }
+
+    /// What was sent and not acknowledged is to be sent again; the stream begins afresh. Between rounds. - Returns: the pages.
+    mutating func rewind(_ board: MarkBoard) -> UInt64 {
+        if let mark = board.take(waits: false) { unacknowledged.acknowledged(mark) }
+        records.startOver()
+        return unacknowledged.putBack(into: bitmaps)
     }
 
     private func mostPages(_ route: Route, _ pacer: Pacer) -> UInt64 {
@@ -206,7 +250,9 @@ struct RoundSender: ~Copyable {
         _ route: Route, _ report: inout RoundReport, _ sent: (RecordWriter.Sent?) -> Bool
     ) throws(ChannelError) {
         guard let group = route.group else { return }
-        report.bytes += try group.synchronize(inHurry: report.interrupted) { _ = sent(RecordWriter.Sent()) }
+        let total = try group.synchronize(inHurry: report.interrupted) { _ = sent(RecordWriter.Sent()) }
+        report.bytes += total - groupBytes
+        groupBytes = total
         report.contentBytes = group.contentBytes
         var written = try writeZeroes(group, route)
         if route.marksEnd {

@@ -36,6 +36,10 @@ final class StreamSender: Sendable {
     /// What the operator wants; `nil`: what the peer is known to understand.
     private let zeroPages: ZeroPageDetection?
     private let peerIsGodwit = Atomic<Bool>(false)
+    private let isResumable = Atomic<Bool>(false)
+    private let marks = MarkBoard()
+    /// Whether a thread takes jobs.
+    private let isRunning = Monitor(false)
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
@@ -62,7 +66,18 @@ final class StreamSender: Sendable {
     }
 
     /// An older QEMU would miss zero pages that are not told on the main channel: only of a Godwit it is known that it does not.
-    func agreed(_ features: FeatureSet) { peerIsGodwit.store(features.contains(.multifd), ordering: .relaxed) }
+    func agreed(_ features: FeatureSet) {
+        peerIsGodwit.store(features.contains(.multifd), ordering: .relaxed)
+        isResumable.store(features.contains(.resumption), ordering: .relaxed)
+    }
+
+    func acknowledged(_ mark: ResumptionMark) { marks.acknowledged(mark) }
+
+    /// What the destination did not acknowledge is dirty again. Waits for a round that is under way.
+    func rewind() { statistics.resumed(repeatedPages: round.withLock { round in round.rewind(marks) }) }
+
+    /// Waits until the thread of the connection before is gone: two must not take jobs.
+    func waitUntilClosed() { isRunning.wait { $0 ? nil : () } }
 
     /// Ends the channels for pages, whatever their threads are doing.
     func endChannels() { group.withLock { $0.take() }?.end() }
@@ -89,8 +104,15 @@ final class StreamSender: Sendable {
         self.group.withLock { $0 = group }
         do throws(SystemError) {
             try group?.start()
-            _ = try HostThread(name: "migration-send") { [self] in run(channel, post) }
-        } catch { post(.disconnected(error.description)) }
+            isRunning.withLock { $0 = true }
+            _ = try HostThread(name: "migration-send") { [self] in
+                run(channel, post)
+                isRunning.withLock { $0 = false }
+            }
+        } catch {
+            isRunning.withLock { $0 = false }
+            post(.disconnected(error.description))
+        }
     }
 
     // MARK: The thread
@@ -158,7 +180,9 @@ final class StreamSender: Sendable {
         let understood: ZeroPageDetection = group != nil && peerIsGodwit.load(ordering: .relaxed) ? .multifd : .legacy
         return RoundSender.Route(
             channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
-            mayGoPlain: peerIsGodwit.load(ordering: .relaxed), marksEnd: mode == .flush)
+            mayGoPlain: peerIsGodwit.load(ordering: .relaxed),
+            marksEnd: mode == .flush,
+            marks: isResumable.load(ordering: .relaxed) ? marks : nil)
     }
 
     /// Tells the core at most once per second that the peer takes data.

@@ -67,6 +67,14 @@ struct XBZRLESender: ~Copyable {
         counts.cacheBytes = cacheBytes
     }
 
+    /// Nothing is known any more of what the other side has. - Returns: false when there is no memory to go on.
+    mutating func forget() -> Bool {
+        guard let other = try? XBZRLECache(byteCount: cache.byteCount) else { return false }
+        cache = other
+        pagesLeft = nil
+        return true
+    }
+
     /// The page is not zero. - Parameter keeps: also the pages that are not in the cache go into it (not in the last round: they will not
     /// be asked for).
     mutating func form(block: Int, page: PageIndex, in memory: Mapping, keeps: Bool) -> Form {

@@ -37,7 +37,7 @@ extension DestinationCore {
     private mutating func admitOrDismiss(
         _ connection: ConnectionID, _ greeting: MultifdGreeting, _ actions: inout [DestinationAction]
     ) {
-        if let reason = unwelcome(greeting) { return dismiss(connection, reason, &actions) }
+        if let reason = unwelcome(greeting, on: connection) { return dismiss(connection, reason, &actions) }
         if let mark = greeting.mark, migration != nil { announcedChannels = mark.channels }
         guard let expected = expectedChannels else { return }
         visitors[connection] = nil
@@ -48,7 +48,8 @@ extension DestinationCore {
     }
 
     /// Why a channel has no business here.
-    private func unwelcome(_ greeting: MultifdGreeting) -> String? {
+    private func unwelcome(_ greeting: MultifdGreeting, on connection: ConnectionID) -> String? {
+        if let reason = precedes(connection) { return reason }
         guard usesChannels else { return "it is a channel of multifd, and the migration under way has none" }
         if let migration, greeting.mark?.migration != migration { return "it is a channel of another migration" }
         if let expected = expectedChannels {
@@ -70,6 +71,7 @@ extension DestinationCore {
     }
 
     mutating func channelsAreLate(_ actions: inout [DestinationAction]) {
+        if canKeep { return keep("not all channels of the source came in time", &actions) }
         let wanted = expectedChannels.map { "\($0)" } ?? "its"
         fail("only \(channels.count) of \(wanted) channels of the source came in time", &actions)
     }
@@ -77,6 +79,9 @@ extension DestinationCore {
     /// A channel failed: without it pages are missing, unless all of them are here.
     mutating func channelLost(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
         guard let channel = channels[connection] else { return }
+        if canKeep, phase == .receiving || phase == .opened, !ramIsComplete {
+            return keep("channel \(channel) of the source is lost: \(reason)", &actions)
+        }
         if phase == .receiving || phase == .opened, !ramIsComplete {
             return fail("channel \(channel) of the source failed: \(reason)", &actions)
         }
@@ -87,6 +92,7 @@ extension DestinationCore {
     mutating func closeChannels(_ actions: inout [DestinationAction]) {
         for connection in channels.keys.sorted(by: { $0.rawValue < $1.rawValue }) {
             actions.append(.close(connection))
+            oldReaders.append(connection)
         }
         channels = [:]
         announcedChannels = nil

@@ -4,7 +4,8 @@ import MigrationStream
 
 extension DestinationCore {
     mutating func stateLoaded(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
-        guard phase == .loading else { return }
+        loadIsUnderWay = false
+        guard phase == .loading else { return goOnIfQuiet(&actions) }
         sections = []
         if let attempt = retraction { return reopen(attempt, &actions) }
         readyAt = now
@@ -52,7 +53,9 @@ extension DestinationCore {
         guard connection == source else { return channelLost(connection, reason, &actions) }
         // A QEMU source without a return path, and a one-way transport, close when everything was said.
         let everythingWasSaid = phase == .loading && rule != .twoPhase && !returnPathIsOpen
-        if phase < .starting, !everythingWasSaid {
+        if canKeep {
+            keep("the source is lost: \(reason)", &actions)
+        } else if phase < .starting, !everythingWasSaid {
             fail("the source is lost: \(reason)", tellsSource: false, &actions)
         } else {
             dropSource(&actions)
@@ -73,7 +76,10 @@ extension DestinationCore {
             return dismiss(connection, "it does not say in time what it wants", &actions)
         }
         if timer.kind == .channels { return channelsAreLate(&actions) }
+        if canKeep, phase != .loading { return keep("the source says nothing any more", &actions) }
         switch phase {
+        case .kept: fail("the source did not come back in time", &actions)
+        case .rejoining: fail("what the lost connection brought was not placed in time", &actions)
         case .opened, .receiving: fail("the source sends nothing any more", &actions)
         case .loading: fail("the device state was not loaded in time", &actions)
         case .ready: fail("the source did not say COMMIT in time", &actions)
@@ -126,5 +132,7 @@ extension DestinationCore {
         stateBytes = 0
         guestState = nil
         retraction = nil
+        oldReaders = []
+        readersHaveEnded = true
     }
 }

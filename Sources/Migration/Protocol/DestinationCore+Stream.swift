@@ -63,7 +63,7 @@ extension DestinationCore {
         case .commitWithin(let attempt, let nanoseconds): commit(attempt, within: nanoseconds, &actions)
         case .retract(let attempt): retract(attempt, &actions)
         case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
-        case .settle, .other: outOfTurn("a command", &actions)
+        case .settle, .resume, .other: outOfTurn("a command", &actions)
         }
     }
 
@@ -152,6 +152,7 @@ extension DestinationCore {
             return fail("the stream does not bring device section \(names)", &actions)
         }
         memoryWasTouched = true
+        loadIsUnderWay = true
         actions.append(.loadState(sections))
         enter(.loading, deadline: configuration.deadlines.localWork, &actions)
     }

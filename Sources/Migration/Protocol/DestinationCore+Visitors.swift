@@ -25,7 +25,9 @@ extension DestinationCore {
     }
 
     mutating func visit(_ connection: ConnectionID, _ item: StreamItem, _ actions: inout [DestinationAction]) {
-        guard let visitor = visitors[connection], visitor.wish == .unknown else { return }
+        guard let visitor = visitors[connection] else { return }
+        if visitor.wish == .candidate { return hear(connection, item, &actions) }
+        guard visitor.wish == .unknown else { return }
         switch item {
         case .header: break
         case .configuration(let machine): open(connection, visitor, machine, &actions)
@@ -39,7 +41,7 @@ extension DestinationCore {
         cancelTimer(.visitor(connection), &actions)
         actions.append(.close(connection))
         switch visitor.wish {
-        case .unknown, .channel: break
+        case .unknown, .channel, .candidate: break
         case .verdict, .answered: return
         }
         actions.append(.turnedAway(connection, reason))
@@ -62,6 +64,12 @@ extension DestinationCore {
     private mutating func open(
         _ connection: ConnectionID, _ visitor: Visitor, _ machine: String, _ actions: inout [DestinationAction]
     ) {
+        if features.contains(.resumption), phase != .waiting, phase < .starting, visitor.answers,
+            machine == configuration.machineName
+        {
+            visitors[connection]?.wish = .candidate
+            return
+        }
         guard phase == .waiting else {
             let reason = phase == .failed ? "an earlier migration failed here" : "another migration is here already"
             return refuse(connection, visitor, reason, &actions)
@@ -79,7 +87,7 @@ extension DestinationCore {
     }
 
     /// A Godwit source understands why; a QEMU source only that it is not welcome.
-    private mutating func refuse(
+    mutating func refuse(
         _ connection: ConnectionID, _ visitor: Visitor, _ reason: String, _ actions: inout [DestinationAction]
     ) {
         if visitor.answers { send(.failure(reason: reason), to: connection, &actions) }

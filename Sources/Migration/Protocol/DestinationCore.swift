@@ -4,6 +4,10 @@ public import MigrationStream
 public enum DestinationPhase: Int, Comparable, Sendable {
     /// No source is accepted yet.
     case waiting
+    /// The source was lost; what it sent is kept, and RESUME awaited.
+    case kept
+    /// RESUME came: nothing that was read from the old connection may be placed any more.
+    case rejoining
     /// A source named its machine.
     case opened
     /// RAM arrives, then device state.
@@ -44,9 +48,13 @@ public struct DestinationCore: Sendable {
             case answered
             /// Belongs to a migration that has not begun yet.
             case channel(MultifdGreeting)
+            /// Has the right machine: it may take up the migration that is here (RESUME).
+            case candidate
         }
 
         let answers: Bool
+        /// Of a candidate: it opened the return path.
+        var opensReturnPath = false
         var wish = Wish.unknown
     }
 
@@ -81,6 +89,10 @@ public struct DestinationCore: Sendable {
     var announcedChannels: Int?
     /// When READY was said, at the latest.
     var readyAt: UInt64 = 0
+    /// Closed connections of this migration from which a thread may still be placing pages.
+    var oldReaders: [ConnectionID] = []
+    var readersHaveEnded = true
+    var loadIsUnderWay = false
     /// RETRACT came while state was being loaded: it is answered when that has ended.
     var retraction: UInt32?
     /// The moment of the event that is handled.
@@ -115,9 +127,12 @@ public struct DestinationCore: Sendable {
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
         case .progressed(let connection):
             if connection == source || channels[connection] != nil { expectMore(&actions) }
+        case .readersEnded: readersEnded(&actions)
         case .pagesFailed(let reason): fail(reason, &actions)
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
-        case .loadFailed(let reason): fail(reason, &actions)
+        case .loadFailed(let reason):
+            loadIsUnderWay = false
+            fail(reason, &actions)
         case .guestStarted(let nanoseconds): guestStarted(nanoseconds, &actions)
         case .startFailed(let reason): startFailed(reason, &actions)
         case .timer(let timer): fired(timer, &actions)

@@ -59,6 +59,8 @@ public struct ProtocolDeadlines: Hashable, Sendable {
     /// A destination hears nothing from its source for that long. Not with a QEMU source, which is silent for as long as
     /// its operator lets it wait before the switch.
     public var idle: UInt64 = 120_000_000_000
+    /// A destination whose source was lost waits for RESUME: a day.
+    public var kept: UInt64 = 86_400_000_000_000
 
     public init() {}
 }
@@ -87,6 +89,8 @@ public struct SourceConfiguration: Sendable {
     /// Do not stop the guest before the destination said that it may be (QEMU's capability `switchover-ack`).
     public var awaitsSwitchoverAcknowledgement = false
     public var switchover: SwitchoverPolicy
+    /// A connection lost before the handover pauses the migration instead of ending it (capability `x-resumable`).
+    public var isResumable = false
     /// What is offered to a Godwit destination.
     public var features: FeatureSet
     public var deadlines: ProtocolDeadlines
@@ -176,6 +180,8 @@ public enum SourceEvent: Hashable, Sendable {
     case cancel
     /// The operator's `migrate-continue` in pre-switchover.
     case proceed
+    /// The operator's `migrate` with `resume`, in `paused`.
+    case resume
     case settle(Settlement)
     /// The operator changed the limit while the migration runs.
     case setDowntimeLimit(nanoseconds: UInt64)
@@ -203,6 +209,15 @@ public enum SourceAction: Hashable, Sendable {
     case brokeOff(BrokenSwitchover)
     /// End the round under way at the next batch, final or not; its `roundSent` still comes.
     case interruptRound
+    /// The connection, and an attempt to make one, ends at once, whatever is queued for it; a round that is under way still answers.
+    case abandon
+    /// The guest runs here, and nothing happens before `resume`: the reason, one sentence.
+    case paused(String)
+    /// On the new connection, before anything is collected: pages that were sent but not acknowledged by a ``ResumptionMark`` are
+    /// dirty again, and whatever is remembered of what the destination has (differences, compression) begins empty.
+    case rewind
+    /// Connect once more, if that can be done, say this and close. Nobody waits for it, and it has no answer.
+    case bidFarewell([UInt8])
     /// -> `guestStopped`, `stopFailed`.
     case stopGuest
     /// Undo `stopGuest`, also one still under way: a guest that ran before runs again.
@@ -306,6 +321,8 @@ public enum DestinationEvent: Hashable, Sendable {
     case disconnected(ConnectionID, String)
     /// Data arrives: at most once per second while a long section is read.
     case progressed(ConnectionID)
+    /// No thread reads any more from the connections that `awaitReaders` named.
+    case readersEnded
     /// A page could not be placed into guest memory.
     case pagesFailed(String)
     case stateLoaded(nanoseconds: UInt64)
@@ -327,6 +344,10 @@ public enum DestinationAction: Hashable, Sendable {
     case close(ConnectionID)
     /// A channel belongs to the migration, which has so many: its packets may be read as far as ``DestinationCore/acceptsPages(on:)``.
     case admit(ConnectionID, of: Int)
+    /// Those connections were closed: nothing of what they brought may be placed after the answer. -> `readersEnded`.
+    case awaitReaders([ConnectionID])
+    /// The source is lost; what was received is kept, and another connection is awaited: the reason, one sentence.
+    case keeps(String)
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
     /// `loadFailed`.
     case loadState([DeviceSection])

@@ -5,7 +5,7 @@ import MigrationStream
 extension SourceCore {
     mutating func guestStopped(_ event: SourceEvent, _ actions: inout [SourceAction]) {
         if phase == .breakingOff { return settleOwed(.stop, &actions) }
-        guard phase == .stoppingGuest, case .guestStopped(let wasRunning) = event else { return }
+        guard phase == .stoppingGuest, case .guestStopped(let wasRunning) = event else { return answeredLate(.stop) }
         guestWasRunning = wasRunning
         endPart(.stop)
         // A guest that was paused waits for nothing; and an operator's hold is the operator's.
@@ -54,7 +54,7 @@ extension SourceCore {
 
     mutating func stateSaved(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
         if phase == .breakingOff { return settleOwed(.state, &actions) }
-        guard phase == .savingState else { return }
+        guard phase == .savingState else { return answeredLate(.state) }
         endPart(.state)
         if isTooLate() { return breakOff("saving the state took too long", &actions) }
         sections = saved + [GlobalState(runState: guestWasRunning ? "running" : "paused").section]
@@ -151,8 +151,11 @@ extension SourceCore {
             switchoverIsAcknowledged = true
             return
         }
+        // Marks between pages are the shell's, which knows what stood before each.
+        if case .pong(let value) = message, ResumptionMark(pong: value) != nil { return }
         switch phase {
         case .greeting: greeted(message, &actions)
+        case .resuming: resumed(message, &actions)
         case .draining: drained(message, &actions)
         case .confirming: confirmed(message, &actions)
         case .retracting: retracted(message, &actions)

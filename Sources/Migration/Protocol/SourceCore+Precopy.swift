@@ -14,6 +14,7 @@ extension SourceCore {
         switch phase {
         case .connecting: break
         case .reconnecting: return ask(&actions)
+        case .reopening: break
         default:
             // Too late: nobody waits for it any more.
             if !isConnected { actions.append(.close) }
@@ -43,6 +44,9 @@ extension SourceCore {
         case .hello(let version, let features, _):
             guard version > 0, helloFeatures == nil else { return outOfTurn(message, &actions) }
             helloFeatures = features.intersection(configuration.features)
+            if !configuration.isResumable || !features.contains(.twoPhaseHandover) {
+                helloFeatures?.remove(.resumption)
+            }
             if configuration.multifd == nil {
                 helloFeatures?.remove(.multifd)
             } else if !features.contains(.multifd) {
@@ -51,6 +55,7 @@ extension SourceCore {
             }
         case .pong(Wire.godwitPing):
             roundTripNanoseconds = min(roundTripNanoseconds, now - greetedAt)
+            if isResuming { return askToResume(&actions) }
             guard let features = helloFeatures else { return agree(on: .qemu, features: [], &actions) }
             let migration = configuration.migration
             send(&actions) { $0.command(.begin(migration, features)) }
@@ -70,12 +75,17 @@ extension SourceCore {
 
     mutating func trackingStarted(_ actions: inout [SourceAction]) {
         guard phase == .startingTracking else { return }
+        beginRAM(&actions)
+        collect(&actions)
+    }
+
+    /// The list of blocks; on every connection.
+    mutating func beginRAM(_ actions: inout [SourceAction]) {
         let blocks = configuration.blocks
         let flushesChannels = configuration.multifd == .flush
         send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels) }
         if configuration.multifd != nil { actions.append(.synchronizeChannels) }
         report(.active, &actions)
-        collect(&actions)
     }
 
     mutating func collect(_ actions: inout [SourceAction]) {
@@ -103,7 +113,7 @@ extension SourceCore {
             if isTooMuch(pages) { return breakOff("the last collection found too many pages", &actions) }
             sendRound(final: true, &actions)
         case .breakingOff: settleOwed(.collect, &actions)
-        default: break
+        default: answeredLate(.collect)
         }
     }
 
@@ -162,7 +172,7 @@ extension SourceCore {
             configuration.switchover.sentBroken(round)
             settleOwed(.round, &actions)
         case .retreating: finishRetreat(&actions)
-        default: break
+        default: answeredLate(.round)
         }
     }
 

@@ -9,12 +9,14 @@ extension SourceCore {
         switch phase {
         case .connecting: retreat(.failed(reason), farewell: nil, &actions)
         case .reconnecting: doubt(reason, &actions)
+        case .reopening: pause(reason, &actions)
         default: break
         }
     }
 
     mutating func disconnected(_ reason: String, _ actions: inout [SourceAction]) {
         guard isConnected else { return }
+        if canPause { return pause(reason, &actions) }
         switch phase {
         case .idle..<SourcePhase.committed: retreat(.failed(reason), farewell: nil, &actions)
         case .committed where rule == .qemu: takeBack("\(reason), before the destination acknowledged", &actions)
@@ -36,6 +38,7 @@ extension SourceCore {
         default: break
         }
         let reason = missedDeadline
+        if canPause, waitsForPeer { return pause(reason, &actions) }
         switch phase {
         case .idle..<SourcePhase.committed:
             let peerListens = phase > .greeting && ![.sendingRound, .finalSending, .breakingOff].contains(phase)
@@ -65,12 +68,14 @@ extension SourceCore {
     /// a Godwit destination, waits until the round under way has ended, and not for long.
     mutating func retreat(_ outcome: SourceOutcome, farewell: String?, _ actions: inout [SourceAction]) {
         guard phase < .committed else { return }
+        let wasPaused = phase == .paused || isResuming
         ending = outcome
         cancelTimer(.keepAlive, &actions)
         endStandstill(&actions)
         if outcome == .cancelled { report(.cancelling, &actions) }
         if stopWasAsked { actions.append(.resumeGuest) }
         stopWasAsked = false
+        if wasPaused { tellKeeper(&actions) }
         guard let farewell, rule == .twoPhase, isConnected else { return leave(farewell: nil, &actions) }
         guard roundIsUnderWay else { return leave(farewell: farewell, &actions) }
         self.farewell = farewell
@@ -85,7 +90,7 @@ extension SourceCore {
             closeRAMSection(&actions)
             send(&actions) { $0.command(.cancel(reason: farewell)) }
         }
-        let wasConnecting = phase == .connecting
+        let wasConnecting = phase == .connecting || phase == .reopening
         let outcome = ending ?? .cancelled
         wind(up: &actions)
         if wasConnecting { actions.append(.close) }

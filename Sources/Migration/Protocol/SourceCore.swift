@@ -4,8 +4,14 @@ public import MigrationStream
 public enum SourcePhase: Int, Comparable, Sendable {
     case idle
     case connecting
+    /// The connection was lost, the guest runs, the operator is awaited.
+    case paused
+    /// The operator wants it to go on: a new connection is made.
+    case reopening
     /// Waiting for PONG.
     case greeting
+    /// RESUME was said, RESUMED is awaited.
+    case resuming
     case startingTracking
     case collecting
     case sendingRound
@@ -103,6 +109,8 @@ public struct SourceCore: Sendable {
     var attempt: UInt32 = 0
     /// Answers of the shell that are still to come, `breakingOff`.
     var awaited: Awaited?
+    /// A new connection takes up the migration.
+    var isResuming = false
     /// The shortest way there and back so far.
     var roundTripNanoseconds: UInt64 = 200_000
     var greetedAt: UInt64 = 0
@@ -146,6 +154,7 @@ public struct SourceCore: Sendable {
         case .timer(let timer): fired(timer, &actions)
         case .cancel: cancel(&actions)
         case .proceed: proceed(&actions)
+        case .resume: resume(&actions)
         case .settle(let settlement): settle(settlement, &actions)
         case .setDowntimeLimit(let nanoseconds):
             configuration.switchover.downtimeLimitNanoseconds = nanoseconds
@@ -191,10 +200,10 @@ public struct SourceCore: Sendable {
     /// What a deadline that passed means: one sentence per phase.
     var missedDeadline: String {
         switch phase {
-        case .connecting, .reconnecting: "the connection to the destination was not made in time"
+        case .connecting, .reconnecting, .reopening: "the connection to the destination was not made in time"
         case .greeting where configuration.multifd != nil:
             "the destination does not answer; a QEMU waits for as many channels as its multifd-channels says"
-        case .greeting, .asking: "the destination does not answer"
+        case .greeting, .resuming, .asking: "the destination does not answer"
         case .startingTracking: "dirty page tracking did not start in time"
         case .collecting, .finalCollecting: "the dirty pages were not collected in time"
         case .sendingRound, .finalSending, .breakingOff, .flushingState, .handingOver:

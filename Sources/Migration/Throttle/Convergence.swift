@@ -136,6 +136,17 @@ final class Convergence: Sendable {
         state.throttleTimePerRound = UInt64(min(microseconds * most, 1e15))
     }
 
+    /// The connection is lost: nobody is helped by a slow guest. What is learnt begins anew with the next collect.
+    func pause() {
+        let wasLimited = state.withLock { state in
+            defer { state.isLimited = false }
+            state.collectedAt = nil
+            return state.isLimited
+        }
+        if means == .throttle { try? accelerator?.throttle(to: 0) }
+        if wasLimited { setLimit(nil) }
+    }
+
     /// The migration is over, or given up: the guest is as fast as it was.
     func end() {
         let wasLimited = state.withLock { state -> Bool? in

@@ -47,7 +47,7 @@ struct MigrationCommands: Sendable {
         .optional("uri", .string), .optional("bandwidth", .unsigned(bits: 64)),
         .optional("downtime-limit", .unsigned(bits: 64)), .optional("auto-converge", .bool),
     ]
-    private static let states = MigrationStatus.allCases.filter { $0 != .unsettled }.map(\.rawValue)
+    private static let states = MigrationStatus.allCases.filter { ![.unsettled, .paused].contains($0) }.map(\.rawValue)
     private static let verdicts: [String: Settlement] = [
         "ask-destination": .askDestination, "started-there": .startedThere, "resume-here": .resumeHere,
     ]
@@ -57,7 +57,8 @@ struct MigrationCommands: Sendable {
             throw QMPError("migrate: '\(name)' asks for disks to be copied, and this VM has none; leave it out")
         }
         if try call.arguments.bool(ifPresent: "resume") == true {
-            throw QMPError("migrate: 'resume' is not supported yet: there is no postcopy migration to resume")
+            try migrator.resume(to: MigrationTarget.address(call.arguments, of: "migrate"))
+            return [:]
         }
         try migrator.migrate(to: MigrationTarget.address(call.arguments, of: "migrate"))
         return [:]

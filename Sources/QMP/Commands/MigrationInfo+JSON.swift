@@ -23,6 +23,9 @@ extension MigrationInfo {
         if let expected = expectedMilliseconds(limit: downtimeLimitMilliseconds) {
             members["expected-downtime"] = JSON(expected)
         }
+        if resumptions > 0 {
+            members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
+        }
         if brokenSwitchovers > 0 { members["x-broken-switchovers"] = brokenJSON }
         if let throttlePercentage { members["cpu-throttle-percentage"] = JSON(throttlePercentage) }
         if let dirtyLimitThrottleMicroseconds {
