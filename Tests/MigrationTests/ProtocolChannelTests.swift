@@ -68,7 +68,7 @@ struct ProtocolChannelTests {
         driver.greet(2, channel: 0, of: 2)
         driver.open()
         #expect(driver.admitted.isEmpty)
-        driver.items(.command(.begin(Driver.migration, .all)))
+        driver.items(.command(.begin(Driver.migration, .all.subtracting(.resumption))))
         #expect(driver.admitted == [2])
         driver.greet(3, channel: 1, of: 2)
         #expect(driver.admitted == [2, 3])
@@ -90,7 +90,7 @@ struct ProtocolChannelTests {
         driver.greet(3, channel: 0)
         #expect(driver.turnedAway[3]?.contains("set the capability multifd") == true)
         driver.open()
-        driver.items(.command(.begin(Driver.migration, .all)))
+        driver.items(.command(.begin(Driver.migration, .all.subtracting(.resumption))))
         #expect(driver.turnedAway[2]?.contains("another migration") == true)
         driver.greet(4, channel: 0, of: 2)
         driver.greet(5, channel: 0, of: 2)
@@ -157,7 +157,9 @@ struct ProtocolChannelTests {
             var driver = Driver()
             driver.greet(2, channel: 0, of: 1)
             driver.open()
-            driver.items(.command(.begin(Driver.migration, .all)), .ramSetup([]), .ramRound(final: true))
+            driver.items(
+                .command(.begin(Driver.migration, .all.subtracting(.resumption))), .ramSetup([]), .ramRound(final: true)
+            )
             if isComplete { driver.items(.ramSectionEnded(.end)) }
             driver.feed(.disconnected(ConnectionID(2), "connection reset"))
             let failed = driver.outcome.map { "\($0)" }?.contains("channel 0 of the source failed: connection reset")
@@ -248,7 +250,7 @@ struct ProtocolChannelTests {
             var items: [StreamItem] = []
             while let item = try decoder.next(from: &buffer) { items.append(item) }
             #expect(items.contains(.multifdFlush) == (mode == .flush))
-            let features: FeatureSet = mode == nil ? .all.subtracting(.multifd) : .all
+            let features = FeatureSet.all.subtracting(mode == nil ? [.resumption, .multifd] : .resumption)
             #expect(items.contains(.command(.begin(Driver.migration, features))) == isGodwit)
         }
     }

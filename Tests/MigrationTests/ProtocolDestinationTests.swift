@@ -42,7 +42,7 @@ private struct Driver {
 
     mutating func receiveRAM(godwit: Bool = true) {
         open()
-        if godwit { items(.command(.begin(Self.migration, .all))) }
+        if godwit { items(.command(.begin(Self.migration, .all.subtracting(.resumption)))) }
         items(
             .ramSetup([]), .ramSectionEnded(.start), .ramRound(final: false), .ramSectionEnded(.part),
             .ramRound(final: true), .ramSectionEnded(.end))
@@ -193,7 +193,7 @@ struct ProtocolDestinationTests {
         for item in bad {
             var driver = Driver()
             driver.open()
-            driver.items(.command(.begin(Driver.migration, .all)), item)
+            driver.items(.command(.begin(Driver.migration, .all.subtracting(.resumption))), item)
             #expect(driver.core.phase == .waiting, "\(item)")
             #expect(driver.starts.isEmpty)
         }
@@ -321,13 +321,13 @@ struct ProtocolDestinationTests {
     func noSecondBegin() {
         var driver = Driver()
         driver.open()
-        driver.items(.command(.begin(Driver.migration, .all)))
+        driver.items(.command(.begin(Driver.migration, .all.subtracting(.resumption))))
         driver.feed(.disconnected(Driver.id, "reset"))
         let second = ConnectionID(2)
         driver.feed(.accepted(second, answers: true))
         driver.items(
             .header, .configuration(machine: "m"), .command(.openReturnPath), .command(.ping(Wire.godwitPing)),
-            .command(.begin(Driver.migration, .all)), from: second)
+            .command(.begin(Driver.migration, .all.subtracting(.resumption))), from: second)
         guard case .waitsForAnother(let reason)? = driver.outcome else {
             Issue.record("\(String(describing: driver.outcome))")
             return

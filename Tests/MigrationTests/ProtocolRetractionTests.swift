@@ -12,7 +12,7 @@ private struct Arrival {
     static let id = ConnectionID(1)
     static let migration = MigrationIdentifier(high: 1, low: 2)
 
-    init(features: FeatureSet = .all) {
+    init(features: FeatureSet = .all.subtracting(.resumption)) {
         feed(.accepted(Self.id, answers: true))
         items(
             .header, .configuration(machine: "m"), .command(.openReturnPath), .command(.ping(Wire.godwitPing)),
@@ -103,7 +103,7 @@ struct ProtocolRetractionTests {
 
     @Test("RETRACT and COMMIT_WITHIN out of turn, or never agreed on, end the migration")
     func outOfTurn() {
-        let agreed = FeatureSet.all
+        let agreed = FeatureSet.all.subtracting(.resumption)
         for (features, command, prepares) in [
             (agreed, .retract(attempt: 1), false), (agreed, .commitWithin(attempt: 1, nanoseconds: 5), false),
             ([.twoPhaseHandover, .pageBatches], .retract(attempt: 1), true),

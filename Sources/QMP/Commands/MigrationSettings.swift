@@ -27,12 +27,13 @@ struct MigrationSettings: Sendable {
 
     // MARK: Capabilities
 
-    /// QEMU's order, then what later versions added.
+    /// QEMU's order, then what later versions added, then ours.
     static let capabilityNames = [
         "xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "events", "postcopy-ram", "x-colo",
         "release-ram", "block", "return-path", "pause-before-switchover", "multifd", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
         "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
+        "x-resumable",
     ]
 
     private static let capabilityList = Parameter.required(
