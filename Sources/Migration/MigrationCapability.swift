@@ -18,6 +18,9 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Stop the guest only when the destination said that it may be; to be set on both sides.
     case switchoverAck = "switchover-ack"
 
+    /// Send a digest with every page, and compare the records of both sides before the switch. Only to a Godwit.
+    case verify = "x-verify"
+
     var isOnByDefault: Bool { [.events, .returnPath].contains(self) }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.

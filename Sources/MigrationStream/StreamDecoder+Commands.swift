@@ -17,6 +17,7 @@ extension StreamDecoder {
         if case .begin(_, let features) = parsed, !describes {
             allowsPageBatches = features.contains(.pageBatches)
         }
+        if case .begin(_, let features) = parsed { carriesDigests = features.contains(.verification) }
         switch parsed {
         // The device sections before it may be void: those of the next attempt have the same numbers.
         case .retract, .commitWithin: forgetDeviceSections()
@@ -24,6 +25,15 @@ extension StreamDecoder {
         }
         advance(5 + length, in: &buffer)
         return .item(.command(parsed))
+    }
+
+    /// - Returns: nil when the length does not fit.
+    private func digests(_ length: Int, _ buffer: ReceiveBuffer) -> ForwardCommand? {
+        guard length >= DigestRange.byteCount, let range = buffer.digestRange(5),
+            length == DigestRange.byteCount + 8 * Int(range.count)
+        else { return nil }
+        let start = 5 + DigestRange.byteCount
+        return .digests(range, (0..<Int(range.count)).map { buffer.be64(start + 8 * $0) })
     }
 
     private mutating func forgetDeviceSections() {
@@ -46,6 +56,8 @@ extension StreamDecoder {
         case .commitWithin:
             return length == 12 ? .commitWithin(attempt: buffer.be32(5), nanoseconds: buffer.be64(9)) : nil
         case .retract: return length == 4 ? .retract(attempt: buffer.be32(5)) : nil
+        case .root: return length == 8 ? .root(buffer.be64(5)) : nil
+        case .digests: return digests(length, buffer)
         case .settle: return length == 16 ? .settle(buffer.identifier(5)) : nil
         case .cancel:
             guard let reason = buffer.text(5..<(5 + length)) else { throw error(.reasonNotText(type.name)) }
@@ -81,6 +93,8 @@ extension CommandType {
         case .cancel: "CANCEL"
         case .retract: "RETRACT"
         case .commitWithin: "COMMIT_WITHIN"
+        case .root: "ROOT"
+        case .digests: "DIGESTS"
         }
     }
 }

@@ -60,6 +60,31 @@ public struct PageRun: Hashable, Sendable {
     public var length: UInt64 { UInt64(pages) * UInt64(Wire.pageSize) }
 }
 
+/// What a number in ``DigestRange`` counts. Zero is invalid.
+public enum DigestLevel: UInt8, Sendable {
+    case invalid = 0
+    /// Sums over the digests of 512 pages.
+    case groups = 1
+    case pages = 2
+}
+
+/// Digests of a block, or sums of them, that stand side by side (`x-verify`).
+public struct DigestRange: Hashable, Sendable {
+    public let level: DigestLevel
+    public let block: UInt32
+    public let first: UInt64
+    public let count: UInt32
+
+    public init(level: DigestLevel, block: UInt32, first: UInt64, count: UInt32) {
+        self.level = level
+        self.block = block
+        self.first = first
+        self.count = count
+    }
+
+    static let byteCount = 17
+}
+
 /// The head of a START or FULL section.
 public struct SectionHead: Hashable, Sendable {
     public let type: SectionType
@@ -98,6 +123,10 @@ public enum ForwardCommand: Hashable, Sendable {
     /// Takes PREPARE back: the device state is void, RAM goes on.
     case retract(attempt: UInt32)
     case settle(MigrationIdentifier)
+    /// The sum over the digests of all pages as they were sent last.
+    case root(UInt64)
+    /// The answer to ``ReturnPathMessage/digestsWanted(_:)``; as many as the range says.
+    case digests(DigestRange, [UInt64])
     case cancel(reason: String)
     /// Only from a decoder that describes streams instead of loading them.
     case other(type: UInt16, length: Int)
@@ -118,6 +147,8 @@ public enum ReturnPathMessage: Hashable, Sendable {
     case verdict(Verdict)
     /// The switchover of that number is void: the guest did not start, and RAM is awaited again.
     case retracted(attempt: UInt32)
+    /// The root differs: which digests does the source have?
+    case digestsWanted(DigestRange)
     /// A message of QEMU that has no meaning without postcopy; it needs no answer.
     case switchoverAcknowledged
 }

@@ -24,6 +24,7 @@ final class OutgoingMigration: Sendable {
     /// Channels for pages besides the main one.
     private let channelCount: Int
     private let packing: PacketPacking?
+    private let verification: OutgoingVerification?
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
@@ -75,6 +76,7 @@ final class OutgoingMigration: Sendable {
             pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
         configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
         configuration.multifd = multifd?.mode
+        if capabilities.contains(.verify) { configuration.features.insert(.verification) }
         self.configuration = configuration
         channelCount = multifd?.channels ?? 0
         self.packing = packing
@@ -82,12 +84,15 @@ final class OutgoingMigration: Sendable {
         statistics = OutgoingStatistics(
             totalBytes: machine.memory.byteCount, tracking: tracker?.method, xbzrleCacheBytes: cacheBytes)
         do {
+            verification =
+                configuration.verifies ? try OutgoingVerification(machine.memory, configuration.migration) : nil
             // A machine without vCPUs has no tracker: what is allocated is sent once.
             let bitmaps: [any DirtyPages] =
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
+                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes,
+                verification: verification)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -197,6 +202,8 @@ final class OutgoingMigration: Sendable {
         case .collect(let final): collect(final: final)
         case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
         case .synchronizeChannels: sender.enqueue(.synchronize)
+        case .sendRoot: sender.enqueue(.root)
+        case .sendDigests(let range): sender.enqueue(.digests(range))
         case .interruptRound: sender.interruptRound()
         case .stopGuest:
             statistics.beginDowntime()
@@ -258,7 +265,8 @@ final class OutgoingMigration: Sendable {
                     withChannels && channelCount > 0
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
-                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing) : nil
+                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing,
+                        verification: verification) : nil
                 open.withLock { $0 = channel }
                 sender.attach(channel, group) { [self] in post($0) }
                 let answers = channel.kind == .socket

@@ -126,5 +126,7 @@ extension DestinationCore {
         stateBytes = 0
         guestState = nil
         retraction = nil
+        rootIsSame = false
+        isNarrowing = false
     }
 }

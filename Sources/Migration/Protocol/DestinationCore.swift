@@ -83,6 +83,10 @@ public struct DestinationCore: Sendable {
     var readyAt: UInt64 = 0
     /// RETRACT came while state was being loaded: it is answered when that has ended.
     var retraction: UInt32?
+    /// The source's root was compared with ours since the last page came.
+    var rootIsSame = false
+    /// The records differ: the source is asked where.
+    var isNarrowing = false
     /// The moment of the event that is handled.
     var now: UInt64 = 0
 
@@ -111,6 +115,7 @@ public struct DestinationCore: Sendable {
         case .pagesFailed(let reason): fail(reason, &actions)
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
         case .loadFailed(let reason): fail(reason, &actions)
+        case .compared(let verdict): compared(verdict, &actions)
         case .guestStarted(let nanoseconds): guestStarted(nanoseconds, &actions)
         case .startFailed(let reason): startFailed(reason, &actions)
         case .timer(let timer): fired(timer, &actions)
