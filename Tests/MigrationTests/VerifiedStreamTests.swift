@@ -75,12 +75,12 @@ private struct VerifiedStream {
         }
         self.batches = batches
         // What a channel of multifd would carry, of memory as it is now.
-        let codec = MultifdCodec(blocks: blocks)
+        let (codec, digests) = (MultifdCodec(blocks: blocks), sent)
         packets = stride(from: 0, to: Self.pages, by: 8).map { first in
             let offsets = (first..<first + 8).map { UInt64($0) * 4096 }
             var bytes = codec.head(of: MultifdPacket(number: UInt64(first), normal: offsets))
             for offset in offsets {
-                let digest = sent.digest(memory.blocks[0].mapping, at: Int(offset), block: 0, page: offset / 4096)
+                let digest = digests.digest(memory.blocks[0].mapping, at: Int(offset), block: 0, page: offset / 4096)
                 for shift in stride(from: 56, through: 0, by: -8) {
                     bytes.append(UInt8(truncatingIfNeeded: digest >> shift))
                 }
