@@ -14,7 +14,7 @@ struct VerifiedMigrationTests {
     func moves(kind: String) async {
         await #expect(processExitsWith: .success) { [kind] in
             Child.run(seconds: 60) {
-                let source = try Migrator.source("dirty,working-set=8M,fill=32M,random,rate=200M", cpus: 2)
+                let source = try Migrator.source("dirty,working-set=2M,fill=32M,random,rate=20M", cpus: 2)
                 try source.set(.verify, true)
                 if kind == "xbzrle" { try source.set(.xbzrle, true) }
                 if !["plain", "xbzrle"].contains(kind) {
