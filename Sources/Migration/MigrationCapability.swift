@@ -18,6 +18,8 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Stop the guest only when the destination said that it may be; to be set on both sides.
     case switchoverAck = "switchover-ack"
 
+    /// Send a digest with every page, and compare the records of both sides before the switch. Only to a Godwit.
+    case verify = "x-verify"
     /// A connection lost before the handover pauses the migration (`x-paused`); `migrate` with `resume` goes on. To a Godwit only; on
     /// the source.
     case resumable = "x-resumable"

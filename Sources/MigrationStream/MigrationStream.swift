@@ -36,6 +36,9 @@
 ///
 /// So that the source knows what was placed, it ends a PART now and then, says PING 0x4Dxxxxxx (a ``ResumptionMark``), and begins another.
 ///
+/// With ``FeatureSet/verification`` a digest travels with each page, `x` ROOT stands before PREPARE, and a destination whose root is another
+/// asks by `x` DIGESTS_WANTED, is answered by `x` DIGESTS, and says FAILURE with the pages that differ; no READY comes.
+///
 /// A QEMU destination answers PONG without HELLO: then nothing of Godwit's is sent, EOF alone tells it to start, and
 /// SHUT tells how it went. A connection lost after COMMIT is settled on a new one: header, `x` COMMAND SETTLE migration;
 /// the answer is `x` VERDICT.
@@ -136,6 +139,8 @@ public enum CommandType: UInt16, Sendable {
     case retract = 0x4710
     case commitWithin = 0x4711
     case resume = 0x4720
+    case root = 0x4730
+    case digests = 0x4731
 }
 
 /// The numbers of return path messages. Zero is invalid.
@@ -155,6 +160,7 @@ public enum ReturnPathType: UInt16, Sendable {
     case verdict = 0x4705
     case retracted = 0x4710
     case resumed = 0x4720
+    case digestsWanted = 0x4730
 }
 
 /// What a run of a page batch holds: the low bits of its first word. Zero is invalid.
@@ -189,10 +195,13 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     /// RETRACT, RETRACTED, COMMIT_WITHIN: a switchover that takes too long is taken back. Only with ``twoPhaseHandover``.
     public static let retraction = FeatureSet(rawValue: 1 << 8)
 
+    /// A digest travels with each page, and both sides' records of them are compared before READY: ROOT, DIGESTS, DIGESTS_WANTED. Only with
+    /// ``twoPhaseHandover`` and ``pageBatches``, and chosen only by a source that was told to.
+    public static let verification = FeatureSet(rawValue: 1 << 9)
     /// RESUME, RESUMED: a connection lost before the handover is replaced by another. Only with ``twoPhaseHandover``.
     public static let resumption = FeatureSet(rawValue: 1 << 10)
 
-    /// All that this program knows.
+    /// All that this program uses without being told to.
     public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction, .resumption]
 }
 
@@ -207,6 +216,8 @@ public enum StreamLimit {
     public static let batchRuns = 512
     public static let batchDataBytes = 4 << 20
     public static let reasonBytes = 1024
+    /// Digests, or sums of them, in one answer.
+    public static let digests = 4096
     public static let multifdChannels = 64
     /// Compressed contents of one packet.
     public static let multifdContentBytes = 1 << 20

@@ -25,17 +25,25 @@ public struct RAMRecordEncoder: Sendable {
     }
 
     /// A page as its difference to what was sent of it before; the `byteCount` bytes of the encoding (``XBZRLE``) must follow.
-    public mutating func pageDelta(block: Int, offset: UInt64, byteCount: Int, into bytes: inout [UInt8]) {
+    /// - Parameter digest: of the whole page, where ``FeatureSet/verification`` was chosen.
+    public mutating func pageDelta(
+        block: Int, offset: UInt64, byteCount: Int, digest: UInt64? = nil, into bytes: inout [UInt8]
+    ) {
         precondition((1...XBZRLE.longestEncoding).contains(byteCount), "RAMRecordEncoder: length of a delta")
         word(.xbzrle, block, offset, into: &bytes)
         bytes.append(XBZRLE.recordKind)
         bytes.append(UInt8(truncatingIfNeeded: byteCount >> 8))
         bytes.append(UInt8(truncatingIfNeeded: byteCount))
+        if let digest { append64(digest, to: &bytes) }
     }
 
     /// A batch; the bytes of its data runs must follow in the stream, in their order. At most
     /// ``StreamLimit/batchRuns`` runs with ``StreamLimit/batchDataBytes`` of data.
-    public mutating func batch(block: Int, runs: some Collection<PageRun>, into bytes: inout [UInt8]) {
+    /// - Parameter digests: of all pages of the data runs, where ``FeatureSet/verification`` was chosen.
+    public mutating func batch(
+        block: Int, runs: some Collection<PageRun>, digests: [UInt64] = [],
+        into bytes: inout [UInt8]
+    ) {
         precondition((1...StreamLimit.batchRuns).contains(runs.count), "RAMRecordEncoder: number of runs")
         word(.batch, block, 0, into: &bytes)
         append32(UInt32(runs.count), to: &bytes)
@@ -43,6 +51,7 @@ public struct RAMRecordEncoder: Sendable {
             append64(run.offset | UInt64(run.kind.rawValue), to: &bytes)
             append32(run.pages, to: &bytes)
         }
+        for digest in digests { append64(digest, to: &bytes) }
     }
 
     private mutating func word(_ flags: RAMFlags, _ block: Int, _ offset: UInt64, into bytes: inout [UInt8]) {

@@ -59,10 +59,22 @@ public struct ReturnPathDecoder: Sendable {
             return .verdict(verdict)
         case .retracted: return length == 4 ? .retracted(attempt: buffer.be32(4)) : nil
         case .resumed: return length == 0 ? .resumed : nil
+        case .digestsWanted:
+            return length == DigestRange.byteCount ? buffer.digestRange(4).map { .digestsWanted($0) } : nil
         case .switchoverAcknowledged: return length == 0 ? .switchoverAcknowledged : nil
         case .invalid, .requestPagesWithName, .requestPages, .receivedBitmap, .resumeAcknowledged:
             throw StreamError(.unsupportedMessage(type.name), position: position)
         }
+    }
+}
+
+extension ReceiveBuffer {
+    /// `nil`: its level or its count is impossible.
+    func digestRange(_ index: Int) -> DigestRange? {
+        guard let level = DigestLevel(rawValue: self[index]), level != .invalid else { return nil }
+        let range = DigestRange(
+            level: level, block: be32(index + 1), first: be64(index + 5), count: be32(index + 13))
+        return range.count <= StreamLimit.digests ? range : nil
     }
 }
 
@@ -85,6 +97,7 @@ extension ReturnPathType {
         case .verdict: "VERDICT"
         case .retracted: "RETRACTED"
         case .resumed: "RESUMED"
+        case .digestsWanted: "DIGESTS_WANTED"
         }
     }
 }

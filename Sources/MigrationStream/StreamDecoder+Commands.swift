@@ -17,12 +17,22 @@ extension StreamDecoder {
         switch parsed {
         case .begin(_, let features), .resume(_, let features):
             if !describes { allowsPageBatches = features.contains(.pageBatches) }
+            carriesDigests = features.contains(.verification)
         // The device sections before it may be void: those of the next attempt have the same numbers.
         case .retract, .commitWithin: forgetDeviceSections()
         default: break
         }
         advance(5 + length, in: &buffer)
         return .item(.command(parsed))
+    }
+
+    /// - Returns: nil when the length does not fit.
+    private func digests(_ length: Int, _ buffer: ReceiveBuffer) -> ForwardCommand? {
+        guard length >= DigestRange.byteCount, let range = buffer.digestRange(5),
+            length == DigestRange.byteCount + 8 * Int(range.count)
+        else { return nil }
+        let start = 5 + DigestRange.byteCount
+        return .digests(range, (0..<Int(range.count)).map { buffer.be64(start + 8 * $0) })
     }
 
     private mutating func forgetDeviceSections() {
@@ -45,6 +55,8 @@ extension StreamDecoder {
         case .commitWithin:
             return length == 12 ? .commitWithin(attempt: buffer.be32(5), nanoseconds: buffer.be64(9)) : nil
         case .retract: return length == 4 ? .retract(attempt: buffer.be32(5)) : nil
+        case .root: return length == 8 ? .root(buffer.be64(5)) : nil
+        case .digests: return digests(length, buffer)
         case .settle: return length == 16 ? .settle(buffer.identifier(5)) : nil
         case .resume:
             return length == 24 ? .resume(buffer.identifier(5), FeatureSet(rawValue: buffer.be64(21))) : nil
@@ -83,6 +95,8 @@ extension CommandType {
         case .retract: "RETRACT"
         case .commitWithin: "COMMIT_WITHIN"
         case .resume: "RESUME"
+        case .root: "ROOT"
+        case .digests: "DIGESTS"
         }
     }
 }

@@ -68,6 +68,7 @@ extension StreamDecoder {
         let kind = word & RAMFlags.mask & ~RAMFlags.sameBlock.rawValue
         switch kind {
         case RAMFlags.page.rawValue:
+            guard !carriesDigests else { throw error(.pageWithoutDigest(offset: offset)) }
             guard let body = try block(sameBlock, offset, &buffer) else { return .needMore }
             try checkPage(offset)
             advance(body, in: &buffer)
@@ -146,7 +147,9 @@ extension StreamDecoder {
     private mutating func delta(
         _ sameBlock: Bool, _ offset: UInt64, _ buffer: inout ReceiveBuffer
     ) throws(StreamError) -> Step {
-        guard let body = try block(sameBlock, offset, &buffer), buffer.count >= body + 3 else { return .needMore }
+        guard let body = try block(sameBlock, offset, &buffer), buffer.count >= body + deltaHeadBytes else {
+            return .needMore
+        }
         try checkPage(offset)
         let name = blocks[currentBlock].name
         guard buffer[body] == XBZRLE.recordKind else {
@@ -156,10 +159,13 @@ extension StreamDecoder {
         guard (1...XBZRLE.longestEncoding).contains(length) else {
             throw error(.deltaLength(block: name, offset: offset, length))
         }
-        advance(body + 3, in: &buffer)
+        if carriesDigests { digests = [buffer.be64(body + 3)] }
+        advance(body + deltaHeadBytes, in: &buffer)
         payloadBytes = length
         return .item(.pageDelta(block: currentBlock, offset: offset, byteCount: length))
     }
+
+    private var deltaHeadBytes: Int { carriesDigests ? 11 : 3 }
 
     private mutating func batch(
         _ sameBlock: Bool, _ offset: UInt64, _ buffer: inout ReceiveBuffer
@@ -185,7 +191,10 @@ extension StreamDecoder {
             }
             runs.append(run)
         }
-        advance(end, in: &buffer)
+        let digestBytes = carriesDigests ? Int(dataBytes) / Wire.pageSize * 8 : 0
+        guard buffer.count >= end + digestBytes else { return .needMore }
+        if carriesDigests { digests = stride(from: end, to: end + digestBytes, by: 8).map { buffer.be64($0) } }
+        advance(end + digestBytes, in: &buffer)
         payloadBytes = Int(dataBytes)
         return .item(.pageBatch(block: currentBlock, runs: runs))
     }

@@ -61,6 +61,10 @@ public struct StreamDecoder: Sendable {
     var sectionID: UInt32 = 0
     var sectionType = SectionType.full
     var allowsPageBatches: Bool
+    /// BEGIN chose ``FeatureSet/verification``: digests stand in the records of pages.
+    var carriesDigests = false
+    /// Of the pages that the last item brings as data, in their order; empty when they carry none.
+    public internal(set) var digests: [UInt64] = []
     /// The block of the last page record, or -1.
     var currentBlock = -1
     var currentLength: UInt64 = 0

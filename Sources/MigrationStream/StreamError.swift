@@ -57,6 +57,7 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         case pageOutside(block: String, offset: UInt64, length: UInt64)
         case zeroPageFill(block: String, offset: UInt64, UInt8)
         case unsupportedRecord(String, offset: UInt64)
+        case pageWithoutDigest(offset: UInt64)
         case deltaKind(block: String, offset: UInt64, UInt8)
         case deltaLength(block: String, offset: UInt64, Int)
         case deltaDamaged(block: String, offset: UInt64, XBZRLE.Damage)
@@ -165,6 +166,8 @@ extension StreamError.Cause {
             "the zero page at offset 0x\(hexadecimal(offset)) of RAM block '\(block)' is filled with \(byte), not 0"
         case .unsupportedRecord(let what, let offset):
             "\(what) is not supported yet (RAM record at offset 0x\(hexadecimal(offset)))"
+        case .pageWithoutDigest(let offset):
+            "a page came without its digest, which was agreed on (RAM record at offset 0x\(hexadecimal(offset)))"
         case .deltaKind, .deltaLength, .deltaDamaged, .deltaWithoutPage: deltaSentence
         case .unknownFlags(let flags, let offset):
             "a RAM record at offset 0x\(hexadecimal(offset)) has unknown flags 0x\(hexadecimal(flags))"

@@ -60,6 +60,31 @@ public struct PageRun: Hashable, Sendable {
     public var length: UInt64 { UInt64(pages) * UInt64(Wire.pageSize) }
 }
 
+/// What a number in ``DigestRange`` counts. Zero is invalid.
+public enum DigestLevel: UInt8, Sendable {
+    case invalid = 0
+    /// Sums over the digests of 512 pages.
+    case groups = 1
+    case pages = 2
+}
+
+/// Digests of a block, or sums of them, that stand side by side (`x-verify`).
+public struct DigestRange: Hashable, Sendable {
+    public let level: DigestLevel
+    public let block: UInt32
+    public let first: UInt64
+    public let count: UInt32
+
+    public init(level: DigestLevel, block: UInt32, first: UInt64, count: UInt32) {
+        self.level = level
+        self.block = block
+        self.first = first
+        self.count = count
+    }
+
+    static let byteCount = 17
+}
+
 /// The head of a START or FULL section.
 public struct SectionHead: Hashable, Sendable {
     public let type: SectionType
@@ -100,6 +125,10 @@ public enum ForwardCommand: Hashable, Sendable {
     case settle(MigrationIdentifier)
     /// On a new connection: that migration goes on here, with the features it had.
     case resume(MigrationIdentifier, FeatureSet)
+    /// The sum over the digests of all pages as they were sent last.
+    case root(UInt64)
+    /// The answer to ``ReturnPathMessage/digestsWanted(_:)``; as many as the range says.
+    case digests(DigestRange, [UInt64])
     case cancel(reason: String)
     /// Only from a decoder that describes streams instead of loading them.
     case other(type: UInt16, length: Int)
@@ -122,6 +151,8 @@ public enum ReturnPathMessage: Hashable, Sendable {
     case retracted(attempt: UInt32)
     /// After RESUME: everything received so far is kept, RAM is awaited.
     case resumed
+    /// The root differs: which digests does the source have?
+    case digestsWanted(DigestRange)
     /// A message of QEMU that has no meaning without postcopy; it needs no answer.
     case switchoverAcknowledged
 }

@@ -86,6 +86,9 @@ extension StreamSummary {
             "\(CommandType.begin.name) \(migration) features 0x\(hexadecimal(features.rawValue))"
         case .prepare: CommandType.prepare.name
         case .commit: CommandType.commit.name
+        case .root(let value): "\(CommandType.root.name) \(hexadecimal(value, digits: 16))"
+        case .digests(let range, _):
+            "\(CommandType.digests.name) \(range.count) \(range.level) of block \(range.block) from \(range.first)"
         case .commitWithin(let attempt, let nanoseconds):
             "\(CommandType.commitWithin.name) \(nanoseconds) ns of READY, attempt \(attempt)"
         case .retract(let attempt): "\(CommandType.retract.name) attempt \(attempt)"

@@ -28,6 +28,13 @@ extension StreamWriter {
             head(CommandType.resume.rawValue, 24)
             identifier(migration)
             be64(features.rawValue)
+        case .root(let value):
+            head(CommandType.root.rawValue, 8)
+            be64(value)
+        case .digests(let range, let values):
+            head(CommandType.digests.rawValue, UInt16(DigestRange.byteCount + 8 * values.count))
+            digestRange(range)
+            for value in values { be64(value) }
         case .cancel(let reason): text(CommandType.cancel.rawValue, reason)
         case .other(let type, let length):
             head(type, UInt16(length))
@@ -63,8 +70,18 @@ extension StreamWriter {
             head(ReturnPathType.retracted.rawValue, 4)
             be32(attempt)
         case .resumed: head(ReturnPathType.resumed.rawValue, 0)
+        case .digestsWanted(let range):
+            head(ReturnPathType.digestsWanted.rawValue, UInt16(DigestRange.byteCount))
+            digestRange(range)
         case .switchoverAcknowledged: head(ReturnPathType.switchoverAcknowledged.rawValue, 0)
         }
+    }
+
+    private mutating func digestRange(_ range: DigestRange) {
+        append([range.level.rawValue])
+        be32(range.block)
+        be64(range.first)
+        be32(range.count)
     }
 
     private mutating func head(_ type: UInt16, _ length: UInt16) {

@@ -60,6 +60,7 @@ struct MigrationStreamTests {
             .hello(version: 1, features: .all, instance: Sample.migration), .pong(Wire.godwitPing),
             .ready(nanoseconds: 1 << 40), .started(nanoseconds: 12), .failure(reason: "no space: ü"),
             .verdict(.started), .verdict(.neverStarted), .verdict(.unknown), .retracted(attempt: 7),
+            .digestsWanted(DigestRange(level: .groups, block: 2, first: 9, count: 4096)),
             .switchoverAcknowledged, .shut(0),
         ]
         var writer = StreamWriter()

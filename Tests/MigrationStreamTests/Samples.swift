@@ -55,7 +55,8 @@ enum Sample {
             subsections: [.targetPageBits(12), .capabilities(["a", "bc"]), .uuid(migration)])
         let commands: [ForwardCommand] = [
             .openReturnPath, .ping(Wire.godwitPing), .begin(migration, .all), .switchoverStart,
-            .retract(attempt: 0x0102_0304), .commitWithin(attempt: 3, nanoseconds: .max),
+            .retract(attempt: 0x0102_0304), .commitWithin(attempt: 3, nanoseconds: .max), .root(0x0102_0304_0506_0708),
+            .digests(DigestRange(level: .pages, block: 1, first: 1 << 40, count: 2), [1, .max]),
         ]
         for command in commands { writer.command(command) }
         writer.ramSetup(id: 2, blocks: [low, high])

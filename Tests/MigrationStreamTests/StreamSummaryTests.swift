@@ -19,7 +19,7 @@ struct StreamSummaryTests {
         #expect(summary.sections.map(\.bodyBytes).dropFirst() == [5, 104])
         #expect(summary.sections.allSatisfy { !$0.inferred && $0.ended })
         #expect(summary.commands.map(\.command).last == .commit)
-        #expect(summary.commandCount == 8)
+        #expect(summary.commandCount == 10)
         #expect(summary.vmDescription?.contains("\"name\": \"cpu\", \"instance_id\": 3") == true)
         #expect(summary.text.contains("cpu"))
     }

@@ -61,7 +61,7 @@ struct PackedChannelTests {
         defer { Descriptor.remove(path) }
         let channel = try Listener(on: .file(path: path, offset: 0)).accept()
         let memory = GuestMemory(blocks: [block])
-        var receiver = ChannelReceiver(
+        var receiver = try ChannelReceiver(
             channel, behind: ReceiveBuffer(), memory: memory, blocks: blocks, received: try ReceivedPages(memory),
             statistics: IncomingStatistics(totalBytes: 1 << 20, listening: []), mayMix: mayMix)
         var placed = 0

@@ -1,5 +1,6 @@
 import Glibc
 import Host
+import Migration
 import Synchronization
 import Transport
 
@@ -30,11 +31,53 @@ struct GuestPages: Sendable {
     /// Makes it the n-th vector of a mapping.
     func fill(_ vector: inout IOVector, _ number: Int, of mapping: Mapping) {
         vector.removeAll()
+        for page in pages(number) { vector.append(mapping, offset: page * Self.pageBytes, count: Self.pageBytes) }
+    }
+
+    /// The pages of the n-th vector. Neighbours change places.
+    func pages(_ number: Int) -> some Sequence<Int> {
         let first = number % vectorCount * Self.vectorPages
-        for index in 0..<Self.vectorPages {
-            // Neighbours change places.
-            vector.append(mapping, offset: (first + (index ^ 1)) * Self.pageBytes, count: Self.pageBytes)
+        return (0..<Self.vectorPages).lazy.map { first + ($0 ^ 1) }
+    }
+}
+
+/// What verified migrations do with every page at both ends: `x-verify`.
+struct PageDigests: Sendable {
+    let hasher: PageHasher
+    /// The digests of one vector stand before its pages.
+    let bytes: Mapping
+
+    init(_ hasher: PageHasher) throws {
+        self.hasher = hasher
+        bytes = try Mapping(anonymousByteCount: 8 * GuestPages.vectorPages)
+    }
+
+    func lead(_ vector: inout IOVector, _ number: Int, of pages: GuestPages, in mapping: Mapping) {
+        vector.removeAll()
+        vector.append(bytes, offset: 0, count: bytes.byteCount)
+        for page in pages.pages(number) {
+            vector.append(mapping, offset: page * GuestPages.pageBytes, count: GuestPages.pageBytes)
         }
+    }
+
+    func compute(_ number: Int, of pages: GuestPages) {
+        for (index, page) in pages.pages(number).enumerated() {
+            bytes.store(digest(pages.source, page), at: 8 * index)
+        }
+    }
+
+    /// Whether what was received fits.
+    func fits(_ number: Int, of pages: GuestPages) -> Bool {
+        var fits = true
+        for (index, page) in pages.pages(number).enumerated() {
+            let digest = digest(pages.target, page)
+            fits = fits && digest == bytes.load(at: 8 * index, as: UInt64.self)
+        }
+        return fits
+    }
+
+    private func digest(_ memory: Mapping, _ page: Int) -> UInt64 {
+        hasher.digest(memory, at: page * GuestPages.pageBytes, block: 0, page: UInt64(page))
     }
 }
 
@@ -51,7 +94,8 @@ enum ChannelStream {
     }
 
     static func measure(
-        _ pages: GuestPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?
+        _ pages: GuestPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?,
+        hasher: PageHasher? = nil
     ) throws -> StreamRate {
         let listener = try Listener(on: .tcp(host: "127.0.0.1", port: "0"), tls: tls?.server)
         guard case .inet(let host, let port) = listener.addresses.first else { throw ChannelError.cancelled }
@@ -68,18 +112,30 @@ enum ChannelStream {
             into.cancel()
         }
         let vectors = byteCount / GuestPages.vectorBytes
+        let digests = try hasher.map { (sent: try PageDigests($0), received: try PageDigests($0)) }
         let rate = try StreamRate.measuring(vectors * GuestPages.vectorBytes) {
             let sender = try Background {
                 var vector = IOVector()
                 for number in 0..<vectors {
-                    pages.fill(&vector, number, of: pages.source)
+                    if let digests = digests?.sent {
+                        digests.compute(number, of: pages)
+                        digests.lead(&vector, number, of: pages, in: pages.source)
+                    } else {
+                        pages.fill(&vector, number, of: pages.source)
+                    }
                     try out.send(&vector)
                 }
             }
             var vector = IOVector()
             for number in 0..<vectors {
-                pages.fill(&vector, number, of: pages.target)
+                guard let digests = digests?.received else {
+                    pages.fill(&vector, number, of: pages.target)
+                    try into.receive(&vector)
+                    continue
+                }
+                digests.lead(&vector, number, of: pages, in: pages.target)
                 try into.receive(&vector)
+                guard digests.fits(number, of: pages) else { throw WrongBytes() }
             }
             try sender.value()
         }

@@ -1,5 +1,6 @@
 import CommandLineKit
 import Host
+import Migration
 import Transport
 
 /// What one channel carries over loopback, in plaintext and through TLS, beside programs that do nothing else.
@@ -27,6 +28,8 @@ public struct TransportBenchmark: Benchmark {
         let tls = try ChannelStream.keys(in: folder.path)
         var plain = Comparison("plain", beside: iperf == nil ? "write-read" : "iperf3")
         var secure = Comparison("TLS", beside: "openssl")
+        var verified = Comparison("verified", beside: "unverified")
+        let hasher = try PageHasher(high: .random(in: 0...UInt64.max), low: .random(in: 0...UInt64.max))
         for number in 0..<runs {
             options.progress("run \(number + 1) of \(runs)")
             try plain.measure(
@@ -35,6 +38,10 @@ public struct TransportBenchmark: Benchmark {
             try secure.measure(
                 options, pages, channel: { try ChannelStream.measure($0, byteCount: byteCount / 2, tls: tls) },
                 other: { try RecordStream.measure(byteCount: byteCount / 2) })
+            try verified.measure(
+                options, pages,
+                channel: { try ChannelStream.measure($0, byteCount: byteCount, tls: nil, hasher: hasher) },
+                other: { try ChannelStream.measure(pages[1], byteCount: byteCount, tls: nil) })
         }
         var notes = ["Ratios are those of each run, side by side; promises are their medians."]
         if iperf == nil {
@@ -44,10 +51,11 @@ public struct TransportBenchmark: Benchmark {
             notes.append("This is a debug build: its figures mean nothing.")
         #endif
         return BenchmarkResult(
-            bench: Self.name, runs: runs, cells: plain.cells + secure.cells,
+            bench: Self.name, runs: runs, cells: plain.cells + secure.cells + verified.cells,
             promises: [
                 BenchmarkPromise("channel-vs-iperf3", plain.ratio(of: 0), limit: 0.9, better: .higher),
                 BenchmarkPromise("tls-vs-openssl", secure.ratio(of: 0), limit: 0.9, better: .higher),
+                BenchmarkPromise("verify-overhead", 1 - verified.ratio(of: 1), limit: 0.1, better: .lower),
                 BenchmarkPromise("channel-64m-vs-iperf3", plain.ratio(of: 1), limit: nil, better: .higher),
                 BenchmarkPromise("tls-64m-vs-openssl", secure.ratio(of: 1), limit: nil, better: .higher),
             ], notes: notes)

@@ -59,6 +59,9 @@ extension IncomingMigration {
                     // Not at the footer behind it: an old QEMU keeps that back until its channels have gone on.
                     if !marks.flushes, usesChannels { waitForChannels(id) }
                 case .vmDescription: try receiver.skipPayload()
+                case .command(.begin):
+                    post(.item(id, item))
+                    if acceptsSource(id) { receiver.verification = verification }
                 default: post(.item(id, item))
                 }
                 // What the core closed is not read any further.
@@ -117,9 +120,9 @@ extension IncomingMigration {
             post(.greeted(id, greeting))
             guard barrier.waitForAdmission(id) else { return }
             HostThread.renameCurrent("multifd-recv-\(greeting.channel + 1)")
-            var receiver = ChannelReceiver(
+            var receiver = try ChannelReceiver(
                 channel, behind: buffer, memory: machine.memory, blocks: blocks, received: received,
-                statistics: statistics, mayMix: greeting.mark != nil)
+                statistics: statistics, mayMix: greeting.mark != nil, verification: verification)
             var progress = ProgressTeller()
             while let packet = try receiver.next() {
                 if !packet.normal.isEmpty || !packet.zero.isEmpty {

@@ -18,6 +18,7 @@ final class IncomingMigration: Sendable {
     let received: ReceivedPages
     /// Where the channels of multifd and the main one wait for each other.
     let barrier: IncomingChannels
+    private let verifications = Mutex<IncomingVerification?>(nil)
     private let handshakes = HandshakeQueue()
 
     private struct State {
@@ -70,6 +71,7 @@ final class IncomingMigration: Sendable {
             startsGuest: startsGuest)
         configuration.acknowledgesSwitchover = capabilities.contains(.switchoverAck)
         configuration.multifdChannels = multifdChannels
+        configuration.features.insert(.verification)
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }
@@ -166,6 +168,9 @@ final class IncomingMigration: Sendable {
     func acceptsPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.acceptsPages(on: id) } }
     func takesPages(on id: ConnectionID) -> Bool { state.withLock { $0.core.takesPages(on: id) } }
     var isResumable: Bool { state.withLock { $0.core.isResumable } }
+    func acceptsSource(_ id: ConnectionID) -> Bool { state.withLock { $0.core.source == id } }
+    /// Of the migration under way, if its pages bring digests.
+    var verification: IncomingVerification? { verifications.withLock { $0 } }
     var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
 
     private func serveTimers() {
@@ -211,6 +216,9 @@ final class IncomingMigration: Sendable {
             if channel.kind == .socket { try? channel.finish() }
             channel.cancel()
         case .admit(let id, let count): barrier.admit(id, of: count)
+        case .verify(let migration): return verify(migration)
+        case .compareRoot(let root): return compared(verification?.compare(root: root))
+        case .compareDigests(let range, let values): return compared(verification?.compare(range, values))
         case .loadState(let sections): return load(sections)
         case .startGuest(let running):
             let began = Clock.monotonicNanoseconds
@@ -230,6 +238,8 @@ final class IncomingMigration: Sendable {
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):
             if let reason = outcome.reason { report(.notice(reason)) }
+            // What comes next may come without digests.
+            if outcome != .completed { verifications.withLock { $0 = nil } }
             if outcome == .completed { stopListeningLater() }
         }
         return nil
@@ -253,6 +263,19 @@ final class IncomingMigration: Sendable {
                 listener.close()
             }
         } catch { report(.notice("the migration address stays in use: \(error.description)")) }
+    }
+
+    private func verify(_ migration: MigrationIdentifier) -> DestinationEvent? {
+        do throws(SystemError) {
+            let verification = try IncomingVerification(machine.memory, migration)
+            verifications.withLock { $0 = verification }
+            return nil
+        } catch { return .pagesFailed("x-verify: \(error.description)") }
+    }
+
+    private func compared(_ verdict: RootVerdict?) -> DestinationEvent? {
+        if case .corrupt = verdict { for line in verification?.logLines() ?? [] { report(.notice(line)) } }
+        return verdict.map { .compared($0) }
     }
 
     private func load(_ sections: [DeviceSection]) -> DestinationEvent {

@@ -19,6 +19,8 @@ struct PageReceiver: ~Copyable {
     private var pending = (normal: UInt64(0), duplicate: UInt64(0))
     /// Whether this connection is the source's: a stranger's bytes do not count.
     var isCounted = false
+    /// Digests come with the pages.
+    var verification: IncomingVerification?
     /// Bytes of the stream that were told to `statistics`.
     private var countedBytes: UInt64 = 0
 
@@ -85,6 +87,7 @@ struct PageReceiver: ~Copyable {
             pending.normal += 1
         case .zeroPage(let block, let offset):
             received.clear(Self.range(offset, 1), of: block)
+            verification?.receivedZeroes(Self.range(offset, 1), of: block)
             pending.duplicate += 1
         case .pageBatch(let block, let runs): try place(block, runs)
         case .pageDelta(let block, let offset, let count): try applyDelta(block, offset: offset, count: count)
@@ -150,6 +153,13 @@ struct PageReceiver: ~Copyable {
         buffer.consume(count)
         decoder.payloadConsumed(count)
         received.mark(Self.range(offset, 1), of: block)
+        verify(CollectionOfOne(Self.range(offset, 1)), of: block)
+    }
+
+    /// Compares pages that were placed with the digests of the item.
+    private func verify(_ runs: some Sequence<Range<PageIndex>>, of block: Int) {
+        verification?.received(
+            runs, of: block, in: memory.blocks[block].mapping, digests: decoder.digests)
     }
 
     private static func apply(
@@ -177,6 +187,7 @@ struct PageReceiver: ~Copyable {
         for run in runs {
             guard run.kind == .data else {
                 received.clear(Self.range(run.offset, UInt64(run.pages)), of: block)
+                verification?.receivedZeroes(Self.range(run.offset, UInt64(run.pages)), of: block)
                 pending.duplicate += UInt64(run.pages)
                 continue
             }
@@ -189,6 +200,7 @@ struct PageReceiver: ~Copyable {
         }
         if vector.byteCount > 0 { try channel.receive(&vector) }
         decoder.payloadConsumed(total)
+        verify(runs.lazy.filter { $0.kind == .data }.map { Self.range($0.offset, UInt64($0.pages)) }, of: block)
     }
 
     /// A run that fills a whole huge page is worth one: the first touch costs a sixth per page then.

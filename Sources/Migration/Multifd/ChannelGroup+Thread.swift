@@ -74,7 +74,7 @@ private struct PacketSender: ~Copyable {
     private var mayGoPlain = false
 
     init(_ group: ChannelGroup, _ channel: Channel) throws {
-        let head = try Mapping(anonymousByteCount: MultifdWire.headBytes)
+        let head = try Mapping(anonymousByteCount: MultifdWire.headBytes + 8 * MultifdWire.packetPages)
         if let packing = group.packing { packer = try packing.packer() } else { packer = nil }
         self.head = head
         self.group = group
@@ -135,14 +135,32 @@ private struct PacketSender: ~Copyable {
         return true
     }
 
+    /// With `x-verify`: the digests of the normal pages, as they are in guest memory, behind the packet's head. - Returns: their bytes.
+    private func writeDigests() -> Int {
+        guard let verification = group.verification else { return 0 }
+        let (block, mapping) = (packet.block, group.memory.blocks[packet.block].mapping)
+        var sent: [(page: UInt64, digest: UInt64)] = []
+        sent.reserveCapacity(packet.normal.count)
+        for (index, offset) in packet.normal.enumerated() {
+            let page = offset / UInt64(Wire.pageSize)
+            let digest = verification.digest(mapping, at: Int(offset), block: block, page: page)
+            head.store(digest.byteSwapped, at: MultifdWire.headBytes + 8 * index)
+            sent.append((page, digest))
+        }
+        verification.sent(sent, of: block)
+        verification.sentZeroes(packet.zero.lazy.map { $0 / UInt64(Wire.pageSize) }, of: block)
+        return sent.count * 8
+    }
+
     private mutating func sendPacket() throws(ChannelError) {
         packet.number = group.packetNumber.add(1, ordering: .relaxed).oldValue
+        let digestBytes = writeDigests()
         let isPacked = try pack()
         let isPacking = group.packing != nil
         let (normal, zero) = (UInt64(packet.normal.count), UInt64(packet.zero.count))
         head.write(group.codec.head(of: packet), at: 0)
         vector.removeAll()
-        vector.append(head, offset: 0, count: MultifdWire.headBytes)
+        vector.append(head, offset: 0, count: MultifdWire.headBytes + digestBytes)
         if isPacked, let buffer = packer?.buffer {
             vector.append(buffer, offset: 0, count: packet.contentBytes)
         } else if normal > 0 {

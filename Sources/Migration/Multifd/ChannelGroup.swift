@@ -47,6 +47,8 @@ final class ChannelGroup: Sendable {
     let statistics: OutgoingStatistics
     /// `nil`: contents go as they are.
     let packing: PacketPacking?
+    /// With the capability `x-verify`.
+    let verification: OutgoingVerification?
     let work = Monitor(Work())
     let progress = Monitor(Progress())
     /// The round is to end, or everything: bandwidth counts no more.
@@ -69,7 +71,7 @@ final class ChannelGroup: Sendable {
     init(
         _ count: Int, of migration: MigrationIdentifier, to address: MigrationAddress, connector: Connector,
         cancel: CancelToken, memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
-        packing: PacketPacking?
+        packing: PacketPacking?, verification: OutgoingVerification? = nil
     ) throws(ChannelError) {
         var channels: [Channel] = []
         for index in 0..<count {
@@ -86,6 +88,7 @@ final class ChannelGroup: Sendable {
         self.memory = memory
         self.statistics = statistics
         self.packing = packing
+        self.verification = verification
         codec = MultifdCodec(blocks: blocks)
         mostItemPages = count <= Self.queueLimit ? 512 : UInt64(MultifdWire.packetPages)
         mostQueued = min(max(count, 2), Self.queueLimit)

@@ -21,19 +21,27 @@ struct ChannelReceiver: ~Copyable {
     private var unpacker: PacketUnpacker?
     /// A Godwit sends packets plain that would not shrink.
     private let mayMix: Bool
+    private let verification: IncomingVerification?
+    /// Where the digests of a packet arrive.
+    private let digests: Mapping?
 
     /// - Parameters:
     ///   - ahead: what came behind the greeting and was read with it.
     ///   - mayMix: whether plain packets may come among compressed ones.
     init(
         _ channel: Channel, behind ahead: consuming ReceiveBuffer, memory: GuestMemory, blocks: [RAMBlockDescription],
-        received: ReceivedPages, statistics: IncomingStatistics, mayMix: Bool
-    ) {
+        received: ReceivedPages, statistics: IncomingStatistics, mayMix: Bool,
+        verification: IncomingVerification? = nil
+    ) throws(SystemError) {
+        var digests: Mapping?
+        if verification != nil { digests = try Mapping(anonymousByteCount: 8 * MultifdWire.packetPages) }
         self.channel = channel
         self.memory = memory
         self.received = received
         self.statistics = statistics
         self.mayMix = mayMix
+        self.verification = verification
+        self.digests = digests
         unpacker = nil
         buffer = ahead
         codec = MultifdCodec(blocks: blocks, compression: nil)
@@ -74,15 +82,16 @@ struct ChannelReceiver: ~Copyable {
         if !normal.isEmpty {
             if packet.compression == .none {
                 try unpacker?.sawPlain()
-                try receive(normal, of: packet.block)
+                try receive(normal, of: packet)
             } else {
                 try unpack(packet)
             }
         }
         for run in Self.runs(packet.zero) { received.clear(run, of: packet.block) }
-        position += UInt64(packet.contentBytes)
+        verify(packet, normal)
+        position += UInt64(packet.contentBytes + digestBytes(packet))
         statistics.received(
-            bytes: UInt64(packet.contentBytes), normal: UInt64(packet.normal.count),
+            bytes: UInt64(packet.contentBytes + digestBytes(packet)), normal: UInt64(packet.normal.count),
             duplicate: UInt64(packet.zero.count), overChannels: true)
     }
 
@@ -104,9 +113,10 @@ struct ChannelReceiver: ~Copyable {
     private mutating func unpack(_ packet: MultifdPacket) throws {
         guard let room = unpacker?.buffer else { return }
         let count = packet.contentBytes
+        vector.removeAll()
+        expectDigests(packet)
         let ahead = min(buffer.count, count)
         if ahead > 0 { unsafe room.withMutableBytes(at: 0, count: ahead) { _ = unsafe buffer.move(to: $0) } }
-        vector.removeAll()
         vector.append(room, offset: ahead, count: count - ahead)
         if vector.byteCount > 0 { try channel.receive(&vector) }
         do throws(CompressionError) {
@@ -115,9 +125,10 @@ struct ChannelReceiver: ~Copyable {
         } catch { throw StreamError(.multifd(.packed(error.description)), position: position) }
     }
 
-    private mutating func receive(_ runs: [Range<PageIndex>], of block: Int) throws(ChannelError) {
-        let mapping = memory.blocks[block].mapping
+    private mutating func receive(_ runs: [Range<PageIndex>], of packet: MultifdPacket) throws(ChannelError) {
+        let mapping = memory.blocks[packet.block].mapping
         vector.removeAll()
+        expectDigests(packet)
         for run in runs {
             let start = Int(run.lowerBound.offset.value)
             let count = Int(run.upperBound.value - run.lowerBound.value) * Wire.pageSize
@@ -128,6 +139,26 @@ struct ChannelReceiver: ~Copyable {
             vector.append(mapping, offset: start + ahead, count: count - ahead)
         }
         if vector.byteCount > 0 { try channel.receive(&vector) }
+    }
+
+    // MARK: Digests (`x-verify`)
+
+    private func digestBytes(_ packet: MultifdPacket) -> Int { digests == nil ? 0 : 8 * packet.normal.count }
+
+    /// They stand between the head and the contents.
+    private mutating func expectDigests(_ packet: MultifdPacket) {
+        guard let digests else { return }
+        let count = digestBytes(packet)
+        let ahead = min(buffer.count, count)
+        if ahead > 0 { unsafe digests.withMutableBytes(at: 0, count: ahead) { _ = unsafe buffer.move(to: $0) } }
+        vector.append(digests, offset: ahead, count: count - ahead)
+    }
+
+    private func verify(_ packet: MultifdPacket, _ normal: [Range<PageIndex>]) {
+        guard let verification, let digests else { return }
+        let values = packet.normal.indices.map { digests.load(at: 8 * $0, as: UInt64.self).byteSwapped }
+        verification.received(normal, of: packet.block, in: memory.blocks[packet.block].mapping, digests: values)
+        for run in Self.runs(packet.zero) { verification.receivedZeroes(run, of: packet.block) }
     }
 
     /// Neighbours in the list that are neighbours in memory, joined; the order stays.

@@ -25,6 +25,7 @@ final class OutgoingMigration: Sendable {
     /// Channels for pages besides the main one.
     private let channelCount: Int
     private let packing: PacketPacking?
+    private let verification: OutgoingVerification?
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
     private let tracker: (any DirtyTracker)?
@@ -81,6 +82,7 @@ final class OutgoingMigration: Sendable {
         configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
         configuration.multifd = multifd?.mode
         configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
+        if capabilities.contains(.verify) { configuration.features.insert(.verification) }
         self.configuration = configuration
         channelCount = multifd?.channels ?? 0
         self.packing = packing
@@ -88,12 +90,15 @@ final class OutgoingMigration: Sendable {
         statistics = OutgoingStatistics(
             totalBytes: machine.memory.byteCount, tracking: tracker?.method, xbzrleCacheBytes: cacheBytes)
         do {
+            verification =
+                configuration.verifies ? try OutgoingVerification(machine.memory, configuration.migration) : nil
             // A machine without vCPUs has no tracker: what is allocated is sent once.
             let bitmaps: [any DirtyPages] =
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
+                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes,
+                verification: verification)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -220,6 +225,8 @@ final class OutgoingMigration: Sendable {
             report(.notice("the migration is paused: \(reason)"))
         case .rewind: sender.rewind()
         case .bidFarewell(let bytes): bidFarewell(bytes)
+        case .sendRoot: sender.enqueue(.root)
+        case .sendDigests(let range): sender.enqueue(.digests(range))
         case .interruptRound: sender.interruptRound()
         case .stopGuest:
             statistics.beginDowntime()
@@ -285,7 +292,8 @@ final class OutgoingMigration: Sendable {
                     withChannels && channelCount > 0
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
-                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing) : nil
+                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing,
+                        verification: verification) : nil
                 sender.waitUntilClosed()
                 guard isCurrent(attempt) else {
                     group?.end()

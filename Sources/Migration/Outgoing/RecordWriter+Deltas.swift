@@ -25,7 +25,8 @@ extension RecordWriter {
                 case .unchanged: continue
                 case .delta(let byteCount):
                     head.removeAll(keepingCapacity: true)
-                    encoder.pageDelta(block: block, offset: offset, byteCount: byteCount, into: &head)
+                    let digest = deltaDigest(block, page)
+                    encoder.pageDelta(block: block, offset: offset, byteCount: byteCount, digest: digest, into: &head)
                     append(head)
                     appendDelta(byteCount)
                     continue
@@ -42,6 +43,14 @@ extension RecordWriter {
         }
         append(block, runs, contents[...], batches: batches)
         sent.deltas = deltas?.takeCounts() ?? XBZRLECounts()
+    }
+
+    /// The digest of the page that a delta makes.
+    private mutating func deltaDigest(_ block: Int, _ page: PageIndex) -> UInt64? {
+        guard let verification, let working = deltas?.working else { return nil }
+        let digest = verification.digest(working, at: 0, block: block, page: page.value)
+        verification.sent([(page.value, digest)], of: block)
+        return digest
     }
 
     private mutating func appendDelta(_ byteCount: Int) {
@@ -61,7 +70,10 @@ extension RecordWriter {
             let part = runs[start..<min(start + most, runs.count)]
             var head: [UInt8] = []
             if batches {
-                encoder.batch(block: block, runs: part, into: &head)
+                var places = contents.makeIterator()
+                let nowhere = (mapping: heads, offset: 0)
+                let digests = digests(of: part, of: block) { _ in places.next() ?? nowhere }
+                encoder.batch(block: block, runs: part, digests: digests, into: &head)
             } else if runs[start].kind == .zero {
                 encoder.zeroPage(block: block, offset: runs[start].offset, into: &head)
             } else {

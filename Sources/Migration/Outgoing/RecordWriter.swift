@@ -16,6 +16,8 @@ struct RecordWriter: ~Copyable {
     var deltas: XBZRLESender?
     /// Whether pages that are sent go into the cache of `deltas`.
     var keepsPages = true
+    /// With the capability `x-verify`.
+    let verification: OutgoingVerification?
 
     /// Runs of one vector: each may alternate between pages of data and of zeros, and a record's head stands before it.
     static let batchRuns = StreamLimit.batchRuns / 2
@@ -25,12 +27,14 @@ struct RecordWriter: ~Copyable {
     private static let zeroRecords = 4096
 
     init(
-        _ memory: GuestMemory, blocks: [RAMBlockDescription], xbzrleCacheBytes: UInt64? = nil
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], xbzrleCacheBytes: UInt64? = nil,
+        verification: OutgoingVerification? = nil
     ) throws(SystemError) {
         // With deltas among them: as many as a batch has pages, each little longer than a page at worst.
         let heads = try Mapping(anonymousByteCount: xbzrleCacheBytes == nil ? 256 << 10 : 4 << 20)
         if let xbzrleCacheBytes { deltas = try XBZRLESender(cacheBytes: xbzrleCacheBytes) } else { deltas = nil }
         self.heads = heads
+        self.verification = verification
         self.memory = memory
         self.blocks = blocks
         encoder = RAMRecordEncoder(blocks: blocks)
@@ -82,6 +86,7 @@ struct RecordWriter: ~Copyable {
             sent.bytes += UInt64(bytes.count)
             try channel.send(bytes)
         }
+        verification?.sentZeroes(offsets.lazy.map { $0 / 4096 }, of: block)
         return sent
     }
 
@@ -106,7 +111,8 @@ struct RecordWriter: ~Copyable {
         for start in stride(from: 0, to: runs.count, by: StreamLimit.batchRuns) {
             let part = runs[start..<min(start + StreamLimit.batchRuns, runs.count)]
             var head: [UInt8] = []
-            encoder.batch(block: block, runs: part, into: &head)
+            let digests = digests(of: part, of: block) { (mapping, Int($0) * 4096) }
+            encoder.batch(block: block, runs: part, digests: digests, into: &head)
             append(head)
             for run in part where run.kind == .data {
                 vector.append(mapping, offset: Int(run.offset), count: Int(run.length))
@@ -133,6 +139,28 @@ struct RecordWriter: ~Copyable {
                 }
             }
         }
+    }
+
+    /// With `x-verify`: the digests of all pages of the data runs, which are read at the place that `contents` says; all runs are recorded.
+    func digests(
+        of runs: ArraySlice<PageRun>, of block: Int, contents: (UInt64) -> (mapping: Mapping, offset: Int)
+    ) -> [UInt64] {
+        guard let verification else { return [] }
+        var sent: [(page: UInt64, digest: UInt64)] = []
+        for run in runs {
+            let first = run.offset / 4096
+            guard run.kind == .data else {
+                verification.sentZeroes(first..<first + UInt64(run.pages), of: block)
+                continue
+            }
+            for page in first..<first + UInt64(run.pages) {
+                let place = contents(page)
+                sent.append(
+                    (page, verification.digest(place.mapping, at: place.offset, block: block, page: page)))
+            }
+        }
+        verification.sent(sent, of: block)
+        return sent.map(\.digest)
     }
 
     mutating func append(_ head: [UInt8]) {

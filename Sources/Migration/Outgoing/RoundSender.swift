@@ -46,9 +46,10 @@ struct RoundSender: ~Copyable {
     /// - Parameter bitmaps: empty records of dirty pages, one per block.
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages],
-        xbzrleCacheBytes: UInt64? = nil
+        xbzrleCacheBytes: UInt64? = nil, verification: OutgoingVerification? = nil
     ) throws(SystemError) {
-        let records = try RecordWriter(memory, blocks: blocks, xbzrleCacheBytes: xbzrleCacheBytes)
+        let records = try RecordWriter(
+            memory, blocks: blocks, xbzrleCacheBytes: xbzrleCacheBytes, verification: verification)
         self.memory = memory
         self.bitmaps = bitmaps
         self.records = records

@@ -13,6 +13,9 @@ final class StreamSender: Sendable {
         case flush
         /// SYNC on all other channels.
         case synchronize
+        /// ROOT, and DIGESTS: what `x-verify` has to say.
+        case root
+        case digests(DigestRange)
         case stopTracking
         case close
     }
@@ -35,6 +38,7 @@ final class StreamSender: Sendable {
     private let mode: MultifdMode?
     /// What the operator wants; `nil`: what the peer is known to understand.
     private let zeroPages: ZeroPageDetection?
+    private let verification: OutgoingVerification?
     private let peerIsGodwit = Atomic<Bool>(false)
     private let isResumable = Atomic<Bool>(false)
     private let marks = MarkBoard()
@@ -44,14 +48,18 @@ final class StreamSender: Sendable {
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
         bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics, mode: MultifdMode? = nil,
-        zeroPages: ZeroPageDetection? = nil, xbzrleCacheBytes: UInt64? = nil
+        zeroPages: ZeroPageDetection? = nil, xbzrleCacheBytes: UInt64? = nil,
+        verification: OutgoingVerification? = nil
     ) throws(SystemError) {
+        self.verification = verification
         self.mode = mode
         self.zeroPages = zeroPages
         self.tracker = tracker
         self.statistics = statistics
         round = Mutex(
-            try RoundSender(memory, blocks: blocks, bitmaps: bitmaps, xbzrleCacheBytes: xbzrleCacheBytes))
+            try RoundSender(
+                memory, blocks: blocks, bitmaps: bitmaps, xbzrleCacheBytes: xbzrleCacheBytes,
+                verification: verification))
     }
 
     /// Events wait for the core: a round that is not the last one ends at the next batch.
@@ -122,9 +130,9 @@ final class StreamSender: Sendable {
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             do throws(ChannelError) {
                 switch job {
-                case .bytes(let bytes):
-                    try channel.send(bytes)
-                    statistics.sent(bytes: UInt64(bytes.count))
+                case .bytes(let bytes): try send(bytes, to: channel)
+                case .root: if let verification { try send(.root(verification.ledger.root), to: channel) }
+                case .digests(let range): if let verification { try send(verification.answer(range), to: channel) }
                 case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
                 case .flush: post(.flushed)
                 case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
@@ -139,6 +147,17 @@ final class StreamSender: Sendable {
                 return
             }
         }
+    }
+
+    private func send(_ bytes: [UInt8], to channel: Channel) throws(ChannelError) {
+        try channel.send(bytes)
+        statistics.sent(bytes: UInt64(bytes.count))
+    }
+
+    private func send(_ command: ForwardCommand, to channel: Channel) throws(ChannelError) {
+        var writer = StreamWriter()
+        writer.command(command)
+        try send(writer.bytes, to: channel)
     }
 
     private func send(
@@ -217,7 +236,7 @@ final class StreamSender: Sendable {
             switch job {
             case .bytes: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
-            case .flush, .synchronize: break
+            case .flush, .synchronize, .root, .digests: break
             case .stopTracking: tracker?.stop()
             case .close:
                 channel.cancel()

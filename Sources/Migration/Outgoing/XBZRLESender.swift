@@ -22,7 +22,8 @@ struct XBZRLESender: ~Copyable {
     }
 
     private var cache: XBZRLECache
-    private let working: Mapping
+    /// The page that `form` was asked for, as it is sent.
+    let working: Mapping
     let encoding: Mapping
     /// Passes over what was dirty; the first sends everything and is not looked at.
     private var round: UInt64 = 0

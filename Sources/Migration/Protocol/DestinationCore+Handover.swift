@@ -134,5 +134,7 @@ extension DestinationCore {
         retraction = nil
         oldReaders = []
         readersHaveEnded = true
+        rootIsSame = false
+        isNarrowing = false
     }
 }

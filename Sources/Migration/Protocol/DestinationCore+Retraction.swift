@@ -27,6 +27,7 @@ extension DestinationCore {
         sections = []
         stateBytes = 0
         guestState = nil
+        rootIsSame = false
         send(.retracted(attempt: attempt), to: source, &actions)
         phase = .receiving
         expectMore(&actions)

@@ -14,6 +14,7 @@ extension DestinationCore {
         case .ramRound, .page, .zeroPage, .pageDelta, .pageBatch:
             guard phase == .receiving, !ramIsComplete else { return outOfTurn("RAM", &actions) }
             memoryWasTouched = true
+            rootIsSame = false
         case .multifdFlush:
             guard phase == .receiving, !ramIsComplete else { return outOfTurn("MULTIFD_FLUSH", &actions) }
             guard usesChannels else {
@@ -56,11 +57,16 @@ extension DestinationCore {
         case .begin(let migration, let chosen): begin(migration, chosen, &actions)
         case .prepare:
             guard rule == .twoPhase else { return outOfTurn("PREPARE", &actions) }
+            guard mayLoad(&actions) else { return }
             load(&actions)
         case .commit:
             guard phase == .ready else { return outOfTurn("COMMIT", &actions) }
             startGuest(&actions)
         case .commitWithin(let attempt, let nanoseconds): commit(attempt, within: nanoseconds, &actions)
+        case .root(let value): compare(root: value, &actions)
+        case .digests(let range, let values): compare(range, values, &actions)
+        // The source is about to hear which pages differ.
+        case .retract where isNarrowing: break
         case .retract(let attempt): retract(attempt, &actions)
         case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
         case .settle, .resume, .other: outOfTurn("a command", &actions)
@@ -94,8 +100,12 @@ extension DestinationCore {
         guard !history.contains(migration) else {
             return fail("migration \(migration) was given up here and cannot begin again", &actions)
         }
+        guard !chosen.contains(.verification) || chosen.isSuperset(of: [.twoPhaseHandover, .pageBatches]) else {
+            return fail("the source chose digests without page batches and the two-phase handover", &actions)
+        }
         self.migration = migration
         features = chosen
+        if chosen.contains(.verification) { actions.append(.verify(migration)) }
         rule = chosen.contains(.twoPhaseHandover) ? .twoPhase : .qemu
         sortChannels(&actions)
     }

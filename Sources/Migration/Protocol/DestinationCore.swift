@@ -95,6 +95,10 @@ public struct DestinationCore: Sendable {
     var loadIsUnderWay = false
     /// RETRACT came while state was being loaded: it is answered when that has ended.
     var retraction: UInt32?
+    /// The source's root was compared with ours since the last page came.
+    var rootIsSame = false
+    /// The records differ: the source is asked where.
+    var isNarrowing = false
     /// The moment of the event that is handled.
     var now: UInt64 = 0
 
@@ -133,6 +137,7 @@ public struct DestinationCore: Sendable {
         case .loadFailed(let reason):
             loadIsUnderWay = false
             fail(reason, &actions)
+        case .compared(let verdict): compared(verdict, &actions)
         case .guestStarted(let nanoseconds): guestStarted(nanoseconds, &actions)
         case .startFailed(let reason): startFailed(reason, &actions)
         case .timer(let timer): fired(timer, &actions)

@@ -96,6 +96,8 @@ public struct SourceConfiguration: Sendable {
     public var deadlines: ProtocolDeadlines
     /// Pages go over further channels, which are connected before `connected` is told; `nil`: over the main one.
     public var multifd: MultifdMode?
+    /// Digests travel with all pages (`x-verify`): a destination that cannot compare them is none.
+    public var verifies: Bool { features.contains(.verification) }
 
     public init(
         migration: MigrationIdentifier, machineName: String, blocks: [RAMBlockDescription],
@@ -205,6 +207,10 @@ public enum SourceAction: Hashable, Sendable {
     case sendRound(final: Bool, batches: Bool)
     /// With multifd, once behind the list of blocks: SYNC on every channel. A round ends with it by itself.
     case synchronizeChannels
+    /// Send ROOT over all that was sent: every round has ended.
+    case sendRoot
+    /// Send DIGESTS. The guest may run meanwhile, no round does.
+    case sendDigests(DigestRange)
     /// A switchover was broken off: `resumeGuest` came before, RAM goes on. For reports.
     case brokeOff(BrokenSwitchover)
     /// End the round under way at the next batch, final or not; its `roundSent` still comes.
@@ -327,6 +333,7 @@ public enum DestinationEvent: Hashable, Sendable {
     case pagesFailed(String)
     case stateLoaded(nanoseconds: UInt64)
     case loadFailed(String)
+    case compared(RootVerdict)
     /// The guest runs, or is paused if it was to be: nanoseconds from the action to the first entry into the guest.
     case guestStarted(nanoseconds: UInt64)
     /// No vCPU ever entered the guest, and none will.
@@ -348,6 +355,12 @@ public enum DestinationAction: Hashable, Sendable {
     case awaitReaders([ConnectionID])
     /// The source is lost; what was received is kept, and another connection is awaited: the reason, one sentence.
     case keeps(String)
+    /// From here on digests come with the pages of this migration, under the key that its name is.
+    case verify(MigrationIdentifier)
+    /// The root of the source, behind all its pages. -> `compared`.
+    case compareRoot(UInt64)
+    /// What the source answered to `RootVerdict.ask`. -> `compared`.
+    case compareDigests(DigestRange, [UInt64])
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
     /// `loadFailed`.
     case loadState([DeviceSection])

@@ -73,6 +73,7 @@ extension SourceCore {
         switch rule {
         case .twoPhase:
             attempt &+= 1
+            if features.contains(.verification) { actions.append(.sendRoot) }
             send(&actions) { $0.command(.prepare) }
             enter(.preparing, deadline: configuration.deadlines.ready, &actions)
         case .oneWay:
@@ -153,6 +154,7 @@ extension SourceCore {
         }
         // Marks between pages are the shell's, which knows what stood before each.
         if case .pong(let value) = message, ResumptionMark(pong: value) != nil { return }
+        if case .digestsWanted(let range) = message, answerDigests(range, &actions) { return }
         switch phase {
         case .greeting: greeted(message, &actions)
         case .resuming: resumed(message, &actions)
@@ -168,7 +170,7 @@ extension SourceCore {
         case .committed: answered(message, &actions)
         case .acknowledged: complete(&actions)
         case .asking: judged(message, &actions)
-        case .startingTracking..<SourcePhase.preparing: outOfTurn(message, &actions)
+        case .startingTracking..<SourcePhase.preparing, .narrowing: outOfTurn(message, &actions)
         default: break
         }
     }

@@ -57,6 +57,9 @@ extension SourceCore {
             roundTripNanoseconds = min(roundTripNanoseconds, now - greetedAt)
             if isResuming { return askToResume(&actions) }
             guard let features = helloFeatures else { return agree(on: .qemu, features: [], &actions) }
+            if let reason = unverifiable(.twoPhase, features) {
+                return retreat(.failed(reason), farewell: nil, &actions)
+            }
             let migration = configuration.migration
             send(&actions) { $0.command(.begin(migration, features)) }
             agree(on: features.contains(.twoPhaseHandover) ? .twoPhase : .qemu, features: features, &actions)
@@ -65,6 +68,7 @@ extension SourceCore {
     }
 
     private mutating func agree(on rule: HandoverRule, features: FeatureSet, _ actions: inout [SourceAction]) {
+        if let reason = unverifiable(rule, features) { return retreat(.failed(reason), farewell: nil, &actions) }
         self.rule = rule
         self.features = features
         actions.append(.agreed(rule, features: features))

@@ -35,6 +35,8 @@ public enum SourcePhase: Int, Comparable, Sendable {
     case flushingState
     /// Two-phase: PREPARE was said, READY is awaited.
     case preparing
+    /// The destination's record of RAM differs, and it asks for digests to find out where. The guest runs on.
+    case narrowing
     // From here on the right to run is given up.
     /// COMMIT or QEMU's EOF was said, the acknowledgement is awaited.
     case committed
@@ -212,6 +214,7 @@ public struct SourceCore: Sendable {
         case .retracting: "the destination did not take the switchover back in time"
         case .stoppingGuest: "the guest did not stop in time"
         case .savingState: "the device state was not saved in time"
+        case .narrowing: "the destination did not say in time which pages differ (x-verify)"
         case .preparing: "the destination did not become ready in time"
         case .committed: "the destination did not say in time whether it runs the guest"
         case .closing: "the other end did not finish in time"
