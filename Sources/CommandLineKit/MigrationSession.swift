@@ -18,6 +18,10 @@ public struct MigrationSession {
         public var throttlesGuest = false
         /// `zlib`, `zstd`, `xbzrle` or `none`.
         public var compression: String?
+        /// Pages get places of their own in a file (`mapped-ram`); false leaves what the VM has.
+        public var mapsRAM = false
+        /// With it: past the host's page cache.
+        public var usesDirectIO: Bool?
 
         public init() {}
 
@@ -30,6 +34,7 @@ public struct MigrationSession {
             }
             if let bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidthBytesPerSecond) }
             if let channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
+            if let usesDirectIO { parameters["direct-io"] = .bool(usesDirectIO) }
             if let tlsCredentials { parameters["tls-creds"] = .string(tlsCredentials) }
             if let tlsHostname { parameters["tls-hostname"] = .string(tlsHostname) }
             var capabilities: [JSON] = []
@@ -39,6 +44,7 @@ public struct MigrationSession {
             }
             if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
+            if mapsRAM { capabilities.append(["capability": "mapped-ram", "state": true]) }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             guard !capabilities.isEmpty else { return }
             try client.execute("migrate-set-capabilities", ["capabilities": .array(capabilities)])

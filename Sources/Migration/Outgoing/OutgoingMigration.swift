@@ -21,8 +21,9 @@ final class OutgoingMigration: Sendable {
     private let report: @Sendable (MigrationEvent) -> Void
     private let blocks: [RAMBlockDescription]
     private let configuration: SourceConfiguration
-    /// Channels for pages besides the main one.
+    /// Channels for pages besides the main one; with pages in a file, threads that write them.
     private let channelCount: Int
+    private let usesDirectIO: Bool
     private let packing: PacketPacking?
     private let statistics: OutgoingStatistics
     private let sender: StreamSender
@@ -74,8 +75,15 @@ final class OutgoingMigration: Sendable {
             catalogue: machine.sectionCatalogue,
             pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
         configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
-        configuration.multifd = multifd?.mode
+        if capabilities.contains(.mappedRAM), case .file(_, let offset) = address {
+            configuration.mapped = MappedRAMSetup(
+                machine: machine.configuration.streamName, blocks: blocks, ramSectionID: SourceCore.ramSectionID,
+                at: offset)
+        } else {
+            configuration.multifd = multifd?.mode
+        }
         self.configuration = configuration
+        usesDirectIO = parameters.usesDirectIO
         channelCount = multifd?.channels ?? 0
         self.packing = packing
         let cacheBytes = capabilities.contains(.xbzrle) ? parameters.xbzrleCacheBytes : nil
@@ -87,7 +95,7 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
+                mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -190,6 +198,7 @@ final class OutgoingMigration: Sendable {
         switch action {
         case .connect: connect(withChannels: phase == .connecting)
         case .send(let bytes): sender.enqueue(.bytes(bytes))
+        case .skip(let count): sender.enqueue(.skip(count))
         case .startTracking: startTracking()
         case .stopTracking:
             convergence.end()
@@ -254,13 +263,14 @@ final class OutgoingMigration: Sendable {
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
                 if let words = channel.securityNotice { report(.notice(words)) }
+                let file = try withChannels ? makeFile(channel) : nil
                 let group =
-                    withChannels && channelCount > 0
+                    withChannels && channelCount > 0 && file == nil
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
                         memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing) : nil
                 open.withLock { $0 = channel }
-                sender.attach(channel, group) { [self] in post($0) }
+                sender.attach(channel, group, file) { [self] in post($0) }
                 let answers = channel.kind == .socket
                 post(.connected(answers ? .bothWays : .oneWay))
                 // Only now: a connection that ends at once must not end before it began.
@@ -269,6 +279,14 @@ final class OutgoingMigration: Sendable {
                 post(.connectFailed(error.description))
             }
         }
+    }
+
+    /// Where pages go if they have places of their own in a file.
+    private func makeFile(_ channel: Channel) throws(ChannelError) -> MappedRAMWriter? {
+        guard let mapped = configuration.mapped, case .file(let path, let offset) = address else { return nil }
+        return try MappedRAMWriter(
+            channel, path: path, at: offset, regions: mapped.regions, threads: channelCount, direct: usesDirectIO,
+            memory: machine.memory, statistics: statistics)
     }
 
     /// What is queued goes out first, but for a round, which ends at its next batch; an attempt to connect is given up.

@@ -9,6 +9,8 @@ import Transport
 final class StreamSender: Sendable {
     enum Job: Sendable {
         case bytes([UInt8])
+        /// So many bytes further in the file.
+        case skip(UInt64)
         case round(final: Bool, batches: Bool)
         case flush
         /// SYNC on all other channels.
@@ -32,6 +34,8 @@ final class StreamSender: Sendable {
     private let xbzrleCache = Atomic<UInt64>(0)
     /// The channels for pages, if the migration has any, while they are open.
     private let group = Mutex<ChannelGroup?>(nil)
+    /// The file in which pages have their places, while it is open.
+    private let file = Mutex<MappedRAMWriter?>(nil)
     private let mode: MultifdMode?
     /// What the operator wants; `nil`: what the peer is known to understand.
     private let zeroPages: ZeroPageDetection?
@@ -65,7 +69,10 @@ final class StreamSender: Sendable {
     func agreed(_ features: FeatureSet) { peerIsGodwit.store(features.contains(.multifd), ordering: .relaxed) }
 
     /// Ends the channels for pages, whatever their threads are doing.
-    func endChannels() { group.withLock { $0.take() }?.end() }
+    func endChannels() {
+        group.withLock { $0.take() }?.end()
+        file.withLock { $0.take() }?.end()
+    }
 
     func setBandwidth(_ bytesPerSecond: UInt64) { pacer.bytesPerSecond = bytesPerSecond }
 
@@ -85,10 +92,15 @@ final class StreamSender: Sendable {
     }
 
     /// Starts the threads; `post` gets what the core wants to know.
-    func attach(_ channel: Channel, _ group: ChannelGroup?, post: @escaping @Sendable (SourceEvent) -> Void) {
+    func attach(
+        _ channel: Channel, _ group: ChannelGroup?, _ file: MappedRAMWriter?,
+        post: @escaping @Sendable (SourceEvent) -> Void
+    ) {
         self.group.withLock { $0 = group }
+        self.file.withLock { $0 = file }
         do throws(SystemError) {
             try group?.start()
+            try file?.start()
             _ = try HostThread(name: "migration-send") { [self] in run(channel, post) }
         } catch { post(.disconnected(error.description)) }
     }
@@ -101,10 +113,14 @@ final class StreamSender: Sendable {
             do throws(ChannelError) {
                 switch job {
                 case .bytes(let bytes):
+                    file.withLock { $0 }?.noteBytes()
                     try channel.send(bytes)
                     statistics.sent(bytes: UInt64(bytes.count))
                 case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
-                case .flush: post(.flushed)
+                case .skip(let count): try channel.skip(count)
+                case .flush:
+                    try file.withLock { $0 }?.seal { post(.progressed) }
+                    post(.flushed)
                 case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
                 case .stopTracking: tracker?.stop()
                 case .close:
@@ -155,10 +171,11 @@ final class StreamSender: Sendable {
 
     private func route(_ channel: Channel, batches: Bool) -> RoundSender.Route {
         let group = group.withLock { $0 }
+        let file = file.withLock { $0 }
         let understood: ZeroPageDetection = group != nil && peerIsGodwit.load(ordering: .relaxed) ? .multifd : .legacy
         return RoundSender.Route(
-            channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
-            mayGoPlain: peerIsGodwit.load(ordering: .relaxed), marksEnd: mode == .flush)
+            channel: channel, group: group, batches: batches || file != nil, zeroPages: zeroPages ?? understood,
+            mayGoPlain: peerIsGodwit.load(ordering: .relaxed), file: file, marksEnd: mode == .flush)
     }
 
     /// Tells the core at most once per second that the peer takes data.
@@ -191,7 +208,7 @@ final class StreamSender: Sendable {
         endChannels()
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             switch job {
-            case .bytes: break
+            case .bytes, .skip: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
             case .flush, .synchronize: break
             case .stopTracking: tracker?.stop()

@@ -92,6 +92,8 @@ public struct SourceConfiguration: Sendable {
     public var deadlines: ProtocolDeadlines
     /// Pages go over further channels, which are connected before `connected` is told; `nil`: over the main one.
     public var multifd: MultifdMode?
+    /// Pages go to places of their own in a file, one-way; `nil`: they go into the stream.
+    public var mapped: MappedRAMSetup?
 
     public init(
         migration: MigrationIdentifier, machineName: String, blocks: [RAMBlockDescription],
@@ -184,6 +186,8 @@ public enum SourceAction: Hashable, Sendable {
     case connect
     /// Stream bytes, after all sent before.
     case send([UInt8])
+    /// Go on so many bytes further in the file, behind all sent before.
+    case skip(UInt64)
     /// -> `trackingStarted`, `trackingFailed`.
     case startTracking
     case stopTracking
@@ -273,6 +277,8 @@ public struct DestinationConfiguration: Sendable {
     public var deadlines: ProtocolDeadlines
     /// Channels that a source which does not announce their number brings (QEMU, capability `multifd`); `nil`: none.
     public var multifdChannels: Int?
+    /// The stream comes from a file, where pages may have places of their own (`mapped-ram`).
+    public var readsMappedRAM = false
 
     public init(
         instance: InstanceIdentifier, machineName: String, sections: [ExpectedSection], startsGuest: Bool = true,
