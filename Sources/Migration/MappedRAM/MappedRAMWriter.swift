@@ -124,7 +124,7 @@ final class MappedRAMWriter: Sendable {
     /// All pages and the state behind them were written: writes the bitmaps, and returns when all of it is on the disk.
     /// The second time, behind the end of the stream, only the latter.
     /// - Parameter moved: called now and then, as the disk may take its time.
-    func seal(moved: @escaping @Sendable () -> Void) throws(ChannelError) {
+    func seal(moved: @Sendable () -> Void) throws(ChannelError) {
         let first = !isSealed.load(ordering: .relaxed)
         do throws(SystemError) {
             if first {
@@ -139,24 +139,28 @@ final class MappedRAMWriter: Sendable {
             } else {
                 try stream.truncate(to: stream.position())
             }
-            try waitForDisk(moved)
         } catch { throw .system(error) }
+        try waitForDisk(moved)
         isSealed.store(true, ordering: .relaxed)
     }
 
-    private func waitForDisk(_ moved: @escaping @Sendable () -> Void) throws(SystemError) {
+    /// Returns when all that was written is on the disk.
+    /// - Parameter moved: called now and then, as the disk may take its time.
+    func waitForDisk(_ moved: @Sendable () -> Void) throws(ChannelError) {
         let outcome = Monitor<Result<Void, SystemError>?>(nil)
         let stream = stream
         // One descriptor is enough: it is about the file.
-        _ = try HostThread(name: "file-sync") {
-            var result: Result<Void, SystemError> = .success(())
-            do throws(SystemError) { try stream.synchronize() } catch { result = .failure(error) }
-            outcome.withLock { $0 = result }
-        }
-        while true {
-            if let result = outcome.wait(deadline: .after(seconds: 1), until: { $0 }) { return try result.get() }
-            moved()
-        }
+        do throws(SystemError) {
+            _ = try HostThread(name: "file-sync") {
+                var result: Result<Void, SystemError> = .success(())
+                do throws(SystemError) { try stream.synchronize() } catch { result = .failure(error) }
+                outcome.withLock { $0 = result }
+            }
+            while true {
+                if let result = outcome.wait(deadline: .after(seconds: 1), until: { $0 }) { return try result.get() }
+                moved()
+            }
+        } catch { throw .system(error) }
     }
 
     /// Ends the threads. A file that is not complete is cut back to where the stream began, so that nobody takes it for one.

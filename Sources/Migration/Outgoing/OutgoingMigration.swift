@@ -95,7 +95,8 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes)
+                mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes
+            )
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }

@@ -164,6 +164,10 @@ final class StreamSender: Sendable {
                 return RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)
             }
         }
+        // What is on the disk before the guest stops need not be waited for while it stands still.
+        if !final, failure == nil, !report.interrupted, let file = file.withLock({ $0 }) {
+            do throws(ChannelError) { try file.waitForDisk { post(.progressed) } } catch { failure = error }
+        }
         report.nanoseconds = Clock.monotonicNanoseconds - began
         post(.roundSent(report))
         if let failure { throw failure }
