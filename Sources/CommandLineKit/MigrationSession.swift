@@ -22,6 +22,10 @@ public struct MigrationSession {
         public var isResumable = false
         /// Go on with a migration that is paused.
         public var resumes = false
+        /// Pages get places of their own in a file (`mapped-ram`); false leaves what the VM has.
+        public var mapsRAM = false
+        /// With it: past the host's page cache.
+        public var usesDirectIO: Bool?
 
         public init() {}
 
@@ -34,6 +38,7 @@ public struct MigrationSession {
             }
             if let bandwidthBytesPerSecond { parameters["max-bandwidth"] = JSON(bandwidthBytesPerSecond) }
             if let channels, channels > 0 { parameters["multifd-channels"] = JSON(channels) }
+            if let usesDirectIO { parameters["direct-io"] = .bool(usesDirectIO) }
             if let tlsCredentials { parameters["tls-creds"] = .string(tlsCredentials) }
             if let tlsHostname { parameters["tls-hostname"] = .string(tlsHostname) }
             var capabilities: [JSON] = []
@@ -43,6 +48,7 @@ public struct MigrationSession {
             }
             if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
+            if mapsRAM { capabilities.append(["capability": "mapped-ram", "state": true]) }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             if isResumable { capabilities.append(["capability": "x-resumable", "state": true]) }
             guard !capabilities.isEmpty else { return }

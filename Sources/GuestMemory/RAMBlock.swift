@@ -1,4 +1,5 @@
 public import Host
+import Synchronization
 
 /// What stands behind guest RAM.
 public enum RAMBacking: String, Sendable, CaseIterable {
@@ -18,6 +19,8 @@ public final class RAMBlock: Sendable {
     /// `nil` for anonymous memory.
     public let file: MemoryFile?
     private let pageMap: PageMap
+    /// Pages that show a file until they are written, in order: allocated, whether or not somebody touched them.
+    private let shown = Mutex<[Range<PageIndex>]>([])
 
     /// Allocates a block of holes. - Throws: `SystemError` when the host has no address space or descriptor left.
     public init(name: String, byteCount: UInt64, backing: RAMBacking = .anonymous) throws(SystemError) {
@@ -49,6 +52,26 @@ public final class RAMBlock: Sendable {
     /// Costs what was touched, and nothing for what is outside the range.
     public func allocatedRuns(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
         guard file == nil else { return try runsOfFile(in: pages) }
+        let touched = try touchedRuns(in: pages)
+        let shown = shown.withLock { $0 }
+        return shown.isEmpty
+            ? touched : Self.union(touched, shown.filter { $0.overlaps(pages) }.map { $0.clamped(to: pages) })
+    }
+
+    /// Two lists of runs in order as one.
+    private static func union(_ first: [Range<PageIndex>], _ second: [Range<PageIndex>]) -> [Range<PageIndex>] {
+        var all: [Range<PageIndex>] = []
+        for run in (first + second).sorted(by: { $0.lowerBound < $1.lowerBound }) {
+            if let last = all.last, last.upperBound >= run.lowerBound {
+                all[all.count - 1] = last.lowerBound..<max(last.upperBound, run.upperBound)
+            } else {
+                all.append(run)
+            }
+        }
+        return all
+    }
+
+    private func touchedRuns(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
         var runs: [Range<PageIndex>] = []
         var position = Int(pages.lowerBound.offset.value)
         let end = Int(pages.upperBound.offset.value)
@@ -71,11 +94,26 @@ public final class RAMBlock: Sendable {
     /// Whether anything inside a range is allocated.
     public func isAllocated(in pages: Range<PageIndex>) throws(SystemError) -> Bool {
         guard let file else {
+            if shown.withLock({ $0.contains { $0.overlaps(pages) } }) { return true }
             let range = Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value)
             return try !pageMap.touched(in: mapping, range, limit: 1).ranges.isEmpty
         }
         guard let start = try file.nextData(from: pages.lowerBound.offset.value) else { return false }
         return start < pages.upperBound.offset.value
+    }
+
+    /// Whether `show` is possible: private memory alone can show what is in a file without changing it.
+    public var canShowFiles: Bool { file == nil }
+
+    /// Shows runs of pages, given in order, as they stand in a file whose page 0 is at `fileOffset`. They are read when they are first
+    /// touched, and what is written to them stays in memory. - Throws: `SystemError`; runs shown before it remain so.
+    public func show(_ runs: [Range<PageIndex>], of source: Descriptor, at fileOffset: UInt64) throws(SystemError) {
+        precondition(canShowFiles, "private memory")
+        for run in runs {
+            let (start, end) = (run.lowerBound.offset.value, run.upperBound.offset.value)
+            try mapping.show(source, fileOffset: fileOffset + start, at: Int(start), count: Int(end - start))
+            shown.withLock { $0.append(run) }
+        }
     }
 
     private func runsOfFile(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {

@@ -29,3 +29,19 @@ extension Descriptor {
         try writeWithoutBlocking(bytes[...])
     }
 }
+
+extension Descriptor {
+    /// O_DIRECT of x86-64 (asm-generic/fcntl.h), which glibc's headers show to GNU programs alone.
+    private static let direct: CInt = 0o40000
+
+    /// Opens an existing file for I/O past the page cache: offsets, sizes and memory must be aligned to the file system's blocks, for
+    /// which pages will do. - Throws: `SystemError`, with a remedy where the file system cannot.
+    public static func openDirect(_ path: String, writing: Bool) throws(SystemError) -> Descriptor {
+        do throws(SystemError) { return try open(path, (writing ? O_WRONLY : O_RDONLY) | direct) } catch {
+            guard error.code == EINVAL else { throw error }
+            throw SystemError(
+                "open", path, code: EINVAL,
+                remedy: "its file system has no direct I/O; turn direct-io off, or choose a file elsewhere")
+        }
+    }
+}

@@ -6,6 +6,9 @@ public enum HostMemory {
     /// Physical memory in bytes.
     public static let byteCount = UInt64(sysconf(Int32(_SC_PHYS_PAGES))) * UInt64(sysconf(Int32(_SC_PAGESIZE)))
 
+    /// Processors of this host that are in use.
+    public static let processorCount = sysconf(Int32(_SC_NPROCESSORS_ONLN))
+
     /// Bytes that could be had now without swapping (`MemAvailable` of /proc/meminfo); all there is where the kernel does not tell.
     public static var availableByteCount: UInt64 {
         let bytes = (try? Descriptor.contents(of: "/proc/meminfo", limit: 1 << 16)) ?? []
@@ -41,7 +44,7 @@ extension Mapping {
             }
         }
         let steps = (byteCount + Self.populationStep - 1) / Self.populationStep
-        let count = min(Self.maximumPopulationThreads, steps, sysconf(Int32(_SC_NPROCESSORS_ONLN)))
+        let count = min(Self.maximumPopulationThreads, steps, HostMemory.processorCount)
         // One that cannot be started is no loss: this thread works as well.
         let others = (1..<max(1, count)).compactMap { try? HostThread(name: "populate\($0)", work) }
         work()

@@ -15,6 +15,8 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
 
     /// Send pages over several channels; a destination needs it for a source that is no Godwit.
     case multifd
+    /// Pages have places of their own in the file that a migration goes to; reading, the file says it itself.
+    case mappedRAM = "mapped-ram"
     /// Stop the guest only when the destination said that it may be; to be set on both sides.
     case switchoverAck = "switchover-ack"
 
@@ -30,6 +32,6 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     public static let unsupported = [
         "rdma-pin-all", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps", "postcopy-blocktime",
         "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
-        "postcopy-preempt", "mapped-ram",
+        "postcopy-preempt",
     ]
 }

@@ -18,6 +18,9 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `x-multifd-flush-after-each-section`: what QEMU 8.0 and older want as a destination of several channels.
     public var flushesMultifdAfterEachSection = false
 
+    /// `direct-io`, with the capability `mapped-ram`: pages go past the host's page cache.
+    public var usesDirectIO = false
+
     /// `zero-page-detection` as it is told; setting it chooses.
     public var zeroPageDetection: String {
         get { (chosenZeroPageDetection ?? .legacy).rawValue }

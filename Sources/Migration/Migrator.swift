@@ -167,7 +167,9 @@ public final class Migrator: Sendable {
             default: break
             }
             let multifd = state.multifd
-            guard multifd == nil || address.canReconnect else {
+            let isMapped = state.capabilities.contains(.mappedRAM)
+            if isMapped { try Self.checkMappedRAM(address, state) }
+            guard multifd == nil || isMapped || address.canReconnect else {
                 throw MigrationError("migrate: several channels (multifd) need tcp: or unix:, not \(address)")
             }
             guard multifd == nil || !state.capabilities.contains(.xbzrle) else {
@@ -188,6 +190,18 @@ public final class Migrator: Sendable {
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })
             state.outgoing = outgoing
             try outgoing.start()
+        }
+    }
+
+    /// Pages with places of their own: in a file, and as they are.
+    private static func checkMappedRAM(_ address: MigrationAddress, _ state: State) throws(MigrationError) {
+        guard case .file = address else {
+            throw MigrationError(
+                "migrate: pages have places only in a file (mapped-ram): give file:PATH, or turn the capability off")
+        }
+        guard state.packing == nil, !state.capabilities.contains(.xbzrle) else {
+            throw MigrationError(
+                "migrate: pages that have places in a file (mapped-ram) are not compressed; turn that off")
         }
     }
 
@@ -229,7 +243,10 @@ public final class Migrator: Sendable {
     }
 
     /// Listens for a migration (`migrate-incoming`). Returns when the address is bound.
-    public func acceptMigration(on address: MigrationAddress, startsGuest: Bool = true) throws(MigrationError) {
+    /// - Parameter isLazy: pages of a `mapped-ram` file are read when the guest touches them; the file must stay as it is until then.
+    public func acceptMigration(
+        on address: MigrationAddress, startsGuest: Bool = true, isLazy: Bool = false
+    ) throws(MigrationError) {
         try state.withLock { (state) throws(MigrationError) in
             guard machine.runState == .inMigrate else {
                 throw MigrationError("migrate-incoming: '-incoming' was not specified on the command line")
@@ -244,6 +261,8 @@ public final class Migrator: Sendable {
                 tls: security.settings(state.parameters, "migrate-incoming"),
                 allowsPlaintext: security.allowsPlaintext,
                 descriptors: { [weak self] in self?.takeDescriptor($0) },
+                mapped: .init(
+                    threads: state.multifd?.channels, isDirect: state.parameters.usesDirectIO, isLazy: isLazy),
                 report: { [weak self] in self?.report($0) })
             state.incoming = incoming
             try incoming.start()

@@ -18,10 +18,17 @@ extension StreamDecoder {
             guard buffer.count >= 1, buffer.count >= 9 + Int(buffer[0]) else { return .needMore }
             let nameLength = Int(buffer[0])
             let name = try name(buffer, at: 1, count: nameLength, of: "a RAM block")
-            try checkListed(name, length: buffer.be64(1 + nameLength))
-            listed.append(RAMBlockDescription(name: name, length: buffer.be64(1 + nameLength)))
-            listRemaining -= buffer.be64(1 + nameLength)
-            advance(9 + nameLength, in: &buffer)
+            let block = RAMBlockDescription(name: name, length: buffer.be64(1 + nameLength))
+            try checkListed(name, length: block.length)
+            var region: MappedRegion?
+            if isMapped {
+                region = try mappedRAMHeader(of: block, headEnd: 9 + nameLength, &buffer)
+                guard region != nil else { return .needMore }
+            }
+            listed.append(block)
+            listRemaining -= block.length
+            advance(9 + nameLength + (isMapped ? Int(MappedRAM.headerBytes) : 0), in: &buffer)
+            if let region { return .item(.mappedBlock(region)) }
         }
         if describes {
             blocks = listed

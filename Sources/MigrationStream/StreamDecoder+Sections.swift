@@ -58,7 +58,9 @@ extension StreamDecoder {
             parsed = buffer.count >= body + 4 ? (.targetPageBits(buffer.be32(body)), body + 4) : nil
         case "configuration/uuid":
             parsed = buffer.count >= body + 16 ? (.uuid(buffer.identifier(body)), body + 16) : nil
-        case "configuration/capabilities": parsed = try capabilities(buffer, at: body)
+        case "configuration/capabilities":
+            parsed = try capabilities(buffer, at: body)
+            if case .capabilities(let names)? = parsed?.0, names.contains(MappedRAM.capability) { isMapped = true }
         default: throw error(.configurationSubsection(name: name))
         }
         guard let parsed else { return .needMore }

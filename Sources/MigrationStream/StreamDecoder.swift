@@ -54,6 +54,11 @@ public struct StreamDecoder: Sendable {
     /// Whether EOS is an item of its own, ``StreamItem/ramRecordsEnded``.
     public var tellsEndOfRecords = false
 
+    /// Where the stream's first byte stands in its file: only `mappedBlock` cares.
+    public var fileOffset: UInt64 = 0
+    /// Pages stand at places of their own in the file: the stream's configuration said so.
+    public internal(set) var isMapped = false
+
     var state = State.header
     var failure: StreamError?
     var sections: [UInt32: OpenSection] = [:]

@@ -71,6 +71,7 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         case batchRunOutside(block: String, offset: UInt64, pages: UInt32, length: UInt64)
         case batchTooLong(block: String, byteCount: UInt64)
         case multifd(MultifdFault)
+        case mappedRAM(block: String, MappedRAMFault)
         // Commands and the return path.
         case unknownCommand(UInt16)
         case unsupportedCommand(String)
@@ -185,6 +186,7 @@ extension StreamError.Cause {
         case .batchTooLong(let block, let count):
             "a page batch of RAM block '\(block)' carries \(count) bytes, more than \(StreamLimit.batchDataBytes)"
         case .multifd(let fault): fault.sentence
+        case .mappedRAM(let block, let fault): "the file's header of RAM block '\(block)' is wrong: \(fault.sentence)"
         default: "invalid RAM record"
         }
     }

@@ -164,6 +164,9 @@ public enum StreamItem: Hashable, Sendable {
     case configurationSubsection(ConfigurationSubsection)
     /// START of the RAM section with its whole block list. In a loading decoder the blocks are those expected.
     case ramSetup([RAMBlockDescription])
+    /// A block of the list whose pages stand in the file. The bytes up to where the stream goes on follow as payload: bitmap, gap and
+    /// pages, to be jumped over. `block` is an index into the list of `ramSetup`, which comes behind the last of these.
+    case mappedBlock(MappedRegion)
     /// PART (a round) or END (the last round, `final`) of the RAM section begins: page records follow.
     case ramRound(final: Bool)
     /// ``Wire/pageSize`` payload bytes follow. `block` is an index into the decoder's blocks.

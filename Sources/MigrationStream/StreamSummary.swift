@@ -110,7 +110,7 @@ public struct StreamSummary: Sendable {
         case .ramSetup(let listed):
             blocks = listed.map { Block(name: $0.name, length: $0.length) }
             return
-        case .ramRound, .multifdFlush, .ramRecordsEnded: return
+        case .ramRound, .multifdFlush, .ramRecordsEnded, .mappedBlock: return
         case .page(let block, _):
             blocks[block].dataPages += 1
             return

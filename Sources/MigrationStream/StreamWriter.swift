@@ -116,14 +116,22 @@ public struct StreamWriter: Sendable {
 
     /// The whole START section of RAM: the block list, and with multifd the first ``RAMFlags/multifdFlush``.
     public mutating func ramSetup(id: UInt32, blocks: [RAMBlockDescription], flushesChannels: Bool = false) {
-        sectionHead(.start, id: id, name: Wire.ramSectionName, instance: 0, version: Wire.ramSectionVersion)
-        be64(blocks.reduce(0) { $0 + $1.length } | RAMFlags.memorySize.rawValue)
-        for block in blocks {
-            name(block.name)
-            be64(block.length)
-        }
+        ramSetupHead(id: id, blocks: blocks)
+        for block in blocks { self.block(block) }
         if flushesChannels { multifdFlush() }
         ramSectionEnd(id: id)
+    }
+
+    /// What comes before the blocks of the list.
+    mutating func ramSetupHead(id: UInt32, blocks: [RAMBlockDescription]) {
+        sectionHead(.start, id: id, name: Wire.ramSectionName, instance: 0, version: Wire.ramSectionVersion)
+        be64(blocks.reduce(0) { $0 + $1.length } | RAMFlags.memorySize.rawValue)
+    }
+
+    /// One block of the list.
+    mutating func block(_ block: RAMBlockDescription) {
+        name(block.name)
+        be64(block.length)
     }
 
     /// The head of a PART or END section of RAM; page records and ``ramSectionEnd(id:)`` follow.

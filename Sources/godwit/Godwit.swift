@@ -9,7 +9,7 @@ struct Godwit: ParsableCommand {
         abstract: "Virtual machines that move while they run.",
         version: Version.text,
         subcommands: [
-            Run.self, Migrate.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self,
+            Run.self, Migrate.self, Save.self, Info.self, ListVMs.self, Stop.self, Continue.self, Reset.self, Quit.self,
             RawQMP.self,
             Demo.self, Bench.self, Stream.self, BenchWorker.self,
         ])

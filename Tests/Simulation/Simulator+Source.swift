@@ -69,7 +69,7 @@ extension Simulator {
             guard status == .preSwitchover else { return }
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
-        case .stopTracking, .synchronizeChannels, .agreed, .refused: break
+        case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
         }
     }
 

@@ -3,7 +3,9 @@ import Host
 
 /// The real QEMU, as the referee of what we send and receive.
 public enum QEMU {
-    public static let program = "qemu-system-x86_64"
+    /// Another one than the installed is named in the environment.
+    public static let program =
+        unsafe getenv("GODWIT_TEST_QEMU").map { unsafe String(cString: $0) } ?? "qemu-system-x86_64"
 
     /// As `7.2.22`; `nil` where it is not installed.
     public static let version: String? = {
@@ -16,6 +18,9 @@ public enum QEMU {
         let words = outcome.output.split(whereSeparator: { $0 == " " || $0 == "\n" })
         return words.firstIndex(of: "version").map { String(words[words.index(after: $0)]) }
     }()
+
+    /// Whether it has the capability mapped-ram: QEMU 9.0 and newer.
+    public static let knowsMappedRAM = (version.flatMap { Int($0.prefix { $0 != "." }) } ?? 0) >= 9
 
     /// Whether it is there; says so once.
     public static let isInstalled: Bool = {

@@ -51,6 +51,9 @@ extension IncomingMigration {
                 case .ramSetup:
                     post(.item(id, item))
                     receiver.isCounted = acceptsPages(on: id)
+                    if receiver.isCounted, !receiver.regions.isEmpty { try readFile(channel, id, receiver.regions) }
+                // Channels that wrote into a file left nothing to wait for.
+                case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
                     marks.flushes = true
@@ -74,6 +77,25 @@ extension IncomingMigration {
                     ?? .disconnected(id, "the source closed the connection"))
         } catch {
             post(.disconnected(id, "\(error)"))
+        }
+    }
+
+    /// Pages that stand in the file at places of their own: all at once.
+    private func readFile(_ channel: Channel, _ id: ConnectionID, _ regions: [MappedRegion]) throws {
+        guard let stream = channel.file else { return }
+        let file: Descriptor
+        if mapped.isDirect, !mapped.isLazy, case .file(let path, _) = address {
+            file = try Descriptor.openDirect(path, writing: false)
+        } else {
+            file = stream
+        }
+        let reader = MappedRAMReader(
+            file, memory: machine.memory, received: received, statistics: statistics, threads: mapped.threadCount,
+            isLazy: mapped.isLazy)
+        var progress = ProgressTeller()
+        try reader.load(regions) {
+            if progress.isDue() { post(.progressed(id)) }
+            return isOpen(id)
         }
     }
 

@@ -12,6 +12,8 @@ import Transport
 final class IncomingMigration: Sendable {
     let machine: VirtualMachine
     private let listener: Listener
+    let address: MigrationAddress
+    let mapped: MappedRAMReader.Plan
     private let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
     let blocks: [RAMBlockDescription]
@@ -42,11 +44,13 @@ final class IncomingMigration: Sendable {
     init(
         _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
         capabilities: Set<MigrationCapability>, multifdChannels: Int?, tls: TLSSettings?, allowsPlaintext: Bool,
-        descriptors: @escaping DescriptorResolver,
+        descriptors: @escaping DescriptorResolver, mapped: MappedRAMReader.Plan,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
+        self.address = address
+        self.mapped = mapped
         do throws(ChannelError) {
             listener = try Listener(
                 on: address, tls: tls, allowsPlaintext: allowsPlaintext, descriptors: descriptors)
@@ -72,6 +76,7 @@ final class IncomingMigration: Sendable {
         configuration.acknowledgesSwitchover = capabilities.contains(.switchoverAck)
         configuration.multifdChannels = multifdChannels
         configuration.features.insert(.verification)
+        if case .file = address { configuration.readsMappedRAM = true }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }

@@ -17,6 +17,8 @@ struct PageReceiver: ~Copyable {
     private var hasBatches = false
     private var vector = IOVector()
     private var pending = (normal: UInt64(0), duplicate: UInt64(0))
+    /// Where the pages of blocks stand in the file (`mapped-ram`), as far as it was read.
+    private(set) var regions: [MappedRegion] = []
     /// Whether this connection is the source's: a stranger's bytes do not count.
     var isCounted = false
     /// Digests come with the pages.
@@ -39,21 +41,28 @@ struct PageReceiver: ~Copyable {
         self.received = received
         decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
         decoder.tellsEndOfRecords = true
+        // Channels begin where the stream does; part of it was read already.
+        if let position = try? channel.filePosition() { decoder.fileOffset = position - UInt64(ahead.count) }
         buffer.append(ahead)
     }
 
     /// The next item; `nil` at the end of the stream, or when `failure` was found. - Throws: when the connection fails.
     mutating func next() throws(ChannelError) -> StreamItem? {
         while failure == nil {
-            do throws(StreamError) {
-                if let item = try decoder.next(from: &buffer) {
-                    // Whoever acts on the end of a round, or of all, has seen its pages counted.
-                    if case .ramSectionEnded = item { count(force: true) }
-                    return item
-                }
-            } catch {
+            let item: StreamItem?
+            do throws(StreamError) { item = try decoder.next(from: &buffer) } catch {
                 failure = error
                 return nil
+            }
+            if case .mappedBlock(let region)? = item {
+                regions.append(region)
+                try jump()
+                continue
+            }
+            if let item {
+                // Whoever acts on the end of a round, or of all, has seen its pages counted.
+                if case .ramSectionEnded = item { count(force: true) }
+                return item
             }
             count(force: true)
             if try fill() == 0 {
@@ -67,6 +76,16 @@ struct PageReceiver: ~Copyable {
             }
         }
         return nil
+    }
+
+    /// Over a block's bitmap and pages.
+    private mutating func jump() throws(ChannelError) {
+        let ahead = min(buffer.count, decoder.payloadBytes)
+        buffer.consume(ahead)
+        try channel.skip(UInt64(decoder.payloadBytes - ahead))
+        decoder.payloadConsumed(decoder.payloadBytes)
+        // What was jumped over comes from elsewhere.
+        countedBytes = decoder.position
     }
 
     private mutating func fill() throws(ChannelError) -> Int {

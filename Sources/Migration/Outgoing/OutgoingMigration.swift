@@ -15,23 +15,24 @@ import Transport
 final class OutgoingMigration: Sendable {
     private let machine: VirtualMachine
     /// Where the destination listens; another after a `resume` that says so.
-    private let target: Mutex<MigrationAddress>
-    private let descriptors: DescriptorResolver
+    let target: Mutex<MigrationAddress>
+    let descriptors: DescriptorResolver
     /// For every channel of the migration; `nil`: plaintext.
-    private let tls: TLSSettings?
+    let tls: TLSSettings?
     private let report: @Sendable (MigrationEvent) -> Void
     private let blocks: [RAMBlockDescription]
     private let configuration: SourceConfiguration
-    /// Channels for pages besides the main one.
+    /// Channels for pages besides the main one; with pages in a file, threads that write them.
     private let channelCount: Int
+    private let usesDirectIO: Bool
     private let packing: PacketPacking?
     private let verification: OutgoingVerification?
     private let statistics: OutgoingStatistics
-    private let sender: StreamSender
-    private let tracker: (any DirtyTracker)?
+    let sender: StreamSender
+    let tracker: (any DirtyTracker)?
     private let convergence: Convergence
     /// Ends the attempt to connect that is under way.
-    private let connecting = Mutex<CancelToken?>(nil)
+    let connecting = Mutex<CancelToken?>(nil)
 
     private struct Inbox {
         var events: [SourceEvent] = []
@@ -41,14 +42,14 @@ final class OutgoingMigration: Sendable {
         var isOver = false
     }
     private let inbox = Monitor(Inbox())
-    private let open = Mutex<Channel?>(nil)
+    let open = Mutex<Channel?>(nil)
     /// Counts the attempts to connect: what an earlier connection still says does not count.
-    private let attempts = Mutex<UInt64>(0)
+    let attempts = Mutex<UInt64>(0)
     /// Nothing takes jobs.
-    private let isAbandoned = Mutex(false)
+    let isAbandoned = Mutex(false)
     private let refusal = Mutex<String?>(nil)
-    private let settleAttempts = Mutex(0)
-    private static let settleAttemptLimit = 5
+    let settleAttempts = Mutex(0)
+    static let settleAttemptLimit = 5
     /// So many events wait for the core at most before the destination's next word is read.
     private static let answerBacklogLimit = 64
     /// How long a peer may take for the last bytes of a migration that has ended.
@@ -80,10 +81,17 @@ final class OutgoingMigration: Sendable {
             catalogue: machine.sectionCatalogue,
             pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
         configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
-        configuration.multifd = multifd?.mode
+        if capabilities.contains(.mappedRAM), case .file(_, let offset) = address {
+            configuration.mapped = MappedRAMSetup(
+                machine: machine.configuration.streamName, blocks: blocks, ramSectionID: SourceCore.ramSectionID,
+                at: offset)
+        } else {
+            configuration.multifd = multifd?.mode
+        }
         configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
         if capabilities.contains(.verify) { configuration.features.insert(.verification) }
         self.configuration = configuration
+        usesDirectIO = parameters.usesDirectIO
         channelCount = multifd?.channels ?? 0
         self.packing = packing
         let cacheBytes = capabilities.contains(.xbzrle) ? parameters.xbzrleCacheBytes : nil
@@ -97,8 +105,8 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
-                mode: multifd?.mode, zeroPages: parameters.chosenZeroPageDetection, xbzrleCacheBytes: cacheBytes,
-                verification: verification)
+                mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,
+                xbzrleCacheBytes: cacheBytes, verification: verification)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -155,7 +163,7 @@ final class OutgoingMigration: Sendable {
 
     /// - Returns: how many events the core has taken when it has taken this one.
     @discardableResult
-    private func post(_ event: SourceEvent) -> UInt64 {
+    func post(_ event: SourceEvent) -> UInt64 {
         inbox.withLock { inbox in
             inbox.events.append(event)
             // A round looks at this between two batches; a sign of life is no reason to end it.
@@ -211,6 +219,7 @@ final class OutgoingMigration: Sendable {
         switch action {
         case .connect: connect(withChannels: phase == .connecting || phase == .reopening)
         case .send(let bytes): sender.enqueue(.bytes(bytes))
+        case .skip(let count): sender.enqueue(.skip(count))
         case .startTracking: startTracking()
         case .stopTracking:
             convergence.end()
@@ -288,8 +297,9 @@ final class OutgoingMigration: Sendable {
             do throws(ChannelError) {
                 let channel = try connector.connect(to: address, cancel: token)
                 if let words = channel.securityNotice { report(.notice(words)) }
+                let file = try withChannels ? makeFile(channel) : nil
                 let group =
-                    withChannels && channelCount > 0
+                    withChannels && channelCount > 0 && file == nil
                     ? try ChannelGroup(
                         channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
                         memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing,
@@ -301,7 +311,7 @@ final class OutgoingMigration: Sendable {
                 }
                 open.withLock { $0 = channel }
                 isAbandoned.withLock { $0 = false }
-                sender.attach(channel, group) { [self] event in
+                sender.attach(channel, group, file) { [self] event in
                     if case .disconnected = event, !isCurrent(attempt) { return }
                     post(event)
                 }
@@ -313,6 +323,15 @@ final class OutgoingMigration: Sendable {
                 if isCurrent(attempt) { post(.connectFailed(error.description)) }
             }
         }
+    }
+
+    /// Where pages go if they have places of their own in a file.
+    private func makeFile(_ channel: Channel) throws(ChannelError) -> MappedRAMWriter? {
+        guard let mapped = configuration.mapped, case .file(let path, let offset) = target.withLock({ $0 })
+        else { return nil }
+        return try MappedRAMWriter(
+            channel, path: path, at: offset, regions: mapped.regions, threads: channelCount, direct: usesDirectIO,
+            memory: machine.memory, statistics: statistics)
     }
 
     /// What is queued goes out first, but for a round, which ends at its next batch; an attempt to connect is given up.
@@ -331,7 +350,7 @@ final class OutgoingMigration: Sendable {
         }
     }
 
-    private func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
+    func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
         do throws(SystemError) {
             _ = try HostThread(name: name, body)
         } catch { post(.disconnected(error.description)) }
@@ -411,60 +430,6 @@ final class OutgoingMigration: Sendable {
         if case .unsettled = outcome { return askAgain() }
         connecting.withLock { $0 }?.cancel()
         inbox.withLock { $0.isOver = true }
-    }
-}
-
-// MARK: - Resumption
-
-extension OutgoingMigration {
-    /// Whether no later attempt to connect was made.
-    private func isCurrent(_ attempt: UInt64) -> Bool { attempts.withLock { $0 == attempt } }
-
-    /// Ends the connection, or the attempt to make one, whatever is queued for it.
-    private func abandon() {
-        connecting.withLock { $0 }?.cancel()
-        attempts.withLock { $0 += 1 }
-        guard let channel = open.withLock({ $0.take() }) else { return }
-        isAbandoned.withLock { $0 = true }
-        sender.interruptRound()
-        channel.cancel()
-        sender.endChannels()
-        sender.enqueue(.close)
-    }
-
-    private func stopTracking() {
-        guard isAbandoned.withLock({ $0 }) else { return sender.enqueue(.stopTracking) }
-        sender.waitUntilClosed()
-        tracker?.stop()
-    }
-
-    /// A few words to a destination that waits in vain. It gives up by itself, too, if they do not reach it.
-    private func bidFarewell(_ bytes: [UInt8]) {
-        let connector = Connector(tls: tls, descriptors: descriptors)
-        let address = target.withLock { $0 }
-        guard let token = try? CancelToken() else { return }
-        _ = try? HostThread.detached(name: "migration-bye") {
-            guard let channel = try? connector.connect(to: address, cancel: token) else { return }
-            try? channel.send(bytes)
-            // It answers what became of the migration: then it has read this.
-            var answer: [UInt8] = []
-            _ = try? channel.receive(appendingTo: &answer, upTo: 64)
-            channel.cancel()
-        }
-    }
-
-    /// Asks a destination that fell silent after COMMIT whether it started, a few times; after that an operator must settle it.
-    private func askAgain() {
-        guard target.withLock({ $0.canReconnect }) else { return }
-        let attempt = settleAttempts.withLock { attempts in
-            attempts += 1
-            return attempts
-        }
-        guard attempt <= Self.settleAttemptLimit else { return }
-        startThread("migration-ask") { [self] in
-            Clock.sleep(nanoseconds: UInt64(attempt) * 500_000_000)
-            if isUnsettled { post(.settle(.askDestination)) }
-        }
     }
 }
 

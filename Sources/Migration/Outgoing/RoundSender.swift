@@ -24,6 +24,8 @@ struct RoundSender: ~Copyable {
         let zeroPages: ZeroPageDetection
         /// The peer takes plain packets among compressed ones.
         let mayGoPlain: Bool
+        /// The file in which pages have places of their own; `nil`: they go elsewhere.
+        var file: MappedRAMWriter?
         /// Mark the end of the round in the main stream (`MultifdMode.flush`).
         let marksEnd: Bool
         /// Where marks between pages are acknowledged; `nil`: there are none.
@@ -126,7 +128,8 @@ struct RoundSender: ~Copyable {
                 report.bytes += written.bytes
                 position = batch.end
                 do throws(ChannelError) { try mark(route, &report, sent) } catch { throw .channel(error) }
-                let wait = route.group == nil ? pacer.sent(written.bytes, at: Clock.monotonicNanoseconds) : 0
+                let paid = route.file == nil ? written.bytes : batch.pages * UInt64(Wire.pageSize)
+                let wait = route.group == nil ? pacer.sent(paid, at: Clock.monotonicNanoseconds) : 0
                 if sent(written) { return true }
                 // To wait for its turn is no standstill of the peer.
                 pacer.wait(wait) { sent(RecordWriter.Sent()) }
@@ -223,6 +226,10 @@ struct RoundSender: ~Copyable {
     private mutating func hand(
         _ batch: Batch, of block: Int, to route: Route, _ sent: (RecordWriter.Sent?) -> Bool
     ) throws(ChannelError) -> RecordWriter.Sent? {
+        if let file = route.file {
+            let item = MappedRAMWriter.Item(block: block, runs: batch.runs, findsZeroes: route.zeroPages != .none)
+            return try file.write(item, unless: { sent(nil) }) ? RecordWriter.Sent() : nil
+        }
         guard let group = route.group else {
             return try records.send(
                 batch.runs, of: block, batches: route.batches, findsZeroes: route.zeroPages != .none, to: route.channel)
@@ -250,6 +257,7 @@ struct RoundSender: ~Copyable {
     private mutating func synchronize(
         _ route: Route, _ report: inout RoundReport, _ sent: (RecordWriter.Sent?) -> Bool
     ) throws(ChannelError) {
+        if let file = route.file { report.bytes += try file.synchronize { _ = sent(RecordWriter.Sent()) } }
         guard let group = route.group else { return }
         let total = try group.synchronize(inHurry: report.interrupted) { _ = sent(RecordWriter.Sent()) }
         report.bytes += total - groupBytes

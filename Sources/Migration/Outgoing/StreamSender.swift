@@ -9,6 +9,8 @@ import Transport
 final class StreamSender: Sendable {
     enum Job: Sendable {
         case bytes([UInt8])
+        /// So many bytes further in the file.
+        case skip(UInt64)
         case round(final: Bool, batches: Bool)
         case flush
         /// SYNC on all other channels.
@@ -35,6 +37,8 @@ final class StreamSender: Sendable {
     private let xbzrleCache = Atomic<UInt64>(0)
     /// The channels for pages, if the migration has any, while they are open.
     private let group = Mutex<ChannelGroup?>(nil)
+    /// The file in which pages have their places, while it is open.
+    private let file = Mutex<MappedRAMWriter?>(nil)
     private let mode: MultifdMode?
     /// What the operator wants; `nil`: what the peer is known to understand.
     private let zeroPages: ZeroPageDetection?
@@ -88,7 +92,10 @@ final class StreamSender: Sendable {
     func waitUntilClosed() { isRunning.wait { $0 ? nil : () } }
 
     /// Ends the channels for pages, whatever their threads are doing.
-    func endChannels() { group.withLock { $0.take() }?.end() }
+    func endChannels() {
+        group.withLock { $0.take() }?.end()
+        file.withLock { $0.take() }?.end()
+    }
 
     func setBandwidth(_ bytesPerSecond: UInt64) { pacer.bytesPerSecond = bytesPerSecond }
 
@@ -108,10 +115,15 @@ final class StreamSender: Sendable {
     }
 
     /// Starts the threads; `post` gets what the core wants to know.
-    func attach(_ channel: Channel, _ group: ChannelGroup?, post: @escaping @Sendable (SourceEvent) -> Void) {
+    func attach(
+        _ channel: Channel, _ group: ChannelGroup?, _ file: MappedRAMWriter?,
+        post: @escaping @Sendable (SourceEvent) -> Void
+    ) {
         self.group.withLock { $0 = group }
+        self.file.withLock { $0 = file }
         do throws(SystemError) {
             try group?.start()
+            try file?.start()
             isRunning.withLock { $0 = true }
             _ = try HostThread(name: "migration-send") { [self] in
                 run(channel, post)
@@ -130,11 +142,16 @@ final class StreamSender: Sendable {
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             do throws(ChannelError) {
                 switch job {
-                case .bytes(let bytes): try send(bytes, to: channel)
+                case .bytes(let bytes):
+                    file.withLock { $0 }?.noteBytes()
+                    try send(bytes, to: channel)
                 case .root: if let verification { try send(.root(verification.ledger.root), to: channel) }
                 case .digests(let range): if let verification { try send(verification.answer(range), to: channel) }
                 case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
-                case .flush: post(.flushed)
+                case .skip(let count): try channel.skip(count)
+                case .flush:
+                    try file.withLock { $0 }?.seal { post(.progressed) }
+                    post(.flushed)
                 case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
                 case .stopTracking: tracker?.stop()
                 case .close:
@@ -189,6 +206,10 @@ final class StreamSender: Sendable {
                 return RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)
             }
         }
+        // What is on the disk before the guest stops need not be waited for while it stands still.
+        if !final, failure == nil, !report.interrupted, let file = file.withLock({ $0 }) {
+            do throws(ChannelError) { try file.waitForDisk { post(.progressed) } } catch { failure = error }
+        }
         report.nanoseconds = Clock.monotonicNanoseconds - began
         post(.roundSent(report))
         if let failure { throw failure }
@@ -196,11 +217,11 @@ final class StreamSender: Sendable {
 
     private func route(_ channel: Channel, batches: Bool) -> RoundSender.Route {
         let group = group.withLock { $0 }
+        let file = file.withLock { $0 }
         let understood: ZeroPageDetection = group != nil && peerIsGodwit.load(ordering: .relaxed) ? .multifd : .legacy
         return RoundSender.Route(
-            channel: channel, group: group, batches: batches, zeroPages: zeroPages ?? understood,
-            mayGoPlain: peerIsGodwit.load(ordering: .relaxed),
-            marksEnd: mode == .flush,
+            channel: channel, group: group, batches: batches || file != nil, zeroPages: zeroPages ?? understood,
+            mayGoPlain: peerIsGodwit.load(ordering: .relaxed), file: file, marksEnd: mode == .flush,
             marks: isResumable.load(ordering: .relaxed) ? marks : nil)
     }
 
@@ -234,7 +255,7 @@ final class StreamSender: Sendable {
         endChannels()
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             switch job {
-            case .bytes: break
+            case .bytes, .skip: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
             case .flush, .synchronize, .root, .digests: break
             case .stopTracking: tracker?.stop()

@@ -30,7 +30,7 @@ extension DestinationCore {
             }
             load(&actions)
         case .header, .configuration: outOfTurn("a second opening", &actions)
-        case .ramRecordsEnded, .vmDescription: break
+        case .ramRecordsEnded, .vmDescription, .mappedBlock: break
         }
     }
 
@@ -42,7 +42,8 @@ extension DestinationCore {
         switch subsection {
         case .targetPageBits(let bits):
             if bits != 12 { fail("the source has pages of 2^\(bits) bytes, this machine of 4096", &actions) }
-        case .capabilities(let names):
+        case .capabilities(let all):
+            let names = all.filter { $0 != MappedRAM.capability || !configuration.readsMappedRAM }
             guard !names.isEmpty else { return }
             fail("the source uses migration capability \(names.joined(separator: ", ")), not supported yet", &actions)
         case .uuid: break

@@ -98,6 +98,8 @@ public struct SourceConfiguration: Sendable {
     public var multifd: MultifdMode?
     /// Digests travel with all pages (`x-verify`): a destination that cannot compare them is none.
     public var verifies: Bool { features.contains(.verification) }
+    /// Pages go to places of their own in a file, one-way; `nil`: they go into the stream.
+    public var mapped: MappedRAMSetup?
 
     public init(
         migration: MigrationIdentifier, machineName: String, blocks: [RAMBlockDescription],
@@ -196,6 +198,8 @@ public enum SourceAction: Hashable, Sendable {
     case connect
     /// Stream bytes, after all sent before.
     case send([UInt8])
+    /// Go on so many bytes further in the file, behind all sent before.
+    case skip(UInt64)
     /// -> `trackingStarted`, `trackingFailed`.
     case startTracking
     case stopTracking
@@ -298,6 +302,8 @@ public struct DestinationConfiguration: Sendable {
     public var deadlines: ProtocolDeadlines
     /// Channels that a source which does not announce their number brings (QEMU, capability `multifd`); `nil`: none.
     public var multifdChannels: Int?
+    /// The stream comes from a file, where pages may have places of their own (`mapped-ram`).
+    public var readsMappedRAM = false
 
     public init(
         instance: InstanceIdentifier, machineName: String, sections: [ExpectedSection], startsGuest: Bool = true,

@@ -24,6 +24,10 @@ extension SourceCore {
         isConnected = true
         greetedAt = now
         let name = configuration.machineName
+        if let mapped = configuration.mapped {
+            send(&actions) { $0.append(mapped.opening) }
+            return agree(on: .oneWay, features: [], &actions)
+        }
         send(&actions) { writer in
             writer.header()
             writer.configuration(machine: name)
@@ -87,6 +91,14 @@ extension SourceCore {
     mutating func beginRAM(_ actions: inout [SourceAction]) {
         let blocks = configuration.blocks
         let flushesChannels = configuration.multifd == .flush
+        if let mapped = configuration.mapped {
+            for piece in mapped.pieces {
+                send(&actions) { $0.append(piece.bytes) }
+                if piece.gap > 0 { actions.append(.skip(piece.gap)) }
+            }
+            report(.active, &actions)
+            return collect(&actions)
+        }
         send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels) }
         if configuration.multifd != nil { actions.append(.synchronizeChannels) }
         report(.active, &actions)

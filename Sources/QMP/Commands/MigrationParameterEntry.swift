@@ -97,7 +97,7 @@ struct MigrationParameterEntry: Sendable {
         + numbers("COLO", [("x-checkpoint-delay", 32, 20000)])
         + [
             MigrationParameterEntry("block-incremental", .bool, .off(false, "copying disks")),
-            MigrationParameterEntry("direct-io", .bool, .off(false, "direct I/O")),
+            MigrationParameterEntry("direct-io", .bool, .flag(\.usesDirectIO)),
             MigrationParameterEntry(
                 "mode", .enumeration(["normal", "cpr-reboot", "cpr-transfer", "cpr-exec"]),
                 .off("normal", "a checkpoint-restart (CPR) mode")),

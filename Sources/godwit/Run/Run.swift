@@ -63,6 +63,19 @@ struct Run: ParsableCommand {
         transform: VMProcess.Incoming.init(option:))
     var incoming: VMProcess.Incoming?
 
+    @Option(
+        help: ArgumentHelp(
+            "Go on from what 'godwit save' (or a migration to file:) left in this file, PATH[,offset=N].",
+            valueName: "file"), transform: { try MigrationAddress("file:\($0)") })
+    var restore: MigrationAddress?
+
+    @Flag(
+        help: """
+            With --restore, of a file that 'godwit save' wrote: read memory when the guest touches it. The file must stay as it is \
+            as long as the VM runs; it is not changed.
+            """)
+    var restoreLazily = false
+
     @OptionGroup(title: "TLS") var security: SecurityOptions
 
     @Option(
@@ -78,7 +91,17 @@ struct Run: ParsableCommand {
     @Flag(help: ArgumentHelp("End when the process that started this one ends.", visibility: .hidden))
     var dieWithParent = false
 
+    func validate() throws {
+        if restore != nil, incoming != nil { throw ValidationError("--restore and --incoming exclude each other.") }
+        guard restoreLazily else { return }
+        guard restore != nil else { throw ValidationError("--restore-lazily goes with --restore.") }
+        guard memoryBacking == .anonymous, !memoryPrealloc else {
+            throw ValidationError("--restore-lazily needs private memory that is not taken beforehand.")
+        }
+    }
+
     func run() throws {
+        let incoming = restore.map { VMProcess.Incoming.address($0) } ?? incoming
         if dieWithParent { try ChildProcess.dieWithParent() }
         // A VM that is just being made is waited for, so that its sockets go with it.
         let vm = Monitor<VMProcess?>(nil)
@@ -94,7 +117,8 @@ struct Run: ParsableCommand {
             isPreallocated: memoryPrealloc, dirtyTracking: accel.dirtyTracking, isIncoming: incoming != nil)
         let plan = VMProcess.Plan(
             name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
-            startsPaused: paused, objects: security.object, parameters: security.parameters,
+            restoresLazily: restoreLazily, startsPaused: paused, objects: security.object,
+            parameters: security.parameters,
             allowsPlaintext: security.insecurePlaintext)
         let process = try VMProcess(plan, machine: configuration, log: log)
         vm.withLock { $0 = process }

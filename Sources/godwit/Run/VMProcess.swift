@@ -27,6 +27,8 @@ final class VMProcess: Sendable {
         var isNamed = true
         var serial = SerialPort.Target.standard
         var incoming: Incoming?
+        /// Memory that stands in a file is read when the guest touches it.
+        var restoresLazily = false
         var startsPaused = false
         /// Objects in QEMU's text form, and the migration parameters that name them.
         var objects: [String] = []
@@ -87,7 +89,7 @@ final class VMProcess: Sendable {
         commands.sendEvents { [server] in server.post($0, data: $1) }
         observe()
         if case .address(let address) = plan.incoming {
-            try migrator.acceptMigration(on: address, startsGuest: !plan.startsPaused)
+            try migrator.acceptMigration(on: address, startsGuest: !plan.startsPaused, isLazy: plan.restoresLazily)
         }
         let memory = Amount.memory(machine.configuration.memoryByteCount)
         let cpus = machine.configuration.cpuCount
@@ -96,7 +98,9 @@ final class VMProcess: Sendable {
         for socket in server.sockets { log.info("QMP at \(socket.path)") }
         switch plan.incoming {
         case .address:
-            for address in migrator.info().listening { log.info("waiting for a migration on \(address.words)") }
+            let listening = migrator.info().listening
+            if listening.isEmpty, case .address(let address) = plan.incoming { log.info("restoring from \(address)") }
+            for address in listening { log.info("waiting for a migration on \(address.words)") }
         case .deferred: log.info("waiting for migrate-incoming")
         case nil: if !plan.startsPaused { try machine.resume() }
         }

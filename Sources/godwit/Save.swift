@@ -1,0 +1,90 @@
+import ArgumentParser
+import CommandLineKit
+import QMP
+import Transport
+
+struct Save: ParsableCommand {
+    static let configuration = CommandConfiguration(
+        abstract: "Save a VM into a file, from which 'godwit run --restore FILE' goes on.",
+        discussion: """
+            The guest runs while most of its memory is written, and stands still for what it wrote meanwhile. Then it is \
+            saved, and stopped for good here: end the process with 'godwit quit' (or --quit). When saving fails or is \
+            cancelled (Ctrl-C), the guest runs on, and nothing is left in the file. Every page has a place of its own in the \
+            file (QEMU's mapped-ram): it is never larger than the VM's memory and state.
+            """)
+
+    @OptionGroup var target: VMArgument
+
+    @Argument(help: "The file: PATH[,offset=N]. What is in it behind the offset is lost.", completion: .file())
+    var file: String
+
+    @Flag(help: "Write past the host's page cache, where the file system can.")
+    var directIO = false
+
+    @Option(help: "Write pages by so many threads, 1 to 64; 0 for none beside the migration's own.")
+    var channels = 2
+
+    @Option(
+        help: ArgumentHelp("The most bytes to write per second, such as 1G; 0 for no limit.", valueName: "size"),
+        transform: { try ByteSize($0) })
+    var bandwidth: ByteSize?
+
+    @Flag(help: "Print the last query-migrate answer as JSON instead of a report.")
+    var json = false
+
+    @Flag(help: "End the VM's process once it is saved.")
+    var quit = false
+
+    private var uri: String { "file:\(file)" }
+
+    func validate() throws {
+        guard (0...64).contains(channels) else { throw ValidationError("--channels: give a number from 0 to 64.") }
+        do { _ = try MigrationAddress(uri) } catch { throw ValidationError(error.description) }
+    }
+
+    /// What the VM had before, to be set again if it is not saved.
+    private static let parameters = ["downtime-limit", "max-bandwidth", "multifd-channels", "direct-io"]
+    private static let capabilities = ["mapped-ram", "multifd"]
+
+    func run() throws {
+        let interruption = try SignalWatch.startFlag()
+        let client = try target.vm.connect()
+        let before = try (
+            client.execute("query-migrate-parameters"), client.execute("query-migrate-capabilities")
+        )
+        var settings = MigrationSession.Settings()
+        // No limit that matters: rounds go on while each leaves less, and the guest stands still for the rest.
+        settings.downtime = try TimeSpan("2000s")
+        settings.bandwidthBytesPerSecond = bandwidth?.bytes
+        settings.channels = channels
+        settings.mapsRAM = true
+        settings.usesDirectIO = directIO
+        var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
+        let answer: JSON
+        do {
+            answer = try session.run(to: uri, settings)
+        } catch QMPClientError.refused(let error) {
+            restore(before, client)
+            throw CommandFailure("VM \(target.vm): \(error)")
+        }
+        let reading = MigrationReading(answer)
+        if reading.status != "completed" { restore(before, client) }
+        if json {
+            Terminal.output.write(answer.prettyDescription + "\n")
+        } else if reading.status == "completed" {
+            Terminal.output.write(MigrationReport(reading, showsColors: Terminal.output.showsColors).text)
+        }
+        try reading.requireCompletion(of: "\(target.vm)", to: uri)
+        if quit { try client.execute("quit") }
+    }
+
+    /// The VM migrates elsewhere as it would have before.
+    private func restore(_ before: (JSON, JSON), _ client: QMPClient) {
+        let values = Self.parameters.compactMap { name in before.0[name].map { (name, $0) } }
+        _ = try? client.execute("migrate-set-parameters", .object(Dictionary(uniqueKeysWithValues: values)))
+        let states = (before.1.arrayValue ?? []).filter {
+            Self.capabilities.contains($0["capability"]?.stringValue ?? "")
+        }
+        _ = try? client.execute("migrate-set-capabilities", ["capabilities": .array(states)])
+    }
+}
