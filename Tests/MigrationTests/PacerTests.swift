@@ -98,7 +98,7 @@ struct PacerTests {
     }
 
     @Test(
-        "over a socket the reader counts the rate in each second", .timeLimit(.minutes(1)),
+        "over a socket the reader counts the rate in each second", .timeLimit(.minutes(10)),
         arguments: [10, 100, 500] as [UInt64])
     func overSocket(megabytes: UInt64) throws {
         let rate = megabytes * 1_000_000

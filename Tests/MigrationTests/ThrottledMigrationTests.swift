@@ -22,7 +22,7 @@ struct ThrottledMigrationTests {
 
     @Test(
         "a migration that cannot converge says so with a remedy, and the remedy makes it converge",
-        .timeLimit(.minutes(2)))
+        .timeLimit(.minutes(10)))
     func verdict() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 100) {
@@ -70,7 +70,7 @@ struct ThrottledMigrationTests {
     }
 
     @Test(
-        "auto-converge throttles a guest until it converges, and lets go of it then", .timeLimit(.minutes(2)),
+        "auto-converge throttles a guest until it converges, and lets go of it then", .timeLimit(.minutes(10)),
         arguments: [true, false])
     func autoConverge(completes: Bool) async {
         await #expect(processExitsWith: .success) { [completes] in
@@ -108,7 +108,7 @@ struct ThrottledMigrationTests {
         }
     }
 
-    @Test("dirty-limit limits what a vCPU with a ring dirties until the migration ends", .timeLimit(.minutes(2)))
+    @Test("dirty-limit limits what a vCPU with a ring dirties until the migration ends", .timeLimit(.minutes(10)))
     func dirtyLimit() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 60) {
@@ -153,7 +153,7 @@ struct ThrottledMigrationTests {
         }
     }
 
-    @Test("a dry run tells a guest that converges from one that does not, and moves nothing", .timeLimit(.minutes(2)))
+    @Test("a dry run tells a guest that converges from one that does not, and moves nothing", .timeLimit(.minutes(10)))
     func dryRun() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 60) {
