@@ -38,7 +38,7 @@ struct ForecastTests {
         #expect(rates.contains { $0 < 0.8 } && rates.contains { $0 > 1 }, "\(rates)")
     }
 
-    @Test("an idle guest migrates in the time its pages take, an endless writer never", .timeLimit(.minutes(2)))
+    @Test("an idle guest migrates in the time its pages take, an endless writer never", .timeLimit(.minutes(10)))
     func extremes() {
         let light = ForecastTrial(.uniform, seed: 3, place: 0)
         #expect(light.isRight && light.truth.converges)

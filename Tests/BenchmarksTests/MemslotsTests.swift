@@ -32,7 +32,7 @@ struct MemslotsTests {
 
     @Test(
         "what firmware changes is never absent for a vCPU, nobody is paused, and no write is lost",
-        .timeLimit(.minutes(2)))
+        .timeLimit(.minutes(10)))
     func atomic() async {
         await #expect(processExitsWith: .success) {
             Self.inChild({ try Self.run(.atomic, passes: 4).carryOut() }) {
@@ -42,7 +42,7 @@ struct MemslotsTests {
         }
     }
 
-    @Test("with all vCPUs paused nothing is absent and nothing lost either", .timeLimit(.minutes(2)))
+    @Test("with all vCPUs paused nothing is absent and nothing lost either", .timeLimit(.minutes(10)))
     func pauseAll() async {
         await #expect(processExitsWith: .success) {
             Self.inChild({ try Self.run(.pauseAll, passes: 2).carryOut() }) {
@@ -51,7 +51,7 @@ struct MemslotsTests {
         }
     }
 
-    @Test("the spinning guest notices slots that go and come", .timeLimit(.minutes(2)))
+    @Test("the spinning guest notices slots that go and come", .timeLimit(.minutes(10)))
     func naive() async {
         await #expect(processExitsWith: .success) {
             Self.inChild({ try Self.run(.naive, passes: 20).carryOut() }) {

@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "godwit demo shows a migration, verified", .serialized, .timeLimit(.minutes(2)),
+    "godwit demo shows a migration, verified", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct DemoTests {
     private let bench: Workbench

@@ -6,7 +6,7 @@ import Testing
 @testable import CommandLineKit
 
 @Suite(
-    "Dirty rates of VMs that run", .serialized, .timeLimit(.minutes(2)),
+    "Dirty rates of VMs that run", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct DirtyRateTests {
     private let bench: Workbench

@@ -4,7 +4,7 @@ import QMP
 import TestSupport
 import Testing
 
-@Suite("A waiting destination stands what strangers send", .serialized, .timeLimit(.minutes(2)))
+@Suite("A waiting destination stands what strangers send", .serialized, .timeLimit(.minutes(10)))
 struct HostileStreamTests {
     private let bench: Workbench
 

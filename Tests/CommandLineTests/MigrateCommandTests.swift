@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "godwit migrate moves a VM, and says what happened", .serialized, .timeLimit(.minutes(2)),
+    "godwit migrate moves a VM, and says what happened", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct MigrateCommandTests {
     private let bench: Workbench

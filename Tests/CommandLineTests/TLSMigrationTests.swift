@@ -4,7 +4,7 @@ import QMP
 import TestSupport
 import Testing
 
-@Suite("Migrations through TLS, and none without where others listen", .serialized, .timeLimit(.minutes(3)))
+@Suite("Migrations through TLS, and none without where others listen", .serialized, .timeLimit(.minutes(10)))
 struct TLSMigrationTests {
     private let bench: Workbench
 

@@ -7,7 +7,7 @@ import Testing
 @testable import CommandLineKit
 
 @Suite(
-    "Commands drive VMs that run", .serialized, .timeLimit(.minutes(2)),
+    "Commands drive VMs that run", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct VMCommandTests {
     private let bench: Workbench

@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "Compressed packets travel between QEMU and Godwit, equal page by page", .serialized, .timeLimit(.minutes(3)),
+    "Compressed packets travel between QEMU and Godwit, equal page by page", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct CompressionConformanceTests {
     private let bench: Workbench

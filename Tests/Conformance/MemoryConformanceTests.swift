@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "RAM travels between QEMU and Godwit, equal page by page", .serialized, .timeLimit(.minutes(3)),
+    "RAM travels between QEMU and Godwit, equal page by page", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct MemoryConformanceTests {
     private let bench: Workbench

@@ -6,7 +6,7 @@ import Testing
 
 @Suite(
     "RAM travels over several channels between QEMU and Godwit, equal page by page", .serialized,
-    .timeLimit(.minutes(3)), .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
+    .timeLimit(.minutes(10)), .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct MultifdConformanceTests {
     private let bench: Workbench
 

@@ -6,7 +6,7 @@ import Testing
 
 @Suite(
     "With QEMU as the peer, operators cancel and destinations refuse without harm", .serialized,
-    .timeLimit(.minutes(2)), .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
+    .timeLimit(.minutes(10)), .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct PeerConformanceTests {
     private let bench: Workbench
     private let byteCount: UInt64 = 24 << 20

@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "QEMU's Python client drives Godwit", .serialized, .timeLimit(.minutes(2)),
+    "QEMU's Python client drives Godwit", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct PythonClientTests {
     private let bench: Workbench

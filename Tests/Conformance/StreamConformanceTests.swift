@@ -6,7 +6,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "Streams in files pass between QEMU and Godwit", .serialized, .timeLimit(.minutes(2)),
+    "Streams in files pass between QEMU and Godwit", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct StreamConformanceTests {
     private let bench: Workbench

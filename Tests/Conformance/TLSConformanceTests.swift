@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "RAM travels between QEMU and Godwit through TLS", .serialized, .timeLimit(.minutes(2)),
+    "RAM travels between QEMU and Godwit through TLS", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct TLSConformanceTests {
     private let bench: Workbench

@@ -11,7 +11,7 @@ import Transport
 @testable import Migration
 
 @Suite(
-    "Pages travel as differences between QEMU and Godwit", .serialized, .timeLimit(.minutes(2)),
+    "Pages travel as differences between QEMU and Godwit", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
 struct XBZRLEConformanceTests {
     private let bench: Workbench

@@ -6,7 +6,7 @@ import TestSupport
 import Testing
 
 /// `GODWIT_FAULT_SEED` replays what was sent.
-@Suite("A waiting destination stands whatever is sent to it", .serialized, .timeLimit(.minutes(5)))
+@Suite("A waiting destination stands whatever is sent to it", .serialized, .timeLimit(.minutes(10)))
 struct GarbageTests {
     private let bench: Workbench
     private let seed = TestEnvironment.number("GODWIT_FAULT_SEED") ?? .random(in: 0..<1_000_000)

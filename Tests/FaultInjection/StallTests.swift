@@ -4,7 +4,8 @@ import TestSupport
 import Testing
 
 @Suite(
-    "A network that stalls while the guest stands still does not keep it waiting", .serialized, .timeLimit(.minutes(5)),
+    "A network that stalls while the guest stands still does not keep it waiting", .serialized,
+    .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct StallTests {
     /// With a small rest the stall keeps READY away; with a large one the thread that sends hangs in the middle of a page.

@@ -16,7 +16,7 @@ private let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
 struct SlotRaceTests {
     @Test(
         "memory is exchanged behind readers, callers and page walkers: none fails, and none is stopped",
-        .timeLimit(.minutes(1)))
+        .timeLimit(.minutes(10)))
     func exchanges() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -57,7 +57,7 @@ struct SlotRaceTests {
         guest.stop()
     }
 
-    @Test("page tables that lie in exchanged memory are looked at again", .timeLimit(.minutes(1)))
+    @Test("page tables that lie in exchanged memory are looked at again", .timeLimit(.minutes(10)))
     func pageTables() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -78,7 +78,7 @@ struct SlotRaceTests {
 
     @Test(
         "a hole that opens inside a slot reads as all ones; only where a guest writes there the slot is split",
-        .timeLimit(.minutes(1)), arguments: [false, true])
+        .timeLimit(.minutes(10)), arguments: [false, true])
     func holes(writes: Bool) async {
         await #expect(processExitsWith: .success) { [writes] in
             Child.run(seconds: 30) {
@@ -105,7 +105,7 @@ struct SlotRaceTests {
 
     @Test(
         "what a guest writes to read-only memory is discarded; the range gets a slot of its own, once",
-        .timeLimit(.minutes(1)))
+        .timeLimit(.minutes(10)))
     func readOnly() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -134,7 +134,7 @@ struct SlotRaceTests {
 
     @Test(
         "memory without a file is resized with every vCPU held, which none of them notices; done naively they fail",
-        .timeLimit(.minutes(1)), arguments: SlotStrategy.allCases.map(\.rawValue))
+        .timeLimit(.minutes(10)), arguments: SlotStrategy.allCases.map(\.rawValue))
     func anonymous(strategy: String) async {
         await #expect(processExitsWith: .success) { [strategy] in
             Child.run(seconds: 40) {
@@ -197,7 +197,7 @@ struct SlotRaceTests {
         return lost
     }
 
-    @Test("no page that is written while it is exchanged or taken away is lost", .timeLimit(.minutes(1)))
+    @Test("no page that is written while it is exchanged or taken away is lost", .timeLimit(.minutes(10)))
     func dirtyPages() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
@@ -210,7 +210,7 @@ struct SlotRaceTests {
         }
     }
 
-    @Test("a change that is refused leaves the old layout as it was", .timeLimit(.minutes(1)))
+    @Test("a change that is refused leaves the old layout as it was", .timeLimit(.minutes(10)))
     func refusals() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -254,7 +254,7 @@ struct SlotRaceTests {
 
     @Test(
         "vCPUs that change the layout themselves do not wait for themselves, nor for each other",
-        .timeLimit(.minutes(1)))
+        .timeLimit(.minutes(10)))
     func changedByGuests() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -281,7 +281,7 @@ struct SlotRaceTests {
         }
     }
 
-    @Test("a thousand random layouts under readers end with every slot as it should be", .timeLimit(.minutes(1)))
+    @Test("a thousand random layouts under readers end with every slot as it should be", .timeLimit(.minutes(10)))
     func randomLayouts() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 55) {

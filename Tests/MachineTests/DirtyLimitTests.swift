@@ -17,7 +17,7 @@ struct DirtyLimitTests {
     }
 
     @Test(
-        "a limited vCPU makes pages dirty at the limit, and runs freely without it", .timeLimit(.minutes(1)),
+        "a limited vCPU makes pages dirty at the limit, and runs freely without it", .timeLimit(.minutes(10)),
         arguments: [UInt64(50_000_000), 200_000_000])
     func oneCPU(limit: UInt64) async {
         await #expect(processExitsWith: .success) { [limit] in
@@ -50,7 +50,7 @@ struct DirtyLimitTests {
         }
     }
 
-    @Test("a limited guest is paused at once, and migrates whole", .timeLimit(.minutes(1)))
+    @Test("a limited guest is paused at once, and migrates whole", .timeLimit(.minutes(10)))
     func stops() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 20) {
@@ -84,7 +84,8 @@ struct DirtyLimitTests {
     }
 
     @Test(
-        "a limit of nothing, a vCPU that is not there and a machine without rings are refused", .timeLimit(.minutes(1)))
+        "a limit of nothing, a vCPU that is not there and a machine without rings are refused", .timeLimit(.minutes(10))
+    )
     func refusals() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 20) {

@@ -23,7 +23,7 @@ enum Tracking: String, Codable, CaseIterable, Sendable {
 @Suite("dirty tracking", .serialized, .enabled(if: hasKVM, needsKVM))
 struct DirtyTrackingTests {
     @Test(
-        "no page a guest writes is ever lost: a copy kept by tracking alone is guest memory", .timeLimit(.minutes(1)),
+        "no page a guest writes is ever lost: a copy kept by tracking alone is guest memory", .timeLimit(.minutes(10)),
         arguments: [
             ("dirty,working-set=24M", 1), ("dirty,working-set=24M,random", 2), ("dirty,working-set=16M,heartbeat=0", 4),
             ("dirty,working-set=40M,fill=48M,random,stride=3", 4), ("probe,write,working-set=8M", 2),
@@ -50,7 +50,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "pages that appear while the guest fills its memory are not lost either", .timeLimit(.minutes(1)),
+        "pages that appear while the guest fills its memory are not lost either", .timeLimit(.minutes(10)),
         arguments: [(1, "anonymous"), (2, "anonymous"), (2, "memfd"), (4, "memfd")], [Tracking.log, .ring1024])
     func filling(with: (Int, String), tracking: Tracking) async {
         await #expect(processExitsWith: .success) {
@@ -74,7 +74,7 @@ struct DirtyTrackingTests {
         }
     }
 
-    @Test("the test can fail: a copy that leaves out one reported range is found to be wrong", .timeLimit(.minutes(1)))
+    @Test("the test can fail: a copy that leaves out one reported range is found to be wrong", .timeLimit(.minutes(10)))
     func plantedBug() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 15) {
@@ -100,7 +100,7 @@ struct DirtyTrackingTests {
 
     @Test(
         "the first collect reports the allocated pages exactly, later ones what is written, and never a hole",
-        .timeLimit(.minutes(1)),
+        .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func idle(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -136,7 +136,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "tracking that was stopped starts afresh and misses nothing", .timeLimit(.minutes(1)),
+        "tracking that was stopped starts afresh and misses nothing", .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func again(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -160,7 +160,7 @@ struct DirtyTrackingTests {
 
     @Test(
         "a client that starts later takes over: what an earlier one still does is refused and loses nothing",
-        .timeLimit(.minutes(1)),
+        .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func takesOver(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -192,7 +192,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "memory with more holes than are worth looking into is tracked as well", .timeLimit(.minutes(1)),
+        "memory with more holes than are worth looking into is tracked as well", .timeLimit(.minutes(10)),
         arguments: ["anonymous", "memfd"], [Tracking.log, .ring])
     func fragmented(backing: String, tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [backing, tracking] in
@@ -219,7 +219,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "what this process writes into guest memory is tracked like the guest's own writes", .timeLimit(.minutes(1)),
+        "what this process writes into guest memory is tracked like the guest's own writes", .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func hostWrites(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -288,7 +288,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "two clients at once each hear of every page, though what one collects is cleared", .timeLimit(.minutes(1)),
+        "two clients at once each hear of every page, though what one collects is cleared", .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring1024, .ring], [1, 4])
     func twoClients(tracking: Tracking, cpus: Int) async {
         await #expect(processExitsWith: .success) { [tracking, cpus] in
@@ -320,7 +320,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "two clients on two threads lose nothing to each other", .timeLimit(.minutes(1)),
+        "two clients on two threads lose nothing to each other", .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func racingClients(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -352,7 +352,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "a guest with RAM on both sides of the hole below 4 GiB is tracked in both", .timeLimit(.minutes(1)),
+        "a guest with RAM on both sides of the hole below 4 GiB is tracked in both", .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func aboveFourGibibytes(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -366,7 +366,7 @@ struct DirtyTrackingTests {
     }
 
     @Test(
-        "a guest of 512 GiB costs what it has touched", .timeLimit(.minutes(1)),
+        "a guest of 512 GiB costs what it has touched", .timeLimit(.minutes(10)),
         arguments: [Tracking.log, .ring4096])
     func halfATebibyte(tracking: Tracking) async {
         await #expect(processExitsWith: .success) { [tracking] in
@@ -378,7 +378,7 @@ struct DirtyTrackingTests {
         }
     }
 
-    @Test("with a ring, the last collect costs what is dirty and not what there is", .timeLimit(.minutes(1)))
+    @Test("with a ring, the last collect costs what is dirty and not what there is", .timeLimit(.minutes(10)))
     func lastCollect() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 25) {

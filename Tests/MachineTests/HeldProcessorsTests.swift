@@ -24,7 +24,7 @@ struct HeldProcessorsTests {
 
     @Test(
         "a slot is cut in two and joined, the machine paused, resumed and reset at the same time: nobody waits for ever",
-        .timeLimit(.minutes(1)), arguments: [1, 4])
+        .timeLimit(.minutes(10)), arguments: [1, 4])
     func together(cpus: Int) async {
         await #expect(processExitsWith: .success) { [cpus] in
             Child.run(seconds: 50) {

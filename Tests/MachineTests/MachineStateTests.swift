@@ -7,7 +7,7 @@ import Testing
 @Suite("machine state", .serialized, .enabled(if: hasKVM, needsKVM))
 struct MachineStateTests {
     @Test(
-        "a guest whose state and memory are moved to another machine verifies and goes on", .timeLimit(.minutes(1)),
+        "a guest whose state and memory are moved to another machine verifies and goes on", .timeLimit(.minutes(10)),
         arguments: [
             ("dirty,working-set=8M,fill=8M,random", 1), ("dirty,working-set=8M,fill=8M", 4),
             ("probe,write,working-set=8M,fill=8M", 1), ("probe,working-set=8M,fill=8M", 4), ("idle,fill=4M", 1),
@@ -36,7 +36,7 @@ struct MachineStateTests {
     }
 
     @Test(
-        "the guest's clocks go on where they were, whichever machine is older", .timeLimit(.minutes(1)),
+        "the guest's clocks go on where they were, whichever machine is older", .timeLimit(.minutes(10)),
         arguments: [0, 400, -400] as [Int])
     func clocks(sourceIsOlderByMilliseconds age: Int) async {
         await #expect(processExitsWith: .success) { [age] in
@@ -89,7 +89,7 @@ struct MachineStateTests {
     }
 
     @Test(
-        "a guest in real mode moves in the middle of a loop, of output and of HLT", .timeLimit(.minutes(1)),
+        "a guest in real mode moves in the middle of a loop, of output and of HLT", .timeLimit(.minutes(10)),
         arguments: [BootCode.count, BootCode.flood, BootCode.ticks])
     func realMode(code: [UInt8]) async {
         await #expect(processExitsWith: .success) { [code] in
@@ -112,7 +112,7 @@ struct MachineStateTests {
         }
     }
 
-    @Test("a guest whose vCPUs are just coming up is moved without losing one", .timeLimit(.minutes(1)))
+    @Test("a guest whose vCPUs are just coming up is moved without losing one", .timeLimit(.minutes(10)))
     func comingUp() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -131,7 +131,7 @@ struct MachineStateTests {
         }
     }
 
-    @Test("state that does not fit is refused with a sentence that names it", .timeLimit(.minutes(1)))
+    @Test("state that does not fit is refused with a sentence that names it", .timeLimit(.minutes(10)))
     func refusals() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -179,7 +179,7 @@ struct MachineStateTests {
         }
     }
 
-    @Test("random and damaged section bodies never trap", .timeLimit(.minutes(1)), arguments: [1, 2] as [UInt64])
+    @Test("random and damaged section bodies never trap", .timeLimit(.minutes(10)), arguments: [1, 2] as [UInt64])
     func fuzz(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 30) {

@@ -4,7 +4,7 @@ import Machine
 import Synchronization
 import Testing
 
-@Suite("memory layout of a machine", .serialized, .timeLimit(.minutes(1))) struct MemoryLayoutTests {
+@Suite("memory layout of a machine", .serialized, .timeLimit(.minutes(10))) struct MemoryLayoutTests {
     /// Answers reads with 0x2a and remembers what is written.
     private final class Answering: MemoryMappedDevice {
         let writes = Mutex<[String]>([])

@@ -7,7 +7,8 @@ import Testing
 @Suite("running machine", .serialized, .enabled(if: hasKVM, needsKVM))
 struct RunningMachineTests {
     @Test(
-        "a boot sector loads what follows it by int 13h, prints it and leaves with its status", .timeLimit(.minutes(1)))
+        "a boot sector loads what follows it by int 13h, prints it and leaves with its status", .timeLimit(.minutes(10))
+    )
     func loader() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 15) {
@@ -28,7 +29,7 @@ struct RunningMachineTests {
     }
 
     @Test(
-        "a guest that resets the machine starts afresh, once for each reset", .timeLimit(.minutes(1)),
+        "a guest that resets the machine starts afresh, once for each reset", .timeLimit(.minutes(10)),
         arguments: [BootCode.resetByPort92, BootCode.resetByKeyboardController]
             + (hasHardwareVirtualization ? [BootCode.tripleFault] : []))
     func resets(how: [UInt8]) async {
@@ -58,7 +59,8 @@ struct RunningMachineTests {
     }
 
     @Test(
-        "1 to 64 vCPUs come up by INIT and SIPI, also after a reset", .timeLimit(.minutes(1)), arguments: [1, 2, 8, 64])
+        "1 to 64 vCPUs come up by INIT and SIPI, also after a reset", .timeLimit(.minutes(10)),
+        arguments: [1, 2, 8, 64])
     func processors(count: Int) async {
         await #expect(processExitsWith: .success) { [count] in
             Child.run(seconds: 40) {
@@ -75,7 +77,7 @@ struct RunningMachineTests {
         }
     }
 
-    @Test("a pause stops every vCPU; a resume lets all of them go on", .timeLimit(.minutes(1)), arguments: [1, 4])
+    @Test("a pause stops every vCPU; a resume lets all of them go on", .timeLimit(.minutes(10)), arguments: [1, 4])
     func pauses(cpus: Int) async {
         await #expect(processExitsWith: .success) { [cpus] in
             Child.run(seconds: 30) {
@@ -98,7 +100,7 @@ struct RunningMachineTests {
         }
     }
 
-    @Test("500 pauses and resumes under load neither hang nor harm the guest", .timeLimit(.minutes(1)))
+    @Test("500 pauses and resumes under load neither hang nor harm the guest", .timeLimit(.minutes(10)))
     func pausesOften() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -125,7 +127,8 @@ struct RunningMachineTests {
         }
     }
 
-    @Test("a guest's last word is heard, also when a migration stops the guest at that moment", .timeLimit(.minutes(1)))
+    @Test(
+        "a guest's last word is heard, also when a migration stops the guest at that moment", .timeLimit(.minutes(10)))
     func lastWord() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {

@@ -15,7 +15,7 @@ struct ThrottleTests {
     }
 
     @Test(
-        "a guest writing at full speed achieves its part of that, whatever the percentage", .timeLimit(.minutes(2)),
+        "a guest writing at full speed achieves its part of that, whatever the percentage", .timeLimit(.minutes(10)),
         arguments: [20, 50, 80, 99])
     func rate(percentage: Int) async {
         await #expect(processExitsWith: .success) { [percentage] in
@@ -41,7 +41,7 @@ struct ThrottleTests {
         }
     }
 
-    @Test("a throttled guest is stopped and reset at once, and is itself again afterwards", .timeLimit(.minutes(1)))
+    @Test("a throttled guest is stopped and reset at once, and is itself again afterwards", .timeLimit(.minutes(10)))
     func stops() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {

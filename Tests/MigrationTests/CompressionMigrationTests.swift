@@ -12,7 +12,7 @@ import Transport
 struct CompressionMigrationTests {
     @Test(
         "a guest that writes arrives, verified; what shrinks is compressed, what does not goes plain",
-        .timeLimit(.minutes(2)), arguments: ["zlib", "zstd"], [1, 3])
+        .timeLimit(.minutes(10)), arguments: ["zlib", "zstd"], [1, 3])
     func arrives(method: String, channels: UInt64) async {
         await #expect(processExitsWith: .success) { [method, channels] in
             Child.run(seconds: 60) {

@@ -10,7 +10,7 @@ import Transport
 struct FailedMigrationTests {
     @Test(
         "cancelled at any moment, the guest runs on where it was, and the next migration completes",
-        .timeLimit(.minutes(1)), arguments: [20_261_121] as [UInt64])
+        .timeLimit(.minutes(10)), arguments: [20_261_121] as [UInt64])
     func cancelled(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 50) {
@@ -50,7 +50,7 @@ struct FailedMigrationTests {
 
     @Test(
         "cancelled while it is being set up, a migration leaves nothing behind that stops the next",
-        .timeLimit(.minutes(1)))
+        .timeLimit(.minutes(10)))
     func cancelledEarly() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -79,7 +79,7 @@ struct FailedMigrationTests {
 
     @Test(
         "a destination that never stops talking costs no memory and keeps neither a cancel nor a deadline waiting",
-        .timeLimit(.minutes(1)), arguments: [false, true])
+        .timeLimit(.minutes(10)), arguments: [false, true])
     func chatter(isCancelled: Bool) async {
         await #expect(processExitsWith: .success) { [isCancelled] in
             Child.run(seconds: 40) {
@@ -103,7 +103,7 @@ struct FailedMigrationTests {
     }
 
     @Test(
-        "a migration whose peer stopped taking data is cancelled, and the next one completes", .timeLimit(.minutes(1)))
+        "a migration whose peer stopped taking data is cancelled, and the next one completes", .timeLimit(.minutes(10)))
     func stalled() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -147,7 +147,7 @@ struct FailedMigrationTests {
 
     @Test(
         "a destination of another size, kind or vCPU count says so; the guest runs on at the source",
-        .timeLimit(.minutes(1)), arguments: ["memory", "kind", "vCPUs"])
+        .timeLimit(.minutes(10)), arguments: ["memory", "kind", "vCPUs"])
     func mismatch(what: String) async {
         await #expect(processExitsWith: .success) { [what] in
             Child.run(seconds: 30) {
@@ -179,7 +179,8 @@ struct FailedMigrationTests {
     }
 
     @Test(
-        "a destination that nobody listens at is named in one sentence, and the guest runs on", .timeLimit(.minutes(1)))
+        "a destination that nobody listens at is named in one sentence, and the guest runs on", .timeLimit(.minutes(10))
+    )
     func refused() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 20) {
@@ -199,7 +200,7 @@ struct FailedMigrationTests {
         }
     }
 
-    @Test("commands and parameters that do not fit are refused with a sentence", .timeLimit(.minutes(1)))
+    @Test("commands and parameters that do not fit are refused with a sentence", .timeLimit(.minutes(10)))
     func commands() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 20) {
@@ -236,7 +237,8 @@ struct FailedMigrationTests {
         }
     }
 
-    @Test("with pause-before-switchover the guest stops and waits for a word, or goes on here", .timeLimit(.minutes(1)))
+    @Test(
+        "with pause-before-switchover the guest stops and waits for a word, or goes on here", .timeLimit(.minutes(10)))
     func switchoverOnWord() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {

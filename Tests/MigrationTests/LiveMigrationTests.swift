@@ -9,7 +9,7 @@ import Transport
 @Suite("live migration", .serialized, .enabled(if: hasKVM, needsKVM))
 struct LiveMigrationTests {
     @Test(
-        "a running guest moves over every kind of socket and verifies where it arrives", .timeLimit(.minutes(1)),
+        "a running guest moves over every kind of socket and verifies where it arrives", .timeLimit(.minutes(10)),
         arguments: [("tcp", 4), ("unix", 2), ("fd", 1)])
     func sockets(kind: String, cpus: Int) async {
         await #expect(processExitsWith: .success) { [kind, cpus] in
@@ -39,7 +39,7 @@ struct LiveMigrationTests {
     }
 
     @Test(
-        "a guest is saved to a file or a command, and goes on from there", .timeLimit(.minutes(1)),
+        "a guest is saved to a file or a command, and goes on from there", .timeLimit(.minutes(10)),
         arguments: ["file", "exec"])
     func oneWay(kind: String) async {
         await #expect(processExitsWith: .success) { [kind] in
@@ -59,7 +59,7 @@ struct LiveMigrationTests {
         }
     }
 
-    @Test("memory that was never touched is not sent and stays a hole at the destination", .timeLimit(.minutes(1)))
+    @Test("memory that was never touched is not sent and stays a hole at the destination", .timeLimit(.minutes(10)))
     func holes() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -86,7 +86,7 @@ struct LiveMigrationTests {
         }
     }
 
-    @Test("a bandwidth limit is kept, and nothing else slows the migration down", .timeLimit(.minutes(1)))
+    @Test("a bandwidth limit is kept, and nothing else slows the migration down", .timeLimit(.minutes(10)))
     func bandwidth() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -122,7 +122,7 @@ struct LiveMigrationTests {
         }
     }
 
-    @Test("downtime is reported in named parts that add up to no less than what was seen", .timeLimit(.minutes(1)))
+    @Test("downtime is reported in named parts that add up to no less than what was seen", .timeLimit(.minutes(10)))
     func downtime() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -157,7 +157,7 @@ struct LiveMigrationTests {
         }
     }
 
-    @Test("a guest that was paused arrives paused, and goes on when told to", .timeLimit(.minutes(1)))
+    @Test("a guest that was paused arrives paused, and goes on when told to", .timeLimit(.minutes(10)))
     func paused() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {

@@ -29,7 +29,7 @@ extension Migrator {
 struct MultifdMigrationTests {
     @Test(
         "a guest that writes moves over 1 to 64 channels, to a destination that was told nothing of them",
-        .timeLimit(.minutes(2)), arguments: [1, 2, 8, 64])
+        .timeLimit(.minutes(10)), arguments: [1, 2, 8, 64])
     func channels(count: Int) async {
         await #expect(processExitsWith: .success) { [count] in
             Child.run(seconds: 60) {
@@ -48,7 +48,7 @@ struct MultifdMigrationTests {
         }
     }
 
-    @Test("it works over a unix socket, too", .timeLimit(.minutes(1)))
+    @Test("it works over a unix socket, too", .timeLimit(.minutes(10)))
     func unix() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -66,7 +66,7 @@ struct MultifdMigrationTests {
     }
 
     @Test(
-        "zero pages travel by each of the three ways, with either kind of synchronization", .timeLimit(.minutes(2)),
+        "zero pages travel by each of the three ways, with either kind of synchronization", .timeLimit(.minutes(10)),
         arguments: ZeroPageDetection.allCases.map(\.rawValue), [false, true])
     func zeroPages(detection: String, afterEachSection: Bool) async {
         await #expect(processExitsWith: .success) { [detection, afterEachSection] in
@@ -98,7 +98,7 @@ struct MultifdMigrationTests {
 
     @Test(
         "cancelled at any moment, the guest runs on where it was, and the next migration completes",
-        .timeLimit(.minutes(2)), arguments: [20_261_121] as [UInt64])
+        .timeLimit(.minutes(10)), arguments: [20_261_121] as [UInt64])
     func cancelled(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 80) {
@@ -132,7 +132,7 @@ struct MultifdMigrationTests {
 
     @Test(
         "a channel that dies ends the migration at both ends; the guest runs on and moves later",
-        .timeLimit(.minutes(2)),
+        .timeLimit(.minutes(10)),
         arguments: [32, 64, 1000, 64 + 1344, 5000, 3 << 20])
     func dies(bytes: Int) async {
         await #expect(processExitsWith: .success) { [bytes] in
@@ -160,7 +160,7 @@ struct MultifdMigrationTests {
     }
 
     @Test(
-        "bytes that are no packet are refused with a sentence, and nobody's guest is lost", .timeLimit(.minutes(1)),
+        "bytes that are no packet are refused with a sentence, and nobody's guest is lost", .timeLimit(.minutes(10)),
         arguments: [
             (64, "begins no packet"), (64 + 1344 + 11, "unknown flags 0xff"), (64 + 1344 + 326, "is no page of"),
         ])
@@ -183,7 +183,7 @@ struct MultifdMigrationTests {
         }
     }
 
-    @Test("strangers that greet as channels are turned away, and the migration goes on", .timeLimit(.minutes(1)))
+    @Test("strangers that greet as channels are turned away, and the migration goes on", .timeLimit(.minutes(10)))
     func stranger() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -222,7 +222,8 @@ struct MultifdMigrationTests {
         }
     }
 
-    @Test("a channel that never arrives ends the migration after ten seconds, with its number", .timeLimit(.minutes(1)))
+    @Test(
+        "a channel that never arrives ends the migration after ten seconds, with its number", .timeLimit(.minutes(10)))
     func tooFew() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
@@ -242,7 +243,7 @@ struct MultifdMigrationTests {
 
     @Test(
         "a channel whose migration never begins, and a connection that says nothing, are closed after ten seconds",
-        .timeLimit(.minutes(1)))
+        .timeLimit(.minutes(10)))
     func silent() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 30) {
@@ -264,7 +265,7 @@ struct MultifdMigrationTests {
         }
     }
 
-    @Test("all channels together keep a bandwidth limit", .timeLimit(.minutes(1)), arguments: [2, 16])
+    @Test("all channels together keep a bandwidth limit", .timeLimit(.minutes(10)), arguments: [2, 16])
     func bandwidth(count: Int) async {
         await #expect(processExitsWith: .success) { [count] in
             Child.run(seconds: 40) {
@@ -294,7 +295,7 @@ struct MultifdMigrationTests {
         }
     }
 
-    @Test("what brings one connection only is refused, and so are numbers out of range", .timeLimit(.minutes(1)))
+    @Test("what brings one connection only is refused, and so are numbers out of range", .timeLimit(.minutes(10)))
     func refused() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 20) {

@@ -22,7 +22,7 @@ struct ThrottledMigrationTests {
 
     @Test(
         "a migration that cannot converge says so with a remedy, and the remedy makes it converge",
-        .timeLimit(.minutes(2)))
+        .timeLimit(.minutes(10)))
     func verdict() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 100) {
@@ -37,34 +37,48 @@ struct ThrottledMigrationTests {
                 let verdict = source.info().verdict
                 claim(verdict?.sentence.contains("not converging: ") == true, "\(verdict?.sentence ?? "none")")
                 claim(verdict?.isCapped == true, "the limit is max-bandwidth, and the verdict does not know")
-                guard let remedy = verdict?.remedies.first else { Child.fail("no remedy: \(verdict!.sentence)") }
-                var parameters = source.parameters
-                // Operators change numbers under way; a capability they would set before the next attempt.
-                for remedy in verdict?.remedies ?? [] {
-                    switch remedy {
-                    case .downtimeLimit(let milliseconds):
-                        parameters.downtimeLimitMilliseconds = milliseconds
-                    case .bandwidth(let rate): parameters.maxBandwidthBytesPerSecond = rate
-                    case .autoConverge: continue
-                    }
-                    break
+                // While every round finds the whole working set, how fast it is written cannot be known: the first remedy may be
+                // too small. Then the verdict says so, knowing more.
+                var taken: [ConvergenceRemedy] = []
+                while !source.isOver, taken.count < 5 {
+                    guard let remedy = try Self.apply(source) else { break }
+                    taken.append(remedy)
+                    let deadline = Deadline.after(seconds: 8)
+                    while !source.isOver, !deadline.hasPassed { Clock.sleep(nanoseconds: 20_000_000) }
                 }
-                claim(parameters != source.parameters, "only \(remedy) was proposed")
-                try source.set(parameters)
-                try source.claimArrival(at: destination, "with \(remedy)")
+                claim(!taken.isEmpty, "no remedy: \(verdict!.sentence)")
+                try source.claimArrival(at: destination, "with \(taken)")
             }
         }
     }
 
+    /// Does what the verdict proposes first. - Returns: what that was; `nil` if it is not against the migration, or proposes no number.
+    private static func apply(_ migrator: Migrator) throws -> ConvergenceRemedy? {
+        guard let verdict = migrator.info().verdict, verdict.state == .notConverging else { return nil }
+        var parameters = migrator.parameters
+        // Operators change numbers under way; a capability they would set before the next attempt.
+        for remedy in verdict.remedies {
+            switch remedy {
+            case .downtimeLimit(let milliseconds): parameters.downtimeLimitMilliseconds = milliseconds
+            case .bandwidth(let rate): parameters.maxBandwidthBytesPerSecond = rate
+            case .autoConverge: continue
+            }
+            try migrator.set(parameters)
+            return remedy
+        }
+        return nil
+    }
+
     @Test(
-        "auto-converge throttles a guest until it converges, and lets go of it then", .timeLimit(.minutes(2)),
+        "auto-converge throttles a guest until it converges, and lets go of it then", .timeLimit(.minutes(10)),
         arguments: [true, false])
     func autoConverge(completes: Bool) async {
         await #expect(processExitsWith: .success) { [completes] in
             Child.run(seconds: 100) {
                 let source = try Migrator.source("dirty,working-set=24M,random,rate=160M", mebibytes: 48)
                 let destination = try source.destination()
-                try Self.parameters(source, limitMilliseconds: 200)
+                // Not to end before it is throttled, even where the host lets the guest run now and then only.
+                try Self.parameters(source, limitMilliseconds: 1)
                 try source.set(.autoConverge, true)
                 try source.migrate(to: destination.listen())
                 var most: UInt64 = 0
@@ -74,6 +88,7 @@ struct ThrottledMigrationTests {
                 }
                 claim(most == 20, "the first step was \(most) %")
                 if completes {
+                    try Self.parameters(source, limitMilliseconds: 200)
                     try waitFor("the migration's end", seconds: 60) {
                         most = max(most, source.info().throttlePercentage ?? 0)
                         return source.isOver
@@ -93,7 +108,7 @@ struct ThrottledMigrationTests {
         }
     }
 
-    @Test("dirty-limit limits what a vCPU with a ring dirties until the migration ends", .timeLimit(.minutes(2)))
+    @Test("dirty-limit limits what a vCPU with a ring dirties until the migration ends", .timeLimit(.minutes(10)))
     func dirtyLimit() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 60) {
@@ -138,7 +153,7 @@ struct ThrottledMigrationTests {
         }
     }
 
-    @Test("a dry run tells a guest that converges from one that does not, and moves nothing", .timeLimit(.minutes(2)))
+    @Test("a dry run tells a guest that converges from one that does not, and moves nothing", .timeLimit(.minutes(10)))
     func dryRun() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 60) {

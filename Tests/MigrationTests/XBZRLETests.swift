@@ -124,7 +124,7 @@ struct XBZRLETests {
 
     @Test(
         "a guest that writes faster than the link carries arrives, verified, because its pages go as differences",
-        .timeLimit(.minutes(1)), .enabled(if: hasKVM, needsKVM))
+        .timeLimit(.minutes(10)), .enabled(if: hasKVM, needsKVM))
     func live() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {

@@ -8,7 +8,7 @@ import Testing
 
 @testable import QMP
 
-@Suite(.timeLimit(.minutes(1))) struct DirtyRateCommandTests {
+@Suite(.timeLimit(.minutes(10))) struct DirtyRateCommandTests {
     @Test("wrong values of calc-dirty-rate are refused by name, and nothing is measured")
     func badValues() throws {
         let vm = try MonitoredMachine()

@@ -3,7 +3,7 @@ import Testing
 
 @testable import QMP
 
-@Suite(.timeLimit(.minutes(1))) struct HumanMonitorTests {
+@Suite(.timeLimit(.minutes(10))) struct HumanMonitorTests {
     @Test("commands act as in QMP, and refusals are told in the text")
     func acting() throws {
         let vm = try MonitoredMachine(name: "erna")

@@ -5,7 +5,7 @@ import Testing
 
 @testable import QMP
 
-@Suite(.timeLimit(.minutes(1))) struct MachineCommandTests {
+@Suite(.timeLimit(.minutes(10))) struct MachineCommandTests {
     @Test("query-status, stop, cont and system_reset follow the run state, and tell STOP, RESUME and RESET")
     func runStates() throws {
         let vm = try MonitoredMachine()

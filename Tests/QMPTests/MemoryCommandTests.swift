@@ -6,7 +6,7 @@ import Testing
 
 @testable import QMP
 
-@Suite(.timeLimit(.minutes(1))) struct MemoryCommandTests {
+@Suite(.timeLimit(.minutes(10))) struct MemoryCommandTests {
     private func allocatedBytes(_ path: String) -> Int {
         var status = stat()
         guard unsafe stat(path, &status) == 0 else { return -1 }

@@ -7,7 +7,7 @@ import Transport
 
 @testable import QMP
 
-@Suite(.timeLimit(.minutes(1))) struct MigrationCommandTests {
+@Suite(.timeLimit(.minutes(10))) struct MigrationCommandTests {
     @Test("a migration from one monitor to another: states, events, numbers, and who may run afterwards")
     func wholeWay() throws {
         let source = try MonitoredMachine()

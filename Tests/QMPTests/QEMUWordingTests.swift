@@ -74,7 +74,7 @@ private let qemu = ["/usr/bin/qemu-system-x86_64", "/usr/local/bin/qemu-system-x
     (try? FileSystem.status(of: $0)) != .some(nil)
 }
 
-@Suite(.timeLimit(.minutes(1))) struct QEMUWordingTests {
+@Suite(.timeLimit(.minutes(10))) struct QEMUWordingTests {
     private func ask(_ path: String, _ name: String) throws {
         var client = try RawClient(path: path)
         for (number, (request, words)) in dialogue.enumerated() {

@@ -4,7 +4,7 @@ import Testing
 
 @testable import QMP
 
-@Suite(.timeLimit(.minutes(1))) struct QMPClientTests {
+@Suite(.timeLimit(.minutes(10))) struct QMPClientTests {
     @Test("threads sharing a client each get the reply to their own command")
     func sharing() throws {
         let vm = try Monitored()

@@ -74,7 +74,7 @@ struct RawClient {
     }
 }
 
-@Suite(.timeLimit(.minutes(1))) struct QMPServerTests {
+@Suite(.timeLimit(.minutes(10))) struct QMPServerTests {
     @Test("the greeting offers oob, and nothing but negotiation is heard before it")
     func negotiation() throws {
         let vm = try Monitored()

@@ -18,7 +18,7 @@ enum Medium: CaseIterable, Sendable {
     }
 }
 
-@Suite(.timeLimit(.minutes(1))) struct ChannelTests {
+@Suite(.timeLimit(.minutes(10))) struct ChannelTests {
     @Test("a vector of pages arrives whole, through buffers far smaller than it", arguments: Medium.allCases)
     func partialTransfers(medium: Medium) throws {
         let (out, into) = try medium.pair(bufferBytes: 4608)

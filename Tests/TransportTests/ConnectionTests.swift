@@ -4,7 +4,7 @@ import Testing
 
 @testable import Transport
 
-@Suite(.timeLimit(.minutes(1))) struct ConnectionTests {
+@Suite(.timeLimit(.minutes(10))) struct ConnectionTests {
     @Test("a TCP port chosen by the kernel is reported, and carries both directions", arguments: ["127.0.0.1", "::1"])
     func tcp(host: String) throws {
         let listener = try Listener(on: .tcp(host: host, port: "0"))

@@ -4,7 +4,7 @@ import Testing
 
 @testable import Transport
 
-@Suite(.timeLimit(.minutes(1))) struct FileChannelTests {
+@Suite(.timeLimit(.minutes(10))) struct FileChannelTests {
     @Test("a file round trip keeps what is before the offset, and drops what was after")
     func offset() throws {
         let directory = try Directory()
@@ -82,7 +82,7 @@ import Testing
     }
 }
 
-@Suite(.timeLimit(.minutes(1))) struct CommandChannelTests {
+@Suite(.timeLimit(.minutes(10))) struct CommandChannelTests {
     @Test("a command gets the stream, and finishing waits for its end")
     func success() throws {
         let directory = try Directory()

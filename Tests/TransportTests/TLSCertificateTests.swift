@@ -6,7 +6,7 @@ import Testing
 @testable import Transport
 
 @Suite(
-    "TLS: certificates", .timeLimit(.minutes(1)),
+    "TLS: certificates", .timeLimit(.minutes(10)),
     .enabled(if: CertificateAuthority.isInstalled, "needs the program openssl"))
 struct TLSCertificateTests {
     private let credentials: Credentials

@@ -5,7 +5,7 @@ import Testing
 
 @testable import Transport
 
-@Suite("TLS: bytes on their way", .timeLimit(.minutes(1)))
+@Suite("TLS: bytes on their way", .timeLimit(.minutes(10)))
 struct TLSChannelTests {
     @Test(
         "ranges of every size arrive whole, both ways at once, also when both ends change keys all the time",

@@ -5,7 +5,7 @@ import Testing
 
 @testable import Transport
 
-@Suite("TLS: who is let in", .timeLimit(.minutes(1)))
+@Suite("TLS: who is let in", .timeLimit(.minutes(10)))
 struct TLSHandshakeTests {
     @Test("pre-shared keys: both ends prove the key, and the server knows the user")
     func preSharedKey() throws {

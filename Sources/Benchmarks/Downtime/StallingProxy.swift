@@ -77,8 +77,14 @@ final class StallingProxy: Sendable {
             }
             sockets.withLock { $0 += [source, destination] }
             let (forward, backward) = schedules
-            try? HostThread.detached(name: "stall-forward") { [self] in pass(source, destination, forward) }
-            try? HostThread.detached(name: "stall-back") { [self] in pass(destination, source, backward) }
+            do throws(SystemError) {
+                try HostThread.detached(name: "stall-forward") { [self] in pass(source, destination, forward) }
+                try HostThread.detached(name: "stall-back") { [self] in pass(destination, source, backward) }
+            } catch {
+                // Half a proxy would look like a stall: the migration is to fail instead, and to say so.
+                Socket.shutdown(source)
+                Socket.shutdown(destination)
+            }
         }
     }
 
