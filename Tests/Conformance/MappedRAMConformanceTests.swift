@@ -5,7 +5,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "mapped-ram files pass between QEMU and Godwit", .serialized, .timeLimit(.minutes(2)),
+    "mapped-ram files pass between QEMU and Godwit", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.knowsMappedRAM, "needs qemu-system-x86_64 9.0 or newer; name one in GODWIT_TEST_QEMU"))
 struct MappedRAMConformanceTests {
     private let bench: Workbench

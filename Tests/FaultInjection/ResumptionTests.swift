@@ -4,7 +4,7 @@ import TestSupport
 import Testing
 
 @Suite(
-    "A migration whose connection is cut again and again goes on where it was", .serialized, .timeLimit(.minutes(5)),
+    "A migration whose connection is cut again and again goes on where it was", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct ResumptionTests {
     private static let memoryPages: UInt64 = 256 << 8

@@ -32,7 +32,7 @@ extension Migrator {
 struct MappedRAMMigrationTests {
     @Test(
         "a guest that writes is saved while it runs, and goes on from the file; twice, as the file is not changed",
-        .timeLimit(.minutes(2)), arguments: [0, 1, 4], [false, true])
+        .timeLimit(.minutes(10)), arguments: [0, 1, 4], [false, true])
     func saveAndRestore(threads: Int, isLazy: Bool) async {
         await #expect(processExitsWith: .success) { [threads, isLazy] in
             Child.run(seconds: 90) {
@@ -59,7 +59,7 @@ struct MappedRAMMigrationTests {
 
     @Test(
         "a guest that was restored lazily can be moved on at once, with pages nobody has touched",
-        .timeLimit(.minutes(2)))
+        .timeLimit(.minutes(10)))
     func lazyAndOn() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 90) {
@@ -78,7 +78,7 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("the stream may begin anywhere in its file, and what is before it stays", .timeLimit(.minutes(1)))
+    @Test("the stream may begin anywhere in its file, and what is before it stays", .timeLimit(.minutes(10)))
     func offset() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
@@ -98,7 +98,7 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("direct I/O saves and is restored, or is refused with a sentence", .timeLimit(.minutes(1)))
+    @Test("direct I/O saves and is restored, or is refused with a sentence", .timeLimit(.minutes(10)))
     func direct() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
@@ -120,7 +120,7 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("a full disk lets the guest run on, and leaves nothing that looks like a saved VM", .timeLimit(.minutes(1)))
+    @Test("a full disk lets the guest run on, and leaves nothing that looks like a saved VM", .timeLimit(.minutes(10)))
     func fullDisk() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
@@ -145,7 +145,7 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("a file that cannot be opened, a cancelled save and other transports are refused", .timeLimit(.minutes(1)))
+    @Test("a file that cannot be opened, a cancelled save and other transports are refused", .timeLimit(.minutes(10)))
     func refusals() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
@@ -175,7 +175,7 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("a file that was cut off or damaged is refused, and no guest starts", .timeLimit(.minutes(2)))
+    @Test("a file that was cut off or damaged is refused, and no guest starts", .timeLimit(.minutes(10)))
     func damage() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 90) {

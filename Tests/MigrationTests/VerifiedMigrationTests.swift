@@ -10,7 +10,7 @@ import Transport
 struct VerifiedMigrationTests {
     @Test(
         "a guest that writes moves with digests, over one channel and over several, compressed and as differences",
-        .timeLimit(.minutes(2)), arguments: ["plain", "xbzrle", "channels", "legacy zeroes", "zstd"])
+        .timeLimit(.minutes(10)), arguments: ["plain", "xbzrle", "channels", "legacy zeroes", "zstd"])
     func moves(kind: String) async {
         await #expect(processExitsWith: .success) { [kind] in
             Child.run(seconds: 60) {
@@ -33,7 +33,7 @@ struct VerifiedMigrationTests {
     }
 
     @Test(
-        "a byte that changes on the way is named, and the guest runs on at the source", .timeLimit(.minutes(2)),
+        "a byte that changes on the way is named, and the guest runs on at the source", .timeLimit(.minutes(10)),
         arguments: [0, 2])
     func spoiled(channels: Int) async {
         await #expect(processExitsWith: .success) { [channels] in

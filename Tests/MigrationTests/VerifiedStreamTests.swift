@@ -148,7 +148,7 @@ struct VerifiedStreamTests {
         #expect(cleared.verdict == .same && cleared.findings.isEmpty)
     }
 
-    @Test("10,000 corruptions of the main stream are all found, and nothing else is", .timeLimit(.minutes(5)))
+    @Test("10,000 corruptions of the main stream are all found, and nothing else is", .timeLimit(.minutes(10)))
     func corruptions() throws {
         let nothing = try VerifiedStream.nothing()
         let stream = try VerifiedStream(seed: 2)
