@@ -142,7 +142,9 @@ struct SlotRaceTests {
                     [.call, .walk], showing: [(0..<1024, 3, false)], strategy: SlotStrategy(rawValue: strategy)!)
                 try guest.awaitPasses()
                 var failed = false
-                for round in 0..<60 where !failed {
+                // On a busy machine a vCPU may not be on a processor in any one gap.
+                let rounds = strategy == "naive" ? 2_000 : 60
+                for round in 0..<rounds where !failed {
                     // All of it can be read in both.
                     try guest.show([(0..<900, 3, false), (900..<1024, 3, round % 2 == 0)])
                     try guest.awaitPasses()
@@ -151,7 +153,7 @@ struct SlotRaceTests {
                 guest.stop()
                 let statistics = guest.slots.statistics
                 switch SlotStrategy(rawValue: strategy)! {
-                case .naive: claim(failed && statistics.pauses == 0, "no vCPU failed in 60 gaps: \(statistics)")
+                case .naive: claim(failed && statistics.pauses == 0, "no vCPU failed in \(rounds) gaps: \(statistics)")
                 case .atomic, .pauseAll: claim(!failed && statistics.pauses == 60, "\(guest.failed), \(statistics)")
                 }
             }

@@ -116,7 +116,7 @@ import Transport
         #expect(
             try vm.refusal("x-migrate-settle", ["verdict": "maybe"])
                 == "Parameter 'verdict' does not accept value 'maybe'")
-        #expect(try vm.refusal("migrate", ["uri": "tcp:127.0.0.1:1", "resume": true]).contains("not supported yet"))
+        #expect(try vm.refusal("migrate", ["uri": "tcp:127.0.0.1:1", "resume": true]).contains("no paused migration"))
         #expect(try vm.refusal("migrate", ["uri": "tcp:127.0.0.1:1", "blk": true]).contains("'blk'"))
         #expect(try vm.refusal("migrate", ["uri": "tcp:127.0.0.1:1", "inc": true]).contains("'inc'"))
         try waits.run("migrate-incoming", ["uri": "tcp:127.0.0.1:0", "exit-on-error": true])

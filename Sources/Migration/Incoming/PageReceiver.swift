@@ -41,8 +41,10 @@ struct PageReceiver: ~Copyable {
         self.received = received
         decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
         decoder.tellsEndOfRecords = true
-        // Channels begin where the stream does; part of it was read already.
-        if let position = try? channel.filePosition() { decoder.fileOffset = position - UInt64(ahead.count) }
+        // Channels begin where the stream does; part of it was read already. (A device like /dev/null always says 0.)
+        if let position = try? channel.filePosition(), position >= UInt64(ahead.count) {
+            decoder.fileOffset = position - UInt64(ahead.count)
+        }
         buffer.append(ahead)
     }
 
