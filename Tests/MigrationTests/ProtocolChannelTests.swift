@@ -175,7 +175,9 @@ struct ProtocolChannelTests {
         var driver = Driver()
         driver.greet(2, channel: 0, of: 1)
         driver.open()
-        driver.items(.command(.begin(Driver.migration, .all.subtracting(.resumption))), .ramSetup([]), .multifdFlush, .ramSectionEnded(.start))
+        driver.items(
+            .command(.begin(Driver.migration, .all.subtracting(.resumption))), .ramSetup([]), .multifdFlush,
+            .ramSectionEnded(.start))
         if places {
             let takes = driver.core.takesPages(on: ConnectionID(2))
             #expect(takes)
