@@ -34,7 +34,7 @@ extension IncomingMigration {
         do {
             var receiver = PageReceiver(
                 channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
-                received: received, statistics: statistics)
+                received: received, statistics: statistics, populating: populating)
             var progress = ProgressTeller()
             var marks = ChannelMarks()
             while let item = try receiver.next() {
@@ -144,7 +144,8 @@ extension IncomingMigration {
             HostThread.renameCurrent("multifd-recv-\(greeting.channel + 1)")
             var receiver = try ChannelReceiver(
                 channel, behind: buffer, memory: machine.memory, blocks: blocks, received: received,
-                statistics: statistics, mayMix: greeting.mark != nil, verification: verification)
+                statistics: statistics, mayMix: greeting.mark != nil, verification: verification,
+                populating: populating)
             var progress = ProgressTeller()
             while let packet = try receiver.next() {
                 if !packet.normal.isEmpty || !packet.zero.isEmpty {

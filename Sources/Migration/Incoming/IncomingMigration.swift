@@ -18,6 +18,7 @@ final class IncomingMigration: Sendable {
     let statistics: IncomingStatistics
     let blocks: [RAMBlockDescription]
     let received: ReceivedPages
+    let populating: PopulateAhead
     /// Where the channels of multifd and the main one wait for each other.
     let barrier: IncomingChannels
     private let verifications = Mutex<IncomingVerification?>(nil)
@@ -58,6 +59,7 @@ final class IncomingMigration: Sendable {
         do throws(SystemError) { received = try ReceivedPages(machine.memory) } catch {
             throw MigrationError(error.description)
         }
+        populating = PopulateAhead(machine.memory, received: received)
         blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
         statistics = IncomingStatistics(
             totalBytes: machine.memory.byteCount,

@@ -23,6 +23,9 @@ struct PageReceiver: ~Copyable {
     var isCounted = false
     /// Digests come with the pages.
     var verification: IncomingVerification?
+    private let populating: PopulateAhead?
+    /// Single pages that came one behind the other, up to this one.
+    private var single: (block: Int, pages: UInt64, end: UInt64) = (0, 0, 0)
     /// Bytes of the stream that were told to `statistics`.
     private var countedBytes: UInt64 = 0
 
@@ -33,12 +36,14 @@ struct PageReceiver: ~Copyable {
     /// - Parameter ahead: what was read before it was known what the connection is.
     init(
         _ channel: Channel, behind ahead: [UInt8], memory: GuestMemory, blocks: [RAMBlockDescription],
-        catalogue: SectionCatalogue, received: ReceivedPages, statistics: IncomingStatistics
+        catalogue: SectionCatalogue, received: ReceivedPages, statistics: IncomingStatistics,
+        populating: PopulateAhead? = nil
     ) {
         self.channel = channel
         self.memory = memory
         self.statistics = statistics
         self.received = received
+        self.populating = populating
         decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
         decoder.tellsEndOfRecords = true
         // Channels begin where the stream does; part of it was read already. (A device like /dev/null always says 0.)
@@ -104,6 +109,7 @@ struct PageReceiver: ~Copyable {
         case .page(let block, let offset):
             // Before its contents: if these are cut off, zeros that come later must clear what is there.
             received.mark(Self.range(offset, 1), of: block)
+            noteSingle(block, offset)
             try place(block, offset: offset, count: Wire.pageSize)
             pending.normal += 1
         case .zeroPage(let block, let offset):
@@ -224,11 +230,21 @@ struct PageReceiver: ~Copyable {
         verify(runs.lazy.filter { $0.kind == .data }.map { Self.range($0.offset, UInt64($0.pages)) }, of: block)
     }
 
+    /// Sources other than ours send each page by itself.
+    private mutating func noteSingle(_ block: Int, _ offset: UInt64) {
+        let goesOn = single.block == block && single.end == offset
+        single = (block, goesOn ? single.pages + 1 : 1, offset + UInt64(Wire.pageSize))
+        if offset % Self.hugePageBytes == 0, single.pages > Self.hugePageBytes / UInt64(Wire.pageSize) {
+            populating?.reached(offset, of: block)
+        }
+    }
+
     /// A run that fills a whole huge page is worth one: the first touch costs a sixth per page then.
     private func backWithHugePages(_ block: Int, _ run: PageRun) {
         guard run.offset % Self.hugePageBytes == 0, run.length >= Self.hugePageBytes,
             received.isFresh(Self.range(run.offset, UInt64(run.pages)), of: block)
         else { return }
+        populating?.reached(run.offset + run.length - Self.hugePageBytes, of: block)
         // Only advice: where the host has no huge pages, small ones serve.
         try? memory.blocks[block].mapping.advise(
             .hugePages, at: Int(run.offset), count: Int(run.length / Self.hugePageBytes * Self.hugePageBytes))

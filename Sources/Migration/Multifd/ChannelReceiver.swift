@@ -22,6 +22,7 @@ struct ChannelReceiver: ~Copyable {
     /// A Godwit sends packets plain that would not shrink.
     private let mayMix: Bool
     private let verification: IncomingVerification?
+    private let populating: PopulateAhead?
     /// Where the digests of a packet arrive.
     private let digests: Mapping?
 
@@ -31,7 +32,7 @@ struct ChannelReceiver: ~Copyable {
     init(
         _ channel: Channel, behind ahead: consuming ReceiveBuffer, memory: GuestMemory, blocks: [RAMBlockDescription],
         received: ReceivedPages, statistics: IncomingStatistics, mayMix: Bool,
-        verification: IncomingVerification? = nil
+        verification: IncomingVerification? = nil, populating: PopulateAhead? = nil
     ) throws(SystemError) {
         var digests: Mapping?
         if verification != nil { digests = try Mapping(anonymousByteCount: 8 * MultifdWire.packetPages) }
@@ -41,6 +42,7 @@ struct ChannelReceiver: ~Copyable {
         self.statistics = statistics
         self.mayMix = mayMix
         self.verification = verification
+        self.populating = populating
         self.digests = digests
         unpacker = nil
         buffer = ahead
@@ -78,6 +80,9 @@ struct ChannelReceiver: ~Copyable {
     mutating func place(_ packet: MultifdPacket) throws {
         try check(packet)
         let normal = Self.runs(packet.normal)
+        if normal.count == 1, packet.normal.count == MultifdWire.packetPages {
+            populating?.reached(packet.normal[0], of: packet.block)
+        }
         received.mark(normal, of: packet.block)
         if !normal.isEmpty {
             if packet.compression == .none {
