@@ -13,9 +13,9 @@ import Glibc
 
     public static let maximumEntries = 1024
 
-    public init() {
-        unsafe entries.reserveCapacity(Self.maximumEntries)
-    }
+    public init() { self.init(entries: Self.maximumEntries) }
+
+    private init(entries count: Int) { unsafe entries.reserveCapacity(count) }
 
     public var entryCount: Int { unsafe entries.count - first }
     public var isFull: Bool { entryCount >= Self.maximumEntries }
@@ -42,6 +42,22 @@ import Glibc
         owners.removeAll(keepingCapacity: true)
         first = 0
         byteCount = 0
+    }
+
+    /// Takes the first bytes out, to be transferred by themselves. - Returns: a vector of `count` bytes, or of all that is left.
+    public mutating func removePrefix(_ count: Int) -> IOVector {
+        var prefix = IOVector(entries: 0)
+        prefix.owners = owners
+        var left = min(count, byteCount)
+        while left > 0 {
+            let entry = unsafe entries[first]
+            let length = unsafe min(entry.iov_len, left)
+            unsafe prefix.entries.append(iovec(iov_base: entry.iov_base, iov_len: length))
+            prefix.byteCount += length
+            advance(by: length)
+            left -= length
+        }
+        return prefix
     }
 
     /// Drops what a system call has transferred.

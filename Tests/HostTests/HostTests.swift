@@ -52,6 +52,31 @@ import Testing
         #expect(vector.entryCount == 1)
         #expect(vector.byteCount == 1 << 20)
     }
+
+    @Test("a vector taken apart carries the same bytes in the same order", arguments: [1, 100, 4096, 5000, 1 << 20])
+    func prefixes(count: Int) throws {
+        let mapping = try Mapping(anonymousByteCount: 64 << 10)
+        for word in 0..<8192 { mapping.store(UInt64(word), at: word * 8) }
+        func gathered(_ vector: inout IOVector) -> [UInt8] {
+            var bytes = [UInt8](repeating: 0, count: vector.byteCount)
+            _ = unsafe bytes.withUnsafeMutableBytes { unsafe vector.gather(into: $0) }
+            return bytes
+        }
+        func whole() -> IOVector {
+            var vector = IOVector()
+            for offset in [40960, 8192, 0] { vector.append(mapping, offset: offset, count: 7000) }
+            return vector
+        }
+        var (vector, pieces) = (whole(), [UInt8]())
+        while vector.byteCount > 0 {
+            let before = vector.byteCount
+            var prefix = vector.removePrefix(count)
+            #expect(prefix.byteCount == min(count, before) && vector.byteCount == before - prefix.byteCount)
+            pieces += gathered(&prefix)
+        }
+        var all = whole()
+        #expect(pieces == gathered(&all))
+    }
 }
 
 @Suite struct SocketTests {

@@ -15,7 +15,9 @@ import Testing
         var block: RAMBlock { memory.blocks[0] }
 
         init(threads: Int = 1) throws {
-            memory = GuestMemory(blocks: [try RAMBlock(name: "ram", byteCount: PopulateAheadTests.granules * PopulateAheadTests.granule)])
+            memory = GuestMemory(blocks: [
+                try RAMBlock(name: "ram", byteCount: PopulateAheadTests.granules * PopulateAheadTests.granule)
+            ])
             received = try ReceivedPages(memory)
             ahead = PopulateAhead(memory, received: received, threads: threads)
         }
