@@ -113,6 +113,20 @@ struct BenchCommandTests {
         #expect(try folders() == [])
     }
 
+    @Test(
+        "a guest with forty vCPUs is migrated and verified, and its memory beyond stays holes",
+        .enabled(if: Workbench.hasKVM))
+    func bigGuest() throws {
+        let line = ["bench", "big-guests", "--quick", "--runs", "1", "--only", "godwit 4 GiB", "--json"]
+        let outcome = try bench.run(line, seconds: 240)
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        let cells = try JSON(parsing: outcome.output.utf8)["cells"]
+        for name in ["total-ms", "downtime-ms", "blackout-ms", "sent-mb"] {
+            #expect(try #require(cells?[0]?["quantities"]?[name]?["median"]?.doubleValue) > 0, "\(name) in \(outcome)")
+        }
+        #expect(try #require(cells?[1]?["quantities"]?["load-ms"]?["median"]?.doubleValue) > 0)
+    }
+
     @Test("a worker measures in a process of its own", .enabled(if: Workbench.hasKVM))
     func worker() throws {
         let arguments: JSON = [
