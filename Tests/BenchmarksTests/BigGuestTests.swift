@@ -117,9 +117,23 @@ struct BigGuestTests {
         #expect(gap >= 50 && gap < 400)
     }
 
-    @Test("the resident memory of a process is told in bytes, and is nothing for none")
-    func resident() {
-        #expect(BigGuestMigration.residentBytes(of: getpid()) > 1 << 20)
-        #expect(BigGuestMigration.residentBytes(of: -1) == 0)
+    @Test("warm memory goes piece by piece as processes grow, and comes back")
+    func warmMemory() throws {
+        let warm = try WarmMemory(byteCount: 256 << 20)
+        defer { warm.end() }
+        let before = ProcessMemory.residentBytes(of: getpid())
+        #expect(before > 1 << 20 && ProcessMemory.residentBytes(of: -1) == 0)
+        try warm.refill(BenchmarkOptions())
+        let held = ProcessMemory.residentBytes(of: getpid())
+        #expect(held > before + 192 << 20)
+        // A process that takes nothing: the lead goes, and no more.
+        warm.follow([-1])
+        let deadline = Deadline.after(seconds: 10)
+        while ProcessMemory.residentBytes(of: getpid()) > held - 128 << 20 {
+            try #require(!deadline.hasPassed)
+            Clock.sleep(nanoseconds: 5_000_000)
+        }
+        try warm.refill(BenchmarkOptions())
+        #expect(ProcessMemory.residentBytes(of: getpid()) > held - 64 << 20)
     }
 }

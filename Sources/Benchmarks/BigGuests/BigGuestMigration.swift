@@ -6,6 +6,7 @@ import QMP
 struct BigGuestMigration {
     let cell: BigGuestCell
     let options: BenchmarkOptions
+    let warmMemory: WarmMemory
     /// How long the migration may take.
     let seconds: UInt64
 
@@ -25,6 +26,7 @@ struct BigGuestMigration {
 
     /// - Throws: `CommandFailure` for a run that failed, or whose memory does not verify; `MigrationTookTooLong`.
     func measure() throws -> Sample {
+        try warmMemory.refill(options)
         let folder = try PrivateFolder("bench")
         defer { folder.remove() }
         let source = try start("source", in: folder.path)
@@ -34,15 +36,19 @@ struct BigGuestMigration {
         let watch = try HeartbeatWatch(
             source: Self.serial("source", folder.path), destination: Self.serial("destination", folder.path))
         defer { watch.end() }
+        let processes = [source.child, destination.child].map(\.process.identifier)
+        warmMemory.follow(processes)
         let uri = try destination.child.listeningAddress()
         for vm in [source.child, destination.child] { try prepare(vm) }
         try waitUntilReady(source)
+        // Again: what KVM keeps for itself has taken of what was free.
+        warmMemory.follow(processes)
         let answer = try source.child.migrate(to: uri, what: cell.name, seconds: seconds, options)
         guard let blackout = watch.gapMilliseconds() else {
             throw CommandFailure("\(cell.name): no heartbeat of the guest at the destination within 10 s")
         }
         try destination.verify()
-        let memory = Self.residentBytes(of: destination.child.process.identifier)
+        let memory = ProcessMemory.residentBytes(of: destination.child.process.identifier)
         try requireHoles(memory)
         return sample(answer, blackout: blackout, residentBytes: memory)
     }
@@ -102,13 +108,5 @@ struct BigGuestMigration {
         throw CommandFailure(
             "\(cell.name): the destination has taken \(Amount.memory(residentBytes)) for \(BigGuestCell.words(cell.filledBytes)) "
                 + "that are not zero: holes did not stay holes")
-    }
-
-    /// Physical memory of a process, page tables left out.
-    static func residentBytes(of process: Int32) -> UInt64 {
-        let bytes = (try? Descriptor.contents(of: "/proc/\(process)/status", limit: 1 << 16)) ?? []
-        let line = String(decoding: bytes, as: UTF8.self).split(separator: "\n").first { $0.hasPrefix("VmRSS:") }
-        return line?.split(whereSeparator: \.isWhitespace).dropFirst().first.flatMap { UInt64($0) }.map { $0 << 10 }
-            ?? 0
     }
 }

@@ -62,32 +62,35 @@ struct BigGuestSession {
                     + "\(Amount.memory(available)) are free")
         }
         let wanted = wanted.filter { $0.neededBytes <= available }
-        // Memory that was never used by anybody is slow at its first touch: the first migration does not count.
+        let warmMemory = try WarmMemory(byteCount: 2 * (wanted.map(\.filledBytes).max() ?? 0))
+        defer { warmMemory.end() }
+        // The first migration does not count: until then nothing was ever used.
         let own = wanted.filter { $0.vmm == .godwit }
         if let largest = own.max(by: { $0.filledBytes < $1.filledBytes }) {
             try progress.step("warm-up")
-            _ = try migration(of: largest).measure()
+            _ = try migration(of: largest, warmMemory).measure()
         }
         var hopeless: Set<BigGuestCell> = []
         for run in 0..<max(scale.runs, scale.qemuRuns) {
             let cells = wanted.filter { run < scale.runs(of: $0) && !hopeless.contains($0) }
             for index in cells.indices {
                 let cell = cells[(index + run) % cells.count]
-                if try !measure(cell, run: run) { hopeless.insert(cell) }
+                if try !measure(cell, run: run, warmMemory) { hopeless.insert(cell) }
             }
         }
     }
 
-    private func migration(of cell: BigGuestCell) -> BigGuestMigration {
+    private func migration(of cell: BigGuestCell, _ warmMemory: WarmMemory) -> BigGuestMigration {
         BigGuestMigration(
-            cell: cell, options: options, seconds: cell.vmm == .qemu ? scale.qemuSeconds : Self.godwitSeconds)
+            cell: cell, options: options, warmMemory: warmMemory,
+            seconds: cell.vmm == .qemu ? scale.qemuSeconds : Self.godwitSeconds)
     }
 
     /// - Returns: whether it is worth trying again.
-    private mutating func measure(_ cell: BigGuestCell, run: Int) throws -> Bool {
+    private mutating func measure(_ cell: BigGuestCell, run: Int, _ warmMemory: WarmMemory) throws -> Bool {
         try progress.step("\(cell.name), run \(run + 1) of \(scale.runs(of: cell))")
         do {
-            samples[cell, default: []].append(try migration(of: cell).measure())
+            samples[cell, default: []].append(try migration(of: cell, warmMemory).measure())
             return true
         } catch let error as MigrationTookTooLong where cell.vmm == .qemu {
             notes.append("\(cell.name): total > \(error.seconds) s, given up")
