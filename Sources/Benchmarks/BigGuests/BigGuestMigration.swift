@@ -17,7 +17,7 @@ struct BigGuestMigration {
         var parts: [(name: String, milliseconds: Double)] = []
     }
 
-    private static let readySeconds: UInt64 = 120
+    private static let readySeconds: UInt64 = 300
     /// QEMU's default; what it costs to keep a shorter limit is not the question here.
     private static let downtimeLimitMilliseconds = 300
     private static let unlimitedBytesPerSecond = 1 << 40
