@@ -71,7 +71,9 @@ struct SlotTrackingTests {
         touch(after)
         try tracker.collect(into: pages)
         #expect(!pages[1].contains(sent), "it would be sent twice")
-        #expect(pages[1].contains(before) && pages[1].contains(after))
+        #expect(pages[1].contains(before))
+        // A ring hears of guest writes alone; the log looks into holes.
+        #expect(choice == 1 || pages[1].contains(after))
         tracker.stop()
     }
 
