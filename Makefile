@@ -73,6 +73,7 @@ tracking-figures: build ## measure the dirty tracking and put table and picture 
 big-guests-figures: build ## measure big guests and put table and picture into their page; RESULT=file takes an earlier result
 	$(if $(RESULT),cp $(RESULT) .build/big-guests.json,$(GODWIT) bench big-guests --json > .build/big-guests.json || [ -s .build/big-guests.json ])
 	$(GODWIT) bench --from .build/big-guests.json --markdown --plot Documentation/big-guests.svg > .build/big-guests.md || [ -s .build/big-guests.md ]
+	sed -i '1i ![Total time, setup and downtime of big guests: Godwit, QEMU on the same machine, and what was published](big-guests.svg)\n' .build/big-guests.md
 	sed -i -e '/^<!-- figures/,/^<!-- end of figures/{//!d}' -e '/^<!-- figures/r .build/big-guests.md' Documentation/big-guests.md
 
 bench: build ## side by side with QEMU: BENCH=harness BENCH_SCENARIOS=s1,s2 BENCH_RUNS=5
