@@ -5,7 +5,7 @@ GODWIT = .build/release/godwit
 SOURCES = Sources Tests Package.swift
 
 .DEFAULT_GOAL = help
-.PHONY: help build demo test check bench bench-house tracking-figures fmt lint simulate guests completion man clean
+.PHONY: help build demo test check bench bench-house tracking-figures big-guests-figures fmt lint simulate guests completion man clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,6 +69,12 @@ tracking-figures: build ## measure the dirty tracking and put table and picture 
 	$(if $(RESULT),cp $(RESULT) .build/tracking.json,$(GODWIT) bench tracking --json > .build/tracking.json || [ -s .build/tracking.json ])
 	$(GODWIT) bench --from .build/tracking.json --markdown --plot Documentation/dirty-tracking.svg > .build/tracking.md || [ -s .build/tracking.md ]
 	sed -i -e '/^<!-- figures/,/^<!-- end of figures/{//!d}' -e '/^<!-- figures/r .build/tracking.md' Documentation/dirty-tracking.md
+
+big-guests-figures: build ## measure big guests and put table and picture into their page; RESULT=file takes an earlier result
+	$(if $(RESULT),cp $(RESULT) .build/big-guests.json,$(GODWIT) bench big-guests --json > .build/big-guests.json || [ -s .build/big-guests.json ])
+	$(GODWIT) bench --from .build/big-guests.json --markdown --plot Documentation/big-guests.svg > .build/big-guests.md || [ -s .build/big-guests.md ]
+	sed -i '1i ![Total time, setup and downtime of big guests: Godwit, QEMU on the same machine, and what was published](big-guests.svg)\n' .build/big-guests.md
+	sed -i -e '/^<!-- figures/,/^<!-- end of figures/{//!d}' -e '/^<!-- figures/r .build/big-guests.md' Documentation/big-guests.md
 
 bench: build ## side by side with QEMU: BENCH=harness BENCH_SCENARIOS=s1,s2 BENCH_RUNS=5
 	@if [ ! -x "$(BENCH)" ]; then \

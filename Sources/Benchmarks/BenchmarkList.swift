@@ -7,5 +7,6 @@ public enum BenchmarkList {
         DowntimeBenchmark.self,
         TransportBenchmark.self,
         ForecastBenchmark.self,
+        BigGuestsBenchmark.self,
     ]
 }

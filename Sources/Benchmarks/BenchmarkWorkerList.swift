@@ -4,5 +4,6 @@ public enum BenchmarkWorkerList {
         CollectWorker.self, StartGapWorker.self,
         MemslotsWorker.self,
         MemslotsStressWorker.self,
+        BigGuestWorker.self,
     ]
 }

@@ -16,7 +16,6 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
 
     let method = "log"
     let otherCPUNanoseconds: UInt64 = 0
-    let watchesWholeSlots = false
     /// What is set in the log stays set until it is cleared: nothing has to be remembered of a collect.
     let mark: UInt64 = 0
     private let machine: Descriptor
@@ -53,7 +52,7 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
     /// What is there already counts as written.
     func wasTurnedOn(_ slot: Slot, _ report: DirtyReport) throws(AcceleratorError) {
         guard mode == .automatic else {
-            logs[slot.number] = .masked(holes: [slot.allPages])
+            logs[slot.number] = .masked(holes: try look(into: [slot.allPages], of: slot, report))
             return
         }
         for run in try allocatedRuns(slot, in: slot.allPages) { report.set(run, of: slot) }
@@ -82,18 +81,39 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
 
     private func lookIntoHoles(_ slot: Slot, _ report: DirtyReport) throws(AcceleratorError) {
         guard case .masked(let holes) = logs[slot.number] else { return }
+        let left = try look(into: holes, of: slot, report)
+        logs[slot.number] = .masked(holes: left)
+        if left.count > Self.fragmentedHoles { try clearHoles(left, slot, report) }
+    }
+
+    /// Reports what is allocated in holes, which are given in order. - Returns: what is left of them.
+    private func look(
+        into holes: [Range<UInt64>], of slot: Slot, _ report: DirtyReport
+    ) throws(AcceleratorError) -> [Range<UInt64>] {
+        guard let first = holes.first, let last = holes.last else { return [] }
+        // Each look is a system call: with many holes one over everything is cheaper, though it finds what is known, too.
+        var found =
+            holes.count > Self.fragmentedHoles
+            ? try allocatedRuns(slot, in: first.lowerBound..<last.upperBound)[...] : nil
         var left: [Range<UInt64>] = []
         for hole in holes {
             var position = hole.lowerBound
-            for run in try allocatedRuns(slot, in: hole) {
+            let runs: [Range<UInt64>]
+            if let all = found {
+                let rest = all.drop { $0.upperBound <= hole.lowerBound }
+                runs = rest.prefix { $0.lowerBound < hole.upperBound }.map { $0.clamped(to: hole) }
+                found = rest
+            } else {
+                runs = try allocatedRuns(slot, in: hole)
+            }
+            for run in runs {
                 report.set(run, of: slot)
                 if position < run.lowerBound { left.append(position..<run.lowerBound) }
                 position = run.upperBound
             }
             if position < hole.upperBound { left.append(position..<hole.upperBound) }
         }
-        logs[slot.number] = .masked(holes: left)
-        if left.count > Self.fragmentedHoles { try clearHoles(left, slot, report) }
+        return left
     }
 
     /// Reads a slot's log into `words`, the bits of holes left out. - Returns: how many words it has.
@@ -124,9 +144,7 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
             let count = min(Self.clearedPages, slot.pageCount - first)
             try clear(slot, first: first, count: count, mask[Int(first / 64)..<Int((first + count + 63) / 64)])
         }
-        for hole in holes {
-            for run in try allocatedRuns(slot, in: hole) { report.set(run, of: slot) }
-        }
+        _ = try look(into: holes, of: slot, report)
         logs[slot.number] = .whole
     }
 

@@ -14,7 +14,6 @@ import Synchronization
 /// back late: when a ring runs full, and before a client reads pages that were written again.
 final class DirtyRings: DirtySource, @unchecked Sendable {
     let method = "ring"
-    let watchesWholeSlots = true
     let rings: [DirtyRing]
     private let machine: Descriptor
     private let memory: GuestMemory

@@ -9,8 +9,6 @@ protocol DirtySource: AnyObject, Sendable {
     var method: String { get }
     /// CPU time of threads that harvest beside the trackers' calls, in nanoseconds. From any thread.
     var otherCPUNanoseconds: UInt64 { get }
-    /// Turning a slot's log on watches all of it at once: done just before its first page is sent.
-    var watchesWholeSlots: Bool { get }
     /// Grows with what is found out.
     var mark: UInt64 { get }
     /// An empty record of the kind that suits.
@@ -211,9 +209,9 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
         }
     }
 
-    private func isLate(_ tracker: KVMDirtyTracker) -> Bool {
-        source.watchesWholeSlots && tracker.client == .migration
-    }
+    /// A migration has a slot's log turned on just before its first page is sent. The call waits for a grace period of the kernel (up to 20
+    /// ms, for each slot that is touched), and rings watch all of the slot at once: neither is for the start of a migration.
+    private func isLate(_ tracker: KVMDirtyTracker) -> Bool { tracker.client == .migration }
 
     /// Turns on the slots that show some of these pages. No page of them was sent yet: what is marked there will be read later, and
     /// need not be reported again for having been there.

@@ -41,6 +41,8 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
     let runner = Mutex<pthread_t?>(nil)
     /// The state after creation, to which a reset returns.
     private(set) var powerOn: [UInt8] = []
+    /// The parts of `powerOn`, until something is loaded, which happens before it runs.
+    var untouched: [UInt16: [UInt8]] = [:]
     /// The last exit was an access whose answer the kernel takes on the next entry.
     var hasPendingAccess = false
     /// Inside `completePendingAccess`: what it has answered does not complete anything in its turn.
@@ -67,6 +69,7 @@ final class KVMVirtualCPU: VirtualCPU, @unchecked Sendable {
         try Self.set(cpuid, on: descriptor)
         msrIndices = index == 0 ? Self.usable(candidates, on: descriptor) : candidates
         powerOn = try save()
+        untouched = try parts(of: powerOn)
     }
 
     private static func ring(

@@ -1,6 +1,7 @@
 import Accelerator
 import Devices
 import Host
+import Synchronization
 
 /// One device's state as it travels in a migration.
 public struct DeviceState: Sendable, Equatable {
@@ -64,9 +65,9 @@ extension VirtualMachine {
             for state in try accelerator.saveSystem() {
                 states.append(DeviceState(name: state.name, instance: 0, version: state.version, body: state.body))
             }
-            for cpu in accelerator.cpus {
+            for (cpu, body) in zip(accelerator.cpus, try Self.save(accelerator.cpus)) {
                 states.append(
-                    DeviceState(name: Self.cpuSection, instance: UInt32(cpu.index), version: 1, body: try cpu.save()))
+                    DeviceState(name: Self.cpuSection, instance: UInt32(cpu.index), version: 1, body: body))
             }
             for device in board.devices {
                 states.append(
@@ -86,9 +87,12 @@ extension VirtualMachine {
         try check(states, cpuCount: accelerator.cpus.count)
         let advance = try Self.clockAdvance(since: states.first { $0.name == Self.clockSection })
         do {
+            var cpuStates = states.filter { $0.name == Self.cpuSection }
             for state in states where state.name != Self.clockSection {
                 if state.name == Self.cpuSection {
-                    try accelerator.cpus[Int(state.instance)].load(state.body, clock: advance)
+                    // All of them where the first stands.
+                    try Self.load(cpuStates, into: accelerator.cpus, clock: advance)
+                    cpuStates = []
                 } else if accelerator.systemSections.contains(where: { $0.name == state.name }) {
                     try accelerator.loadSystem(
                         SystemState(name: state.name, version: state.version, body: state.body), clock: advance)
@@ -101,6 +105,42 @@ extension VirtualMachine {
         } catch {
             throw MachineError("\(error)")
         }
+    }
+
+    // MARK: Several processors
+
+    /// The guest stands still for this, and a guest with many vCPUs mostly for them: they share the host's processors.
+    private static func save(_ cpus: [any VirtualCPU]) throws(AcceleratorError) -> [[UInt8]] {
+        let bodies = Mutex([[UInt8]](repeating: [], count: cpus.count))
+        try onAllProcessors(cpus.count) { (index) throws(AcceleratorError) in
+            let body = try cpus[index].save()
+            bodies.withLock { $0[index] = body }
+        }
+        return bodies.withLock { $0 }
+    }
+
+    /// The first vCPU alone: the time stamp counters of the others are matched with its own.
+    private static func load(
+        _ states: [DeviceState], into cpus: [any VirtualCPU], clock: ClockAdvance
+    ) throws(AcceleratorError) {
+        let sorted = states.sorted { $0.instance < $1.instance }
+        guard let first = sorted.first else { return }
+        try cpus[Int(first.instance)].load(first.body, clock: clock)
+        try onAllProcessors(sorted.count - 1) { (index) throws(AcceleratorError) in
+            let state = sorted[index + 1]
+            try cpus[Int(state.instance)].load(state.body, clock: clock)
+        }
+    }
+
+    /// - Throws: the error of the lowest index that has one, whichever came first.
+    private static func onAllProcessors(
+        _ count: Int, _ body: @Sendable @escaping (Int) throws(AcceleratorError) -> Void
+    ) throws(AcceleratorError) {
+        let failures = Mutex<[Int: AcceleratorError]>([:])
+        HostThread.forEach(in: count, atLeast: 4, isUrgent: true) { index in
+            do throws(AcceleratorError) { try body(index) } catch { failures.withLock { $0[index] = error } }
+        }
+        if let failure = failures.withLock({ $0.min { $0.key < $1.key } }) { throw failure.value }
     }
 
     /// Each section of this machine must be there once, in the version it knows, and no other.

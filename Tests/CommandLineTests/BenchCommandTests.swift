@@ -113,6 +113,25 @@ struct BenchCommandTests {
         #expect(try folders() == [])
     }
 
+    /// QEMU's guest is the same, behind its own firmware.
+    @Test(
+        "a guest with more memory than the host and several vCPUs is migrated and verified, and its holes stay holes",
+        .enabled(if: Workbench.hasKVM), arguments: ["godwit", "qemu"])
+    func bigGuest(vmm: String) throws {
+        if vmm == "qemu", !Self.hasQEMU { return }
+        let arguments: JSON = ["vmm": .string(vmm), "gibibytes": 48, "cpus": 6, "filled": 33_554_432]
+        let outcome = try bench.run(["bench-worker", "big-guest", "\(arguments)"], seconds: 200)
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        let answer = try JSON(parsing: outcome.output.utf8)
+        for name in ["total-ms", "blackout-ms", "sent-mb"] + (vmm == "godwit" ? ["load-ms"] : []) {
+            #expect(try #require(answer[name]?.doubleValue) > 0, "\(name) in \(answer)")
+        }
+    }
+
+    private static let hasQEMU = ["/usr/bin", "/usr/local/bin"].contains {
+        unsafe access("\($0)/qemu-system-x86_64", X_OK) == 0
+    }
+
     @Test("a worker measures in a process of its own", .enabled(if: Workbench.hasKVM))
     func worker() throws {
         let arguments: JSON = [

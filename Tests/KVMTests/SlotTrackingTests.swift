@@ -52,6 +52,55 @@ struct SlotTrackingTests {
         tracker.stop()
     }
 
+    @Test(
+        "a log that is turned on with the first page sent loses nothing that appears before or after",
+        arguments: [0, 1])
+    func late(choice: Int) throws {
+        let (sent, before, after) = (Self.page, PageIndex(1536), PageIndex(512))
+        let accelerator = try KVMAccelerator(memory: memory, cpuCount: 1, dirtyTracking: Self.choices[choice])
+        let tracker = accelerator.dirtyTracker(for: .migration)
+        func touch(_ page: PageIndex) { memory.blocks[1].mapping.store(UInt8(1), at: Int(page.offset.value)) }
+        let pages = try tracker.makePages()
+        touch(sent)
+        try tracker.start()
+        try tracker.collect(into: pages)
+        #expect(pages[1].contains(sent) && !pages[1].contains(before))
+        touch(before)
+        try tracker.willSend(memory.blocks[1].pages, of: 1, marked: pages[1])
+        pages[1].clear(memory.blocks[1].pages)
+        touch(after)
+        try tracker.collect(into: pages)
+        #expect(!pages[1].contains(sent), "it would be sent twice")
+        #expect(pages[1].contains(before))
+        // A ring hears of guest writes alone; the log looks into holes.
+        #expect(choice == 1 || pages[1].contains(after))
+        tracker.stop()
+    }
+
+    @Test("a log with more holes than are looked into one by one loses nothing that appears in any")
+    func manyHoles() throws {
+        // No huge pages are asked for in a block that the host could not back.
+        let block = try RAMBlock(name: "holes", byteCount: HostMemory.byteCount / (2 << 20) * (2 << 20) + 2 << 20)
+        let chunk = PageIndex(0)..<PageIndex(16_384)
+        let memory = GuestMemory(blocks: [block], view: FlatView([Self.range(block, at: 0)]))
+        let accelerator = try KVMAccelerator(memory: memory, cpuCount: 1, dirtyTracking: .log)
+        let tracker = accelerator.dirtyTracker(for: .migration)
+        func touch(_ page: UInt64) { block.mapping.store(UInt8(1), at: Int(PageIndex(page).offset.value)) }
+        let pages = try tracker.makePages()
+        for page in stride(from: UInt64(0), to: 16_384, by: 4) { touch(page) }
+        try tracker.start()
+        try tracker.collect(into: pages)
+        #expect(pages[0].count == 4096)
+        try tracker.willSend(chunk, of: 0, marked: pages[0])
+        pages[0].clear(chunk)
+        let appeared: [UInt64] = [1, 2, 4_098, 16_383, block.pageCount - 1]
+        appeared.forEach(touch)
+        try tracker.collect(into: pages)
+        #expect(appeared.allSatisfy { pages[0].contains(PageIndex($0)) })
+        #expect(pages[0].count == UInt64(appeared.count))
+        tracker.stop()
+    }
+
     @Test("a slot that the kernel refuses leaves tracking as it was", arguments: [0, 1])
     func refused(choice: Int) throws {
         let accelerator = try KVMAccelerator(memory: memory, cpuCount: 1, dirtyTracking: Self.choices[choice])

@@ -11,11 +11,6 @@ struct TrackedMigration {
     /// One run's quantities, in the order of the table.
     typealias Sample = [(name: String, value: Double)]
 
-    /// A migration that did not end in time: QEMU may never converge where we do.
-    struct DidNotConverge: Error, CustomStringConvertible {
-        let description: String
-    }
-
     /// The same for both VMMs: no limit to speak of.
     private static let unlimitedBytesPerSecond = 1 << 40
     private static let migrationSeconds: UInt64 = 60
@@ -38,7 +33,7 @@ struct TrackedMigration {
         let threadIDs = threads.compactMap { $0["thread-id"]?.integerValue() }
         let before = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
         let touchesBefore = try source.guest().touches
-        let answer = try migrate(source.child, to: uri)
+        let answer = try source.child.migrate(to: uri, what: cell.name, seconds: Self.migrationSeconds, options)
         let after = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
         let touches = try source.guest().touches - touchesBefore
         try destination.verify()
@@ -66,7 +61,8 @@ struct TrackedMigration {
     private func start(_ role: String, in folder: String, isDestination: Bool = false) throws -> any MeasuredVM {
         let machine = MeasuredMachine(
             method: cell.method, memoryMegabytes: scale.memoryMegabytes,
-            guest: cell.load.guest(workingSetMegabytes: scale.workingSetMegabytes), isDestination: isDestination)
+            guest: cell.load.guest(workingSetMegabytes: scale.workingSetMegabytes), isDestination: isDestination,
+            takesMemoryBeforehand: isDestination)
         switch cell.vmm {
         case .godwit: return try GodwitVM(role, in: folder, machine)
         case .qemu: return try QEMUVM(role, in: folder, machine)
@@ -100,32 +96,5 @@ struct TrackedMigration {
         Clock.sleep(nanoseconds: scale.settleMilliseconds * 1_000_000)
         let (end, second) = (Clock.monotonicNanoseconds, try vm.guest().touches)
         return Double(second - first) * 4096 / 1e6 / (Double(end - start) / 1e9)
-    }
-
-    /// Waits for the end by events, because asking would take time from what is measured.
-    private func migrate(_ vm: ChildVM, to uri: String) throws -> JSON {
-        let client = try vm.client()
-        try vm.execute("migrate", ["uri": .string(uri)])
-        let deadline = Deadline.after(seconds: Self.migrationSeconds)
-        var status = ""
-        while !["completed", "failed", "cancelled"].contains(status) {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else {
-                throw DidNotConverge(
-                    description: "\(cell.name): no end of the migration within \(Self.migrationSeconds) s")
-            }
-            do throws(QMPClientError) {
-                status =
-                    try client.waitForEvent("MIGRATION", deadline: .after(milliseconds: 200)).data["status"]?
-                    .stringValue ?? ""
-            } catch {
-                guard case .timedOut = error else { throw CommandFailure("\(vm.role) VM: \(error)") }
-            }
-        }
-        let answer = try vm.execute("query-migrate")
-        do { try MigrationReading(answer).requireCompletion(of: cell.name, to: uri) } catch {
-            throw CommandFailure("\(error) (\(vm.logTail(lines: 1).joined()))")
-        }
-        return answer
     }
 }

@@ -108,7 +108,7 @@ struct TrackingSession {
             let (sample, method) = try TrackedMigration(cell: cell, scale: scale, options: options).measure()
             for (name, value) in sample { migrations[cell, default: [:]][name, default: []].append(value) }
             if cell.method == .auto, let method { picks[cell.load, default: [:]][method, default: 0] += 1 }
-        } catch let error as TrackedMigration.DidNotConverge where cell.vmm == .qemu {
+        } catch let error as MigrationTookTooLong where cell.vmm == .qemu {
             notes.append(error.description)
         } catch {
             // What was measured before, and what is still to come, is worth something without this run.

@@ -68,9 +68,6 @@ final class OutgoingStatistics: Sendable {
         if status == .device, self.status == .preSwitchover { mark(.hold) }
         state.withLock { state in
             state.info.status = status
-            if status == .active, state.info.setupNanoseconds == nil {
-                state.info.setupNanoseconds = Clock.monotonicNanoseconds - state.began
-            }
             switch status {
             case .completed, .cancelled, .failed, .unsettled:
                 state.isUnderWay = false
@@ -135,6 +132,8 @@ final class OutgoingStatistics: Sendable {
     func collected(remainingPages: UInt64) -> UInt64 {
         state.withLock { state in
             let now = Clock.monotonicNanoseconds
+            // As in QEMU, the first look at what is to be sent is a part of the setup.
+            if state.info.setupNanoseconds == nil { state.info.setupNanoseconds = now - state.began }
             guard var ram = state.info.ram else { return 0 }
             let pages = ram.normal + ram.duplicate
             if state.lastMark != nil {

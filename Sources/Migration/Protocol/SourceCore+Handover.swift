@@ -233,8 +233,9 @@ extension SourceCore {
     // MARK: The end that everybody wants
 
     mutating func complete(_ actions: inout [SourceAction]) {
-        wind(up: &actions)
+        // First: the guest's standstill ended where it was started, and lasts no longer for what is tidied up here.
         report(.completed, &actions)
+        wind(up: &actions)
         actions.append(.finished(.completed))
     }
 

@@ -6,67 +6,19 @@ import Host
 import KVM
 import QMP
 
-/// A VM with a built-in guest that can be measured and checked, whoever runs it.
-protocol MeasuredVM: AnyObject {
-    var child: ChildVM { get }
-    /// Whether the guest has filled its memory, and the pages it has touched since.
-    func guest() throws -> (isReady: Bool, touches: UInt64)
-    /// Checks every page of the guest, which stands still meanwhile. - Throws: `CommandFailure` with what is wrong.
-    func verify() throws
-}
-
-/// What a measured VM is like.
-struct MeasuredMachine: Sendable {
-    var method: TrackingMethod
-    var memoryMegabytes: UInt64
-    /// As `--guest` takes it.
-    var guest: String
-    /// Its memory is taken from the host beforehand: what a first touch costs here (up to 2 ms where an outer host has taken the memory
-    /// back) has nothing to do with the method, and would drown the difference.
-    var isDestination: Bool
-}
-
-/// A `godwit run` of this program.
-final class GodwitVM: MeasuredVM {
-    let child: ChildVM
-
-    init(_ role: String, in folder: String, _ machine: MeasuredMachine) throws {
-        let start =
-            machine.isDestination
-            ? ["--incoming", "tcp:127.0.0.1:0", "--memory-prealloc"] : ["--guest", machine.guest]
-        child = try ChildVM(
-            role, in: folder,
-            options: [
-                "--memory", "\(machine.memoryMegabytes)M", "--serial", "none", "--accel",
-                machine.method.godwitAccelerator,
-            ] + start)
-    }
-
-    func guest() throws -> (isReady: Bool, touches: UInt64) {
-        let status = try child.execute("x-query-guest")
-        return (status["ready"] == true, status["touches"]?.integerValue(as: UInt64.self) ?? 0)
-    }
-
-    func verify() throws {
-        let result = try child.execute("x-check-guest", deadline: .after(seconds: 120))
-        guard result["verified"] == true else {
-            throw CommandFailure("\(child.role) VM: \(result["summary"]?.stringValue ?? "\(result)")")
-        }
-    }
-}
-
 /// A QEMU with the same guest, started from an ELF file by the PVH protocol. Its memory is read by the command pmemsave.
 final class QEMUVM: MeasuredVM {
-    static let program = "qemu-system-x86_64"
-    /// Where the blocks lie that tell a guest's status: parameters, shared block, the page of the first vCPU.
-    private static let statusBytes: UInt64 = 0x11000
-
-    /// The end of memory, where the firmware leaves its tables, is not the guest's.
-    private static let firmwareBytes: UInt64 = 32 << 20
+    /// The environment may name a newer one than that in PATH.
+    static let program: String = {
+        // SAFETY: the string is copied before anything could change the environment.
+        unsafe getenv("GODWIT_BENCH_QEMU").map { unsafe String(cString: $0) } ?? "qemu-system-x86_64"
+    }()
 
     let child: ChildVM
     private let folder: String
-    private let memoryBytes: UInt64
+    private let layout: QEMULayout
+    /// The blocks that tell a guest's status end here: parameters, shared block, a page for each vCPU.
+    private let statusBytes: UInt64
 
     /// The version, as `7.2.22`; `nil` where QEMU is not installed.
     static func version() -> String? {
@@ -83,23 +35,34 @@ final class QEMUVM: MeasuredVM {
 
     init(_ role: String, in folder: String, _ machine: MeasuredMachine) throws {
         self.folder = folder
-        memoryBytes = machine.memoryMegabytes << 20
+        layout = QEMULayout(memoryBytes: machine.memoryBytes)
+        statusBytes = 0x10000 + UInt64(machine.cpuCount) * 0x1000
         guard let accelerator = machine.method.qemuAccelerator else {
             throw CommandFailure("QEMU has no dirty tracking '\(machine.method.rawValue)'")
         }
         var command = [
-            try ThisProgram.path(), "bench-worker", "exec", Self.program, "-nodefaults", "-no-user-config", "-machine",
-            "pc", "-accel", accelerator, "-m", "\(machine.memoryMegabytes)M", "-display", "none", "-serial", "null",
-            "-no-reboot", "-qmp", "unix:\(ChildVM.socketPath(of: role, in: folder)),server=on,wait=off",
+            try ThisProgram.path(), "bench-worker", "exec", Self.program, "-nodefaults", "-no-user-config",
+            "-accel", accelerator, "-m", "\(machine.memoryMegabytes)M", "-smp", "\(machine.cpuCount)", "-display",
+            "none",
+            "-serial", machine.serialPath.map { "unix:\($0),server=on,wait=off" } ?? "null", "-no-reboot",
+            "-qmp", "unix:\(ChildVM.socketPath(of: role, in: folder)),server=on,wait=off",
         ]
+        if machine.memoryBytes > HostMemory.byteCount {
+            // The kernel would refuse so much private memory at once.
+            let backend = "memory-backend-ram,id=ram,size=\(machine.memoryMegabytes)M,reserve=off"
+            command += ["-object", backend, "-machine", "pc,memory-backend=ram"]
+        } else {
+            command += ["-machine", "pc"]
+        }
         if machine.isDestination {
-            command += ["-incoming", "tcp:127.0.0.1:0", "-mem-prealloc"]
+            command += ["-incoming", "tcp:127.0.0.1:0"] + (machine.takesMemoryBeforehand ? ["-mem-prealloc"] : [])
         } else {
             let file = "\(folder)/guest.elf"
-            let guestBytes = memoryBytes - Self.firmwareBytes
             let image = try GuestProgram(parsing: machine.guest).image(
-                memoryBytes: guestBytes, lowMemoryBytes: guestBytes, cpus: 1, tscKilohertz: try Self.tscKilohertz())
-            try Descriptor.create(file).writeAll(PVHGuestFile.contents(image, stagingAddress: guestBytes))
+                memoryBytes: layout.guestBytes, lowMemoryBytes: layout.guestLowBytes, cpus: machine.cpuCount,
+                tscKilohertz: try Self.tscKilohertz())
+            try Descriptor.create(file).writeAll(
+                PVHGuestFile.contents(image, stagingAddress: layout.guestLowBytes))
             command += ["-kernel", file]
         }
         child = try ChildVM(role, in: folder, command: command)
@@ -112,7 +75,7 @@ final class QEMUVM: MeasuredVM {
 
     func guest() throws -> (isReady: Bool, touches: UInt64) {
         do throws(GuestProgramError) {
-            let status = try unsafe GuestStatus(read: memoryReader(windowBytes: Self.statusBytes))
+            let status = try unsafe GuestStatus(read: memoryReader(windowBytes: statusBytes))
             return (status.isReady, status.touches)
         } catch {
             guard case .notAGuest = error else { throw error }
@@ -136,7 +99,7 @@ final class QEMUVM: MeasuredVM {
                 if window.map({ address < $0.start || end > $0.start + UInt64($0.memory.byteCount) }) ?? true {
                     window = nil
                     let start = address / windowBytes * windowBytes
-                    let stop = min(memoryBytes, max(start + windowBytes, end))
+                    let stop = min(layout.physicalEnd, max(start + windowBytes, end))
                     guard end <= stop else { throw CommandFailure("there is no such memory") }
                     window = (start, try save(start..<stop))
                 }
@@ -157,5 +120,25 @@ final class QEMUVM: MeasuredVM {
             ["val": JSON(range.lowerBound), "size": JSON(range.count), "filename": .string(path)],
             deadline: .after(seconds: 60))
         return try Mapping(try Descriptor.open(path, O_RDONLY), byteCount: range.count, readOnly: true)
+    }
+}
+
+/// Where a PC of QEMU has its memory, and how much of it a built-in guest is told of: the end of what lies below 4 GiB, where the firmware
+/// leaves its tables, is not the guest's.
+struct QEMULayout: Equatable {
+    private static let firmwareBytes: UInt64 = 32 << 20
+    /// From this much on, memory behind 3 GiB stands at 4 GiB.
+    private static let splitBytes: UInt64 = 0xE000_0000
+
+    let guestBytes: UInt64
+    let guestLowBytes: UInt64
+    /// Behind the last byte of memory.
+    let physicalEnd: UInt64
+
+    init(memoryBytes: UInt64) {
+        let low = memoryBytes >= Self.splitBytes ? 3 << 30 : memoryBytes
+        guestLowBytes = low - Self.firmwareBytes
+        guestBytes = guestLowBytes + (memoryBytes - low)
+        physicalEnd = memoryBytes > low ? 4 << 30 + (memoryBytes - low) : memoryBytes
     }
 }

@@ -1,0 +1,81 @@
+import CommandLineKit
+import Host
+import Synchronization
+
+/// Listens to the serial lines of both ends of a migration: the time from the last heartbeat here to the first there is what somebody who
+/// talks to the guest waits, whoever runs it and whatever it reports.
+final class HeartbeatWatch: Sendable {
+    private struct State {
+        var lastAtSource: UInt64?
+        var firstAtDestination: UInt64?
+    }
+
+    private let state = Monitor(State())
+    private let wake: EventDescriptor
+    private let thread = Mutex<HostThread?>(nil)
+
+    /// Connects to both lines, which are there before the machines are. - Throws: `CommandFailure` if one is not within 20 s.
+    init(source: String, destination: String) throws {
+        wake = try EventDescriptor()
+        let lines = [try Self.connect(source), try Self.connect(destination)]
+        let thread = try HostThread(name: "heartbeats") { [self] in watch(lines) }
+        self.thread.withLock { $0 = thread }
+    }
+
+    private static func connect(_ path: String) throws -> Descriptor {
+        let deadline = Deadline.after(seconds: 20)
+        while true {
+            do throws(SystemError) { return try Socket.connect(unix: path) } catch {
+                guard !deadline.hasPassed else { throw CommandFailure("a serial line: \(error)") }
+                Clock.sleep(nanoseconds: 2_000_000)
+            }
+        }
+    }
+
+    private func watch(_ lines: [Descriptor]) {
+        _ = HostThread.runBeforeOthers()
+        var open = lines.map(Optional.some)
+        while true {
+            let wanted = open.compactMap(\.self).map { ($0, Readiness.readable) } + [(wake.descriptor, .readable)]
+            guard let ready = try? poll(wanted) else { return }
+            let now = Clock.monotonicNanoseconds
+            if ready.last?.isEmpty == false { return }
+            var place = 0
+            for index in open.indices {
+                guard let line = open[index] else { continue }
+                defer { place += 1 }
+                guard !ready[place].isEmpty else { continue }
+                let bytes = (try? Socket.receive(line, upTo: 4096))?.bytes ?? []
+                if bytes.isEmpty {
+                    open[index] = nil
+                } else {
+                    note(index, now)
+                }
+            }
+        }
+    }
+
+    private func note(_ index: Int, _ now: UInt64) {
+        state.withLock { state in
+            if index == 0 {
+                state.lastAtSource = now
+            } else {
+                state.firstAtDestination = state.firstAtDestination ?? now
+            }
+        }
+    }
+
+    /// Waits for the first heartbeat there. - Returns: the gap in milliseconds; `nil` if it does not come within 10 s.
+    func gapMilliseconds() -> Double? {
+        state.wait(deadline: .after(seconds: 10)) { state in
+            guard let last = state.lastAtSource, let first = state.firstAtDestination else { return nil }
+            // In whichever order the two lines were read.
+            return Double(first - min(first, last)) / 1e6
+        }
+    }
+
+    func end() {
+        wake.raise()
+        thread.withLock { $0.take() }?.join()
+    }
+}

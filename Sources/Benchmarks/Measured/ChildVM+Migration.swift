@@ -1,0 +1,40 @@
+import CommandLineKit
+import Host
+import QMP
+
+/// A migration that did not end in time: QEMU may never converge where we do.
+struct MigrationTookTooLong: Error, CustomStringConvertible {
+    let what: String
+    let seconds: UInt64
+
+    var description: String { "\(what): no end of the migration within \(seconds) s" }
+}
+
+extension ChildVM {
+    /// Migrates, and waits for the end by events (the capability `events` is on), because asking would take time from what is measured.
+    ///
+    /// - Returns: the last answer to `query-migrate`.
+    /// - Throws: `MigrationTookTooLong`; `CommandFailure` for a migration that failed.
+    func migrate(to uri: String, what: String, seconds: UInt64, _ options: BenchmarkOptions) throws -> JSON {
+        let client = try client()
+        try execute("migrate", ["uri": .string(uri)])
+        let deadline = Deadline.after(seconds: seconds)
+        var status = ""
+        while !["completed", "failed", "cancelled"].contains(status) {
+            try options.checkInterruption()
+            guard !deadline.hasPassed else { throw MigrationTookTooLong(what: what, seconds: seconds) }
+            do throws(QMPClientError) {
+                status =
+                    try client.waitForEvent("MIGRATION", deadline: .after(milliseconds: 200)).data["status"]?
+                    .stringValue ?? ""
+            } catch {
+                guard case .timedOut = error else { throw CommandFailure("\(role) VM: \(error)") }
+            }
+        }
+        let answer = try execute("query-migrate")
+        do { try MigrationReading(answer).requireCompletion(of: what, to: uri) } catch {
+            throw CommandFailure("\(error) (\(logTail(lines: 1).joined()))")
+        }
+        return answer
+    }
+}

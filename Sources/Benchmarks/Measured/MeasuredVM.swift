@@ -1,0 +1,57 @@
+import CommandLineKit
+import Host
+import QMP
+
+/// A VM with a built-in guest that can be measured and checked, whoever runs it.
+protocol MeasuredVM: AnyObject {
+    var child: ChildVM { get }
+    /// Whether the guest has filled its memory, and the pages it has touched since.
+    func guest() throws -> (isReady: Bool, touches: UInt64)
+    /// Checks every page of the guest, which stands still meanwhile. - Throws: `CommandFailure` with what is wrong.
+    func verify() throws
+}
+
+/// What a measured VM is like.
+struct MeasuredMachine: Sendable {
+    var method: TrackingMethod
+    var memoryMegabytes: UInt64
+    var cpuCount = 1
+    /// As `--guest` takes it.
+    var guest: String
+    var isDestination: Bool
+    /// Take a destination's memory from the host beforehand: what a first touch costs here (up to 2 ms where an outer host has taken the
+    /// memory back) has nothing to do with the method, and would drown the difference.
+    var takesMemoryBeforehand = false
+    /// Where the serial line listens; `nil`: there is none.
+    var serialPath: String?
+
+    var memoryBytes: UInt64 { memoryMegabytes << 20 }
+}
+
+/// A `godwit run` of this program.
+final class GodwitVM: MeasuredVM {
+    let child: ChildVM
+
+    init(_ role: String, in folder: String, _ machine: MeasuredMachine) throws {
+        var options = [
+            "--memory", "\(machine.memoryMegabytes)M", "--cpus", "\(machine.cpuCount)",
+            "--serial", machine.serialPath.map { "unix:\($0)" } ?? "none",
+            "--accel", machine.method.godwitAccelerator,
+        ]
+        options += machine.isDestination ? ["--incoming", "tcp:127.0.0.1:0"] : ["--guest", machine.guest]
+        if machine.isDestination, machine.takesMemoryBeforehand { options.append("--memory-prealloc") }
+        child = try ChildVM(role, in: folder, options: options)
+    }
+
+    func guest() throws -> (isReady: Bool, touches: UInt64) {
+        let status = try child.execute("x-query-guest")
+        return (status["ready"] == true, status["touches"]?.integerValue(as: UInt64.self) ?? 0)
+    }
+
+    func verify() throws {
+        let result = try child.execute("x-check-guest", deadline: .after(seconds: 120))
+        guard result["verified"] == true else {
+            throw CommandFailure("\(child.role) VM: \(result["summary"]?.stringValue ?? "\(result)")")
+        }
+    }
+}
