@@ -79,7 +79,7 @@ struct CancelledStagesTests {
                 let source = try Migrator.source("dirty,working-set=4M,fill=16M,random,rate=80M", mebibytes: 32)
                 try source.useTLS(.client)
                 let scene = Scene(source: source, multifd: multifd, tls: tls)
-                for stage in CancelledStage.allCases {
+                for stage in CancelledStage.allCases where multifd || stage != .channels {
                     let when = "in \(stage), \(multifd ? "several channels" : "one channel"), \(tls ? "TLS" : "plain")"
                     let (destination, held) = try scene.enter(stage, when)
                     let began = Clock.monotonicNanoseconds
@@ -98,7 +98,7 @@ struct CancelledStagesTests {
                 let last = try source.destination()
                 if tls { try last.useTLS(.server) }
                 try source.migrate(to: try last.listen())
-                try source.claimArrival(at: last, "after six cancelled migrations")
+                try source.claimArrival(at: last, "after cancelled migrations")
             }
         }
     }
