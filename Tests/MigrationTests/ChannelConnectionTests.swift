@@ -92,7 +92,11 @@ struct ChannelConnectionTests {
             Child.run(seconds: 60) {
                 let source = try Migrator.source("idle,fill=2M", mebibytes: 16)
                 try source.useTLS(.client)
-                try source.change { $0.multifdChannels = 64 }
+                try source.change {
+                    $0.multifdChannels = 64
+                    // The line alone takes most of the default.
+                    $0.downtimeLimitMilliseconds = 10_000
+                }
                 try source.set(.multifd, true)
                 let destination = try source.destination()
                 try destination.useTLS(.server)
@@ -150,7 +154,6 @@ struct ChannelConnectionTests {
                 try source.change {
                     $0.multifdChannels = 4
                     $0.maxBandwidthBytesPerSecond = 4000
-                    $0.downtimeLimitMilliseconds = 20
                 }
                 try source.set(.multifd, true)
                 let destination = try source.destination()
