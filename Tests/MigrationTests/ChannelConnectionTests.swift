@@ -130,14 +130,14 @@ struct ChannelConnectionTests {
                     $0.maxBandwidthBytesPerSecond = 100_000
                 }
                 try source.set(.multifd, true)
-                let destination = try source.destination()
-                let address = try destination.listen()
-                for trial in 0..<60 {
-                    try source.migrate(to: address)
+                for trial in 0..<30 {
+                    let destination = try source.destination()
+                    try source.migrate(to: try destination.listen())
                     Clock.sleep(nanoseconds: random.next() % 6_000_000)
                     try source.cancel()
                     try waitFor("the end of trial \(trial), it is \(source.info().status)") { source.isOver }
                     claim(source.info().status == .cancelled, "trial \(trial): \(source.info())")
+                    destination.shutDown()
                 }
                 try waitFor("the threads \(outgoingThreads()) to end", seconds: 10) { outgoingThreads().isEmpty }
                 try source.claimGuestRuns("after cancelled connections")
