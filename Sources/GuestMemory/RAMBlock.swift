@@ -116,6 +116,9 @@ public final class RAMBlock: Sendable {
         }
     }
 
+    /// Gives all memory back to the host: the block is a hole, and its contents are gone. - Throws: `SystemError`.
+    public func release() throws(SystemError) { try mapping.advise(file == nil ? .forget : .forgetShared) }
+
     private func runsOfFile(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
         var runs: [Range<PageIndex>] = []
         var position = pages.lowerBound.offset.value

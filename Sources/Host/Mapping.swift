@@ -183,6 +183,10 @@ import Glibc
         case dontDump
         /// Allocate now, for writing.
         case populate
+        /// Give back what is behind private memory: it reads as zeroes, or as its file, from then on.
+        case forget
+        /// The same for shared memory: what is behind it goes for everybody.
+        case forgetShared
     }
 
     /// madvise(2) over whole pages. - Throws: `SystemError`.
@@ -194,6 +198,8 @@ import Glibc
         case .hugePages: value = CInt(MADV_HUGEPAGE)
         case .dontDump: value = CInt(MADV_DONTDUMP)
         case .populate: value = CInt(MADV_POPULATE_WRITE)
+        case .forget: value = CInt(MADV_DONTNEED)
+        case .forgetShared: value = CInt(MADV_REMOVE)
         }
         guard unsafe madvise(base + offset, length, value) == 0 else { throw .last("madvise \(advice)") }
     }

@@ -26,6 +26,8 @@ public struct MachineConfiguration: Sendable {
     public var dirtyTracking: DirtyTrackingChoice
     /// The machine waits for a migration instead of booting.
     public var isIncoming: Bool
+    /// What tells this machine from all others, if somebody gave it one.
+    public var uuid: MachineUUID?
 
     public static let maximumCPUs = 64
 

@@ -18,24 +18,19 @@ final class RunGate: Sendable {
     /// A vCPU should come out.
     var mustStop: Bool { closing.load(ordering: .acquiring) }
 
-    /// Waits until the gate is open, and goes in.
-    func enter() {
-        state.wait { state -> Void? in
+    /// Waits until the gate is open, and goes in. - Returns: how often it has been closed so far, for `waitUntilClosed`.
+    @discardableResult
+    func enter() -> UInt64 {
+        state.wait { state -> UInt64? in
             guard state.isOpen else { return nil }
             state.inside += 1
-            return ()
-        }
-    }
-
-    /// - Returns: how often the gate had been closed by then, for `waitUntilClosed`.
-    func leave() -> UInt64 {
-        state.withLock { state in
-            state.inside -= 1
             return state.closings
-        }
+        } ?? 0
     }
 
-    /// Waits until the gate is closed, or has been closed since `leave` returned `closings`: it may be open again by now.
+    func leave() { state.withLock { $0.inside -= 1 } }
+
+    /// Waits until the gate is closed, or has been closed since `enter` returned `closings`: it may be open again by now.
     func waitUntilClosed(since closings: UInt64) { state.wait { !$0.isOpen || $0.closings > closings ? () : nil } }
 
     func open() {

@@ -5,22 +5,31 @@ final class VirtualCPUThread: Sendable {
     private let cpu: any VirtualCPU
     private let board: Board
     private let gate: RunGate
+    private let ending: @Sendable (ExitReason) -> Void
     private let ended: @Sendable (ExitReason) -> Void
 
-    init(cpu: any VirtualCPU, board: Board, gate: RunGate, ended: @escaping @Sendable (ExitReason) -> Void) {
+    /// - Parameters:
+    ///   - ending: told before the vCPU leaves the gate, so that whoever stops the machine just now knows of it. Must not wait.
+    ///   - ended: told behind it.
+    init(
+        cpu: any VirtualCPU, board: Board, gate: RunGate, ending: @escaping @Sendable (ExitReason) -> Void,
+        ended: @escaping @Sendable (ExitReason) -> Void
+    ) {
         self.cpu = cpu
         self.board = board
         self.gate = gate
+        self.ending = ending
         self.ended = ended
     }
 
     func run() {
         while true {
-            gate.enter()
+            let closings = gate.enter()
             let reason = runUntilStopped()
             // The answer to the last access must be in the registers before anybody saves them.
             cpu.completePendingAccess(board)
-            let closings = gate.leave()
+            if let reason { ending(reason) }
+            gate.leave()
             if let reason {
                 ended(reason)
                 // What ends a vCPU stops the machine: wait until that has closed the gate.

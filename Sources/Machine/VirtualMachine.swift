@@ -28,6 +28,8 @@ public final class VirtualMachine: Sendable {
     private let control: RunControl
     private let observers = Mutex<[@Sendable (MachineEvent) -> Void]>([])
     private let requests = Monitor<[Board.Request]>([])
+    /// Why a vCPU cannot go on, from when it came out until the guest is reset.
+    private let failure = Mutex<String?>(nil)
     /// A guest may ask in a loop until it is heard.
     private static let requestLimit = 16
 
@@ -121,7 +123,9 @@ public final class VirtualMachine: Sendable {
         do throws(SystemError) {
             try HostThread.installInterruptSignal()
             for cpu in accelerator.cpus {
-                let loop = VirtualCPUThread(cpu: cpu, board: board, gate: gate) { [weak self] in self?.vcpuEnded($0) }
+                let loop = VirtualCPUThread(
+                    cpu: cpu, board: board, gate: gate, ending: { [weak self] in self?.vcpuEnds($0) },
+                    ended: { [weak self] in self?.vcpuEnded($0) })
                 let thread = try HostThread(name: "vcpu\(cpu.index)") { loop.run() }
                 threads.withLock { $0.append(thread) }
             }
@@ -166,12 +170,24 @@ public final class VirtualMachine: Sendable {
 
     /// What the guest asked for before a reset or its end, while it was not heard yet, is not asked of what comes after. Call while
     /// no vCPU runs.
-    private func forgetRequests() { requests.withLock { $0.removeAll() } }
+    private func forgetRequests() {
+        requests.withLock { $0.removeAll() }
+        failure.withLock { $0 = nil }
+    }
 
-    /// A vCPU thread came out of its loop with something it cannot answer.
-    private func vcpuEnded(_ reason: ExitReason) {
+    /// A vCPU has something it cannot answer (a triple fault, an error), and still counts as running: a migration that stops the guest
+    /// just now must not hand over what came to its end.
+    private func vcpuEnds(_ reason: ExitReason) {
         switch reason {
         case .reset: requests.withLock { $0.append(.reset) }
+        case .failed(let sentence): failure.withLock { $0 = sentence }
+        default: break
+        }
+    }
+
+    /// It has left the gate.
+    private func vcpuEnded(_ reason: ExitReason) {
+        switch reason {
         case .failed(let sentence):
             // From a vCPU's thread: it has left the gate, so stopping the others does not wait for it.
             control.withLock { state in
@@ -211,6 +227,7 @@ public final class VirtualMachine: Sendable {
                     "cont: the guest cannot run on after an internal error; reset it first (system_reset)")
             }
             state = .running
+            failure.withLock { $0 = nil }
             gate.open()
             return true
         }
@@ -309,6 +326,8 @@ public final class VirtualMachine: Sendable {
             if wasRunning { pauseCPUs() }
             // What the guest asked for just before is done now: nobody at the destination would know of it.
             while let request = nextRequest() { events += serve(request, &state, goesOn: false) }
+            // Its vCPU's thread says so to those who watch.
+            if failure.withLock({ $0 }) != nil { state = .internalError }
             guard state != .shutdown, state != .internalError else {
                 throw MachineError("the guest came to its end before it was handed over (\(state.rawValue))")
             }

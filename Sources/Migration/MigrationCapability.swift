@@ -2,7 +2,8 @@
 public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Emit `MIGRATION` and `MIGRATION_PASS` events. On from the start, unlike in QEMU.
     case events
-    /// Let the destination answer on the same connection. Always on where the transport can: kept for scripts that set it.
+    /// Let the destination answer on the same connection. On from the start, unlike in QEMU. Without it a socket is one-way, and a
+    /// migration is over when its reader has closed.
     case returnPath = "return-path"
     /// Stop in `pre-switchover` and wait for `migrate-continue`.
     case pauseBeforeSwitchover = "pause-before-switchover"
@@ -20,6 +21,11 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Stop the guest only when the destination said that it may be; to be set on both sides.
     case switchoverAck = "switchover-ack"
 
+    /// Tell the destination the machine's UUID, which has to be its own.
+    case validateUUID = "validate-uuid"
+    /// Give guest memory back to the host once the guest runs elsewhere.
+    case releaseRAM = "release-ram"
+
     /// Send a digest with every page, and compare the records of both sides before the switch. Only to a Godwit.
     case verify = "x-verify"
     /// A connection lost before the handover pauses the migration (`x-paused`); `migrate` with `resume` goes on. To a Godwit only; on
@@ -30,8 +36,26 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "rdma-pin-all", "postcopy-ram", "x-colo", "release-ram", "dirty-bitmaps", "postcopy-blocktime",
-        "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot", "zero-copy-send",
+        "rdma-pin-all", "postcopy-ram", "x-colo", "dirty-bitmaps", "postcopy-blocktime",
+        "late-block-activate", "x-ignore-shared", "background-snapshot", "zero-copy-send",
         "postcopy-preempt",
     ]
+}
+
+extension Set<MigrationCapability> {
+    /// Why these do not go together, or not on a machine that can limit vCPUs or not; `nil`: they do.
+    func contradiction(limitsDirtyRate: Bool) -> String? {
+        if contains(.autoConverge), contains(.dirtyLimit) {
+            return "auto-converge and dirty-limit both slow the guest down; turn one of them off first"
+        }
+        if contains(.dirtyLimit), !limitsDirtyRate {
+            return "dirty-limit: this machine has no dirty ring, by which vCPUs could be limited; "
+                + "start it with --accel kvm,dirty-ring-size=65536, or use auto-converge"
+        }
+        let needsAnswers: [MigrationCapability] = [.switchoverAck, .resumable, .verify]
+        if !contains(.returnPath), let one = needsAnswers.first(where: contains) {
+            return "Capability '\(one.rawValue)' requires capability 'return-path'"
+        }
+        return nil
+    }
 }

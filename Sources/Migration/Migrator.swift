@@ -68,29 +68,25 @@ public final class Migrator: Sendable {
         state.withLock { $0.capabilities.contains(capability) }
     }
 
-    /// - Throws: `MigrationError` while a migration is under way.
     public func set(_ capability: MigrationCapability, _ on: Bool) throws(MigrationError) {
+        try set([(capability, on)])
+    }
+
+    /// All of them or none. - Throws: `MigrationError` while a migration is under way, and for what does not go together.
+    public func set(_ changes: [(capability: MigrationCapability, on: Bool)]) throws(MigrationError) {
         try state.withLock { (state) throws(MigrationError) in
             guard state.outgoing?.isUnderWay != true else {
                 throw MigrationError("migrate-set-capabilities: not while a migration is under way; cancel it first")
             }
-            if on, let reason = refusal(of: capability, state.capabilities) { throw MigrationError(reason) }
-            if on { state.capabilities.insert(capability) } else { state.capabilities.remove(capability) }
-        }
-    }
-
-    /// Why a capability cannot be turned on here.
-    private func refusal(of capability: MigrationCapability, _ others: Set<MigrationCapability>) -> String? {
-        let set = "migrate-set-capabilities: \(capability.rawValue)"
-        switch capability {
-        case .autoConverge where others.contains(.dirtyLimit):
-            return "\(set): dirty-limit slows the guest down already; turn that off first"
-        case .dirtyLimit where others.contains(.autoConverge):
-            return "\(set): auto-converge slows the guest down already; turn that off first"
-        case .dirtyLimit where machine.accelerator?.dirtyRateControl == nil:
-            return "\(set): this machine has no dirty ring, by which vCPUs could be limited; "
-                + "start it with --accel kvm,dirty-ring-size=65536, or use auto-converge"
-        default: return nil
+            var wanted = state.capabilities
+            for change in changes {
+                if change.on { wanted.insert(change.capability) } else { wanted.remove(change.capability) }
+            }
+            let limits = machine.accelerator?.dirtyRateControl != nil
+            if let reason = wanted.contradiction(limitsDirtyRate: limits) {
+                throw MigrationError("migrate-set-capabilities: \(reason)")
+            }
+            state.capabilities = wanted
         }
     }
 

@@ -91,11 +91,15 @@ public struct MappedRAMSetup: Hashable, Sendable {
     public let regions: [MappedRegion]
 
     /// - Parameter offset: where the stream begins in its file.
-    public init(machine: String, blocks: [RAMBlockDescription], ramSectionID id: UInt32, at offset: UInt64) {
+    public init(
+        machine: String, uuid: MigrationIdentifier? = nil, blocks: [RAMBlockDescription], ramSectionID id: UInt32,
+        at offset: UInt64
+    ) {
         var writer = StreamWriter()
         writer.header()
         // QEMU refuses a file of which it is not said.
-        writer.configuration(machine: machine, subsections: [.capabilities([MappedRAM.capability])])
+        let capabilities = ConfigurationSubsection.capabilities([MappedRAM.capability])
+        writer.configuration(machine: machine, subsections: [capabilities] + (uuid.map { [.uuid($0)] } ?? []))
         let opening = writer.take()
         var position = offset + UInt64(opening.count)
         var pieces: [(bytes: [UInt8], gap: UInt64)] = []

@@ -32,6 +32,26 @@ extension Channel {
         }
     }
 
+    /// Behind `finish`, where the peer answers nothing: waits until it closes, having read everything.
+    ///
+    /// What it says is dropped, but must be read: a socket that is closed with bytes unread takes back what it had sent.
+    /// - Throws: `ChannelError`: the peer broke the connection off, or did not close within the send stall limit.
+    public func awaitEnd() throws(ChannelError) {
+        let limits = stallLimits
+        try channelled { () throws(SystemError) in
+            try setStallLimits(
+                StallLimits(sendMilliseconds: limits.sendMilliseconds, receiveMilliseconds: limits.sendMilliseconds))
+        }
+        var words: [UInt8] = []
+        while try receive(appendingTo: &words, upTo: 4096) > 0 { words.removeAll(keepingCapacity: true) }
+    }
+
+    /// Whether a short message would be taken at once: the peer has read most of what it was sent.
+    public var takesBytesNow: Bool {
+        guard kind == .socket, let input else { return true }
+        return (try? poll([(input, .writable)], deadline: Deadline(at: 0)))?[0].isEmpty == false
+    }
+
     /// Waits for the end of the child. Output nobody asked for would fill its pipe and keep it from ending, so it is read here.
     private func waitForCommand(deadline: Deadline) throws(ChannelError) {
         guard let child else { return }

@@ -47,7 +47,9 @@ struct MultifdConformanceTests {
         // QEMU 7.2 sends some pages more than it counts; its bytes are right, less the greetings.
         #expect((received?["normal"]?.integerValue(as: UInt64.self) ?? 0) >= image.dataPages)
         let bytes = try #require(told?["multifd-bytes"]?.integerValue(as: Int.self))
-        #expect(received?["multifd-bytes"] == JSON(bytes + 64 * trip.channels))
+        // Older ones leave their greetings out.
+        let greetings = 64 * trip.channels
+        #expect([JSON(bytes), JSON(bytes + greetings)].contains(received?["multifd-bytes"]))
 
         let third = try bench.startQEMU("third", byteCount: trip.byteCount, ["-incoming", "defer"])
         try move(second, to: third, trip)

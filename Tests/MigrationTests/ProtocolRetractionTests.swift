@@ -148,4 +148,59 @@ struct ProtocolRetractionTests {
         driver.feed(.disconnected(Arrival.id, "gone"))
         #expect(driver.core.phase == .failed && driver.starts == 0)
     }
+
+    // MARK: What was not agreed
+
+    @Test("a source cannot choose to take switchovers back, or to resume, without the two-phase handover")
+    func withoutTwoPhases() {
+        for feature in [FeatureSet.retraction, .resumption] {
+            var arrival = Arrival(features: [.pageBatches, feature])
+            #expect(arrival.core.phase == .waiting)
+            #expect("\(arrival.actions)".contains("without the two-phase handover"))
+            arrival.items(.command(.retract(attempt: 1)))
+            #expect(arrival.starts == 0)
+        }
+        // A destination that offers no two phases is not asked for what needs them.
+        var source = SourceCore(
+            SourceConfiguration(
+                migration: Arrival.migration, machineName: "m",
+                blocks: [RAMBlockDescription(name: "ram", length: 1 << 20)]))
+        let hello = ReturnPathMessage.hello(
+            version: 1, features: FeatureSet.all.subtracting(.twoPhaseHandover),
+            instance: MigrationIdentifier(high: 3, low: 4))
+        for event in [SourceEvent.start, .connected(.bothWays), .received(hello), .received(.pong(Wire.godwitPing))] {
+            _ = source.handle(event)
+        }
+        #expect(source.rule == .qemu && source.features.isDisjoint(with: [.retraction, .resumption]))
+    }
+
+    @Test("RETRACT under QEMU's rule is out of turn, whatever else was chosen")
+    func underAnotherRule() {
+        var arrival = Arrival(features: [.pageBatches])
+        arrival.items(.command(.retract(attempt: 1)))
+        #expect("\(arrival.actions)".contains("RETRACT out of turn"))
+        #expect(arrival.starts == 0)
+    }
+
+    @Test("a channel that is lost while state is loaded is said, and ends the migration only if RAM goes on")
+    func lostChannel() {
+        for goesOn in [false, true] {
+            var arrival = Arrival()
+            let channel = ConnectionID(2)
+            let mark = MultifdGreeting.Mark(migration: Arrival.migration, channels: 1)
+            arrival.feed(.accepted(channel, answers: true))
+            arrival.feed(.greeted(channel, MultifdGreeting(channel: 0, mark: mark)))
+            arrival.prepare(1)
+            let said = arrival.feed(.disconnected(channel, "connection reset"))
+            #expect(said.contains(.close(channel)))
+            #expect(said.contains(.turnedAway(channel, "channel 0 of the source is lost: connection reset")))
+            arrival.feed(.stateLoaded(nanoseconds: 1))
+            #expect(arrival.core.phase == .ready)
+            arrival.items(.command(goesOn ? .retract(attempt: 1) : .commitWithin(attempt: 1, nanoseconds: .max)))
+            #expect(arrival.starts == (goesOn ? 0 : 1))
+            #expect(arrival.core.phase == (goesOn ? .failed : .starting))
+            guard goesOn else { continue }
+            #expect("\(arrival.actions.last!)".contains("channel 0 of the source is lost"))
+        }
+    }
 }

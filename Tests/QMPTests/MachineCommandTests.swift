@@ -26,6 +26,7 @@ import Testing
     func description() throws {
         let vm = try MonitoredMachine(megabytes: 3, name: "erna")
         #expect(try vm.run("query-name") == ["name": "erna"])
+        #expect(try vm.run("query-uuid") == ["UUID": "00000000-0000-0000-0000-000000000000"])
         #expect(try vm.run("query-kvm") == ["enabled": false, "present": true])
         #expect(try vm.run("query-memory-size-summary") == ["base-memory": JSON(3 << 20), "plugged-memory": 0])
         #expect(try vm.run("query-cpus-fast") == [])
@@ -92,5 +93,18 @@ import Testing
         for command in ["x-check-guest", "x-query-guest", "x-reset-guest-gap"] {
             #expect(try !vm.refusal(command).isEmpty)
         }
+    }
+
+    @Test("a UUID is 8-4-4-4-12 hexadecimal digits, told in lower case, and nothing else is one")
+    func uuids() {
+        let text = "6b8f0d3e-1c52-4a7e-9f30-2d4c5b6a7988"
+        #expect(MachineUUID(text)?.description == text && MachineUUID(text.uppercased())?.description == text)
+        #expect(MachineUUID(text) == MachineUUID(high: 0x6b8f_0d3e_1c52_4a7e, low: 0x9f30_2d4c_5b6a_7988))
+        #expect(MachineUUID("00000000-0000-0000-0000-00000000000a")?.description.hasSuffix("-00000000000a") == true)
+        for wrong in [
+            "", "6b8f0d3e1c524a7e9f302d4c5b6a7988", "6b8f0d3e-1c52-4a7e-9f30-2d4c5b6a798", text + "0", text + "-",
+            "6b8f0d3e-1c52-4a7e-9f30-2d4c5b6a798g", "+b8f0d3e-1c52-4a7e-9f30-2d4c5b6a7988", "{\(text)}",
+            "6b8f0d3-e1c52-4a7e-9f30-2d4c5b6a7988", "６b8f0d3e-1c52-4a7e-9f30-2d4c5b6a7988",
+        ] { #expect(MachineUUID(wrong) == nil, "\(wrong)") }
     }
 }

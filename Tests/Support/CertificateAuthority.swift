@@ -127,12 +127,12 @@ public final class CertificateAuthority {
             subjectKeyIdentifier = hash
             [server]
             basicConstraints = critical, CA:FALSE
-            keyUsage = critical, digitalSignature
+            keyUsage = critical, digitalSignature, keyEncipherment
             extendedKeyUsage = serverAuth
             \(names)
             [client]
             basicConstraints = critical, CA:FALSE
-            keyUsage = critical, digitalSignature
+            keyUsage = critical, digitalSignature, keyEncipherment
             extendedKeyUsage = clientAuth
 
             """

@@ -23,6 +23,9 @@ final class IncomingMigration: Sendable {
     let barrier: IncomingChannels
     private let verifications = Mutex<IncomingVerification?>(nil)
     private let handshakes = HandshakeQueue()
+    private let answers = AnswerQueue()
+    /// How the connections of this migration are secured, as far as it was told.
+    private let toldSecurity = Mutex<Set<String>>([])
 
     private struct State {
         var core: DestinationCore
@@ -77,6 +80,7 @@ final class IncomingMigration: Sendable {
             startsGuest: startsGuest)
         configuration.acknowledgesSwitchover = capabilities.contains(.switchoverAck)
         configuration.multifdChannels = multifdChannels
+        configuration.uuid = machine.configuration.uuid.map(MigrationIdentifier.init)
         configuration.features.insert(.verification)
         if case .file = address { configuration.readsMappedRAM = true }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
@@ -116,6 +120,8 @@ final class IncomingMigration: Sendable {
             readers.withLock { _ = $0.insert(id) }
             let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
             if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
+            // Here, and not when its thread comes to it: whoever has waited longest goes before another thread is there.
+            if channel.awaitsHandshake { handshakes.enter(id, channel) }
             do throws(SystemError) {
                 _ = try HostThread(name: "migration-recv") { [self] in
                     defer { readers.withLock { _ = $0.remove(id) } }
@@ -124,6 +130,8 @@ final class IncomingMigration: Sendable {
                 }
             } catch {
                 readers.withLock { _ = $0.remove(id) }
+                handshakes.leave(id)
+                forget(id)
                 post(.disconnected(id, error.description))
                 channel.cancel()
             }
@@ -155,7 +163,6 @@ final class IncomingMigration: Sendable {
     /// The TLS handshake, if there is one. - Returns: whether the connection is a visitor's now.
     private func shakeHands(_ channel: Channel, _ id: ConnectionID, isVisitor: Bool) -> Bool {
         guard channel.awaitsHandshake else { return true }
-        handshakes.enter(id, channel)
         defer { handshakes.leave(id) }
         do throws(ChannelError) { try channel.handshake() } catch {
             forget(id)
@@ -164,9 +171,17 @@ final class IncomingMigration: Sendable {
             if isVisitor { post(.disconnected(id, reason)) } else { report(.notice(reason)) }
             return false
         }
-        if let words = channel.securityNotice { report(.notice(words)) }
+        if let words = channel.securityNotice, isNews(words.dropFirst(channel.peer.count)) { report(.notice(words)) }
         if !isVisitor { post(.accepted(id, answers: true)) }
         return true
+    }
+
+    /// The channels of one migration are secured alike: that is told once.
+    private func isNews(_ security: Substring) -> Bool {
+        toldSecurity.withLock { told in
+            if told.count >= HandshakeQueue.limit { told.removeAll() }
+            return told.insert(String(security)).inserted
+        }
     }
 
     /// Whether the core has not closed that connection.
@@ -216,12 +231,12 @@ final class IncomingMigration: Sendable {
         switch action {
         case .send(let id, let bytes):
             guard let channel = channels.withLock({ $0[id] }) else { return nil }
-            do throws(ChannelError) { try channel.send(bytes) } catch { return .disconnected(id, error.description) }
+            do throws(ChannelError) {
+                try answers.say(bytes, on: channel, id) { [self] in post(.disconnected(id, $0)) }
+            } catch { return .disconnected(id, error.description) }
         case .close(let id):
             guard let channel = forget(id) else { return nil }
-            // A peer that is gone already is no news.
-            if channel.kind == .socket { try? channel.finish() }
-            channel.cancel()
+            answers.close(channel, id)
         case .admit(let id, let count): barrier.admit(id, of: count)
         case .verify(let migration): return verify(migration)
         case .compareRoot(let root): return compared(verification?.compare(root: root))
@@ -245,6 +260,7 @@ final class IncomingMigration: Sendable {
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):
             if let reason = outcome.reason { report(.notice(reason)) }
+            toldSecurity.withLock { $0 = [] }
             // What comes next may come without digests.
             if outcome != .completed { verifications.withLock { $0 = nil } }
             if outcome == .completed { stopListeningLater() }

@@ -53,11 +53,14 @@ extension ChannelGroup {
         progress.withLock { $0.failure = $0.failure ?? named }
     }
 
-    /// Waits until so many bytes may go out; not longer than the round has time.
-    fileprivate func pay(_ bytes: Int) {
+    /// Waits until so many bytes may go out; not longer than the round has time, or the rate stays as it is.
+    func pay(_ bytes: Int) {
+        let changes = pace.wait { $0.changes } ?? 0
         let wait = pacer.withLock { $0 }.sent(UInt64(bytes), at: Clock.monotonicNanoseconds)
         guard wait > 0 else { return }
-        isInHurry.wait(deadline: .after(nanoseconds: wait)) { $0 ? () : nil }
+        progress.withLock { $0.paying += 1 }
+        pace.wait(deadline: .after(nanoseconds: wait)) { $0.isInHurry || $0.changes != changes ? () : nil }
+        progress.withLock { $0.paying -= 1 }
     }
 }
 

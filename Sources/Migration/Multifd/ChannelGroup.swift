@@ -36,6 +36,8 @@ final class ChannelGroup: Sendable {
         var bytes: UInt64 = 0
         /// Of the pages that were compressed, in memory.
         var contentBytes: UInt64 = 0
+        /// Threads that wait for their turn: what does not move then is no fault of the peer.
+        var paying = 0
         /// Zero pages to be told on the main channel.
         var zeroes: [(block: Int, offsets: [UInt64])] = []
         var failure: ChannelError?
@@ -51,8 +53,14 @@ final class ChannelGroup: Sendable {
     let verification: OutgoingVerification?
     let work = Monitor(Work())
     let progress = Monitor(Progress())
-    /// The round is to end, or everything: bandwidth counts no more.
-    let isInHurry = Monitor(false)
+    /// What those who wait for their turn look at.
+    struct Pace {
+        /// The round is to end, or everything: bandwidth counts no more.
+        var isInHurry = false
+        /// How often the rate was changed.
+        var changes: UInt64 = 0
+    }
+    let pace = Monitor(Pace())
     /// One for all channels: together they keep the limit.
     let pacer = Mutex(Pacer.unlimited)
     /// Packets are numbered through all channels.
@@ -63,41 +71,35 @@ final class ChannelGroup: Sendable {
 
     /// At most so many items wait beside those that are being sent.
     private static let queueLimit = 8
-    /// Pages of a packet however slow the channels are: less would be heads mostly.
+    /// Pages of a packet however slow the channels are: less would be heads mostly. But no packet is to take longer than a second.
     private static let fewestPages: UInt64 = 16
     private static let lookMilliseconds: UInt64 = 20
 
-    /// Connects so many channels to where the main one went, and greets.
+    /// - Parameter channels: connected, and greeted on.
     init(
-        _ count: Int, of migration: MigrationIdentifier, to address: MigrationAddress, connector: Connector,
-        cancel: CancelToken, memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
+        _ channels: [Channel], memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
         packing: PacketPacking?, verification: OutgoingVerification? = nil
-    ) throws(ChannelError) {
-        var channels: [Channel] = []
-        for index in 0..<count {
-            let channel: Channel
-            do throws(ChannelError) { channel = try connector.connect(to: address, cancel: cancel) } catch {
-                if error == .cancelled { throw error }
-                throw .unusable("channel \(index + 1) of \(count): \(error.description)")
-            }
-            let mark = MultifdGreeting.Mark(migration: migration, channels: count)
-            try channel.send(MultifdGreeting(channel: UInt8(index), mark: mark).bytes)
-            channels.append(channel)
-        }
+    ) {
         self.channels = channels
         self.memory = memory
         self.statistics = statistics
         self.packing = packing
         self.verification = verification
         codec = MultifdCodec(blocks: blocks)
-        mostItemPages = count <= Self.queueLimit ? 512 : UInt64(MultifdWire.packetPages)
-        mostQueued = min(max(count, 2), Self.queueLimit)
-        statistics.sent(bytes: UInt64(count * MultifdGreeting.byteCount), overChannels: true)
+        mostItemPages = channels.count <= Self.queueLimit ? 512 : UInt64(MultifdWire.packetPages)
+        mostQueued = min(max(channels.count, 2), Self.queueLimit)
+        statistics.sent(bytes: UInt64(channels.count * MultifdGreeting.byteCount), overChannels: true)
     }
 
+    /// - Throws: `SystemError`; no thread of it is left then.
     func start() throws(SystemError) {
         for index in channels.indices {
-            _ = try HostThread(name: "multifd-send-\(index + 1)") { [self] in run(index) }
+            do throws(SystemError) {
+                _ = try HostThread(name: "multifd-send-\(index + 1)") { [self] in run(index) }
+            } catch {
+                end()
+                throw error
+            }
         }
     }
 
@@ -105,13 +107,16 @@ final class ChannelGroup: Sendable {
 
     /// The most pages of an item.
     var itemPages: UInt64 {
-        let most = pacer.withLock { $0 }.batchBytes(most: Int(mostItemPages) * Wire.pageSize)
-        return max(UInt64(most / Wire.pageSize), Self.fewestPages)
+        let pacer = pacer.withLock { $0 }
+        let most = pacer.batchBytes(most: Int(mostItemPages) * Wire.pageSize)
+        let rate = pacer.bytesPerSecond
+        let fewest = rate == 0 ? Self.fewestPages : min(Self.fewestPages, max(1, rate / UInt64(Wire.pageSize)))
+        return max(UInt64(most / Wire.pageSize), fewest)
     }
 
     func beginRound(_ pacer: Pacer) {
         self.pacer.withLock { $0 = pacer }
-        isInHurry.withLock { $0 = false }
+        pace.withLock { $0.isInHurry = false }
         progress.withLock { ($0.bytes, $0.contentBytes) = (0, 0) }
     }
 
@@ -161,8 +166,8 @@ final class ChannelGroup: Sendable {
                 return progress.synchronized == channels.count ? .success(progress.bytes) : nil
             }
             if let result { return try result.get() }
-            let bytes = progress.withLock { $0.bytes }
-            if bytes != seen { moved() }
+            let (bytes, isPaying) = progress.wait { ($0.bytes, $0.paying > 0) } ?? (seen, false)
+            if bytes != seen || isPaying { moved() }
             seen = bytes
         }
     }
@@ -170,7 +175,13 @@ final class ChannelGroup: Sendable {
     // MARK: From any thread
 
     /// What is queued goes out without regard to the bandwidth limit.
-    func hurry() { isInHurry.withLock { $0 = true } }
+    func hurry() { pace.withLock { $0.isInHurry = true } }
+
+    /// The pacer goes at another rate: who waits by the old one has waited enough.
+    func rateChanged() { pace.withLock { $0.changes += 1 } }
+
+    /// Whether channels stand still only because the bandwidth limit says so.
+    var isPaying: Bool { progress.wait { $0.paying > 0 } ?? false }
 
     /// Ends all channels and their threads at once.
     func end() {

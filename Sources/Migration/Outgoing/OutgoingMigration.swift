@@ -13,24 +13,28 @@ import Transport
 /// * `migration-send` writes to the channel what it is told, in order: stream bytes and rounds of pages.
 /// * `migration-return` reads what the destination answers.
 final class OutgoingMigration: Sendable {
-    private let machine: VirtualMachine
+    let machine: VirtualMachine
     /// Where the destination listens; another after a `resume` that says so.
     let target: Mutex<MigrationAddress>
     let descriptors: DescriptorResolver
     /// For every channel of the migration; `nil`: plaintext.
     let tls: TLSSettings?
-    private let report: @Sendable (MigrationEvent) -> Void
-    private let blocks: [RAMBlockDescription]
-    private let configuration: SourceConfiguration
+    let report: @Sendable (MigrationEvent) -> Void
+    let blocks: [RAMBlockDescription]
+    let configuration: SourceConfiguration
     /// Channels for pages besides the main one; with pages in a file, threads that write them.
-    private let channelCount: Int
-    private let usesDirectIO: Bool
-    private let packing: PacketPacking?
-    private let verification: OutgoingVerification?
-    private let statistics: OutgoingStatistics
+    let channelCount: Int
+    let usesDirectIO: Bool
+    let packing: PacketPacking?
+    let verification: OutgoingVerification?
+    let statistics: OutgoingStatistics
     let sender: StreamSender
     let tracker: (any DirtyTracker)?
     private let convergence: Convergence
+    /// Without it a socket is one-way, as in QEMU: nobody answers, and the migration is over when all was read.
+    let usesReturnPath: Bool
+    /// Guest memory goes back to the host once the guest runs elsewhere.
+    private let releasesRAM: Bool
     /// Ends the attempt to connect that is under way.
     let connecting = Mutex<CancelToken?>(nil)
 
@@ -52,8 +56,6 @@ final class OutgoingMigration: Sendable {
     static let settleAttemptLimit = 5
     /// So many events wait for the core at most before the destination's next word is read.
     private static let answerBacklogLimit = 64
-    /// How long a peer may take for the last bytes of a migration that has ended.
-    private static let farewellNanoseconds: UInt64 = 3_000_000_000
 
     init(
         _ machine: VirtualMachine, to address: MigrationAddress, parameters: MigrationParameters,
@@ -81,10 +83,13 @@ final class OutgoingMigration: Sendable {
             catalogue: machine.sectionCatalogue,
             pausesBeforeSwitchover: capabilities.contains(.pauseBeforeSwitchover), switchover: policy)
         configuration.awaitsSwitchoverAcknowledgement = capabilities.contains(.switchoverAck)
+        if capabilities.contains(.validateUUID) {
+            configuration.uuid = machine.configuration.uuid.map(MigrationIdentifier.init)
+        }
         if capabilities.contains(.mappedRAM), case .file(_, let offset) = address {
             configuration.mapped = MappedRAMSetup(
-                machine: machine.configuration.streamName, blocks: blocks, ramSectionID: SourceCore.ramSectionID,
-                at: offset)
+                machine: machine.configuration.streamName, uuid: configuration.uuid, blocks: blocks,
+                ramSectionID: SourceCore.ramSectionID, at: offset)
         } else {
             configuration.multifd = multifd?.mode
         }
@@ -92,6 +97,8 @@ final class OutgoingMigration: Sendable {
         if capabilities.contains(.verify) { configuration.features.insert(.verification) }
         self.configuration = configuration
         usesDirectIO = parameters.usesDirectIO
+        usesReturnPath = capabilities.contains(.returnPath)
+        releasesRAM = capabilities.contains(.releaseRAM)
         channelCount = multifd?.channels ?? 0
         self.packing = packing
         let cacheBytes = capabilities.contains(.xbzrle) ? parameters.xbzrleCacheBytes : nil
@@ -279,84 +286,13 @@ final class OutgoingMigration: Sendable {
 
     // MARK: Actions
 
-    /// The main channel first, then those for pages: a QEMU destination listens to nobody before all are there.
-    private func connect(withChannels: Bool) {
-        let connector = Connector(tls: tls, descriptors: descriptors)
-        let address = target.withLock { $0 }
-        let token: CancelToken
-        let attempt = attempts.withLock { attempts in
-            attempts += 1
-            return attempts
-        }
-        do throws(SystemError) { token = try CancelToken() } catch {
-            post(.connectFailed(error.description))
-            return
-        }
-        connecting.withLock { $0 = token }
-        startThread("migration-conn") { [self] in
-            do throws(ChannelError) {
-                let channel = try connector.connect(to: address, cancel: token)
-                if let words = channel.securityNotice { report(.notice(words)) }
-                let file = try withChannels ? makeFile(channel) : nil
-                let group =
-                    withChannels && channelCount > 0 && file == nil
-                    ? try ChannelGroup(
-                        channelCount, of: configuration.migration, to: address, connector: connector, cancel: token,
-                        memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing,
-                        verification: verification) : nil
-                sender.waitUntilClosed()
-                guard isCurrent(attempt) else {
-                    group?.end()
-                    return channel.cancel()
-                }
-                open.withLock { $0 = channel }
-                isAbandoned.withLock { $0 = false }
-                sender.attach(channel, group, file) { [self] event in
-                    if case .disconnected = event, !isCurrent(attempt) { return }
-                    post(event)
-                }
-                let answers = channel.kind == .socket
-                post(.connected(answers ? .bothWays : .oneWay))
-                // Only now: a connection that ends at once must not end before it began.
-                if answers { startThread("migration-return") { [self] in readAnswers(channel, attempt) } }
-            } catch {
-                if isCurrent(attempt) { post(.connectFailed(error.description)) }
-            }
-        }
-    }
-
-    /// Where pages go if they have places of their own in a file.
-    private func makeFile(_ channel: Channel) throws(ChannelError) -> MappedRAMWriter? {
-        guard let mapped = configuration.mapped, case .file(let path, let offset) = target.withLock({ $0 })
-        else { return nil }
-        return try MappedRAMWriter(
-            channel, path: path, at: offset, regions: mapped.regions, threads: channelCount, direct: usesDirectIO,
-            memory: machine.memory, statistics: statistics)
-    }
-
-    /// What is queued goes out first, but for a round, which ends at its next batch; an attempt to connect is given up.
-    private func close(patiently: Bool) {
-        guard let channel = open.withLock({ $0.take() }) else {
-            connecting.withLock { $0 }?.cancel()
-            return
-        }
-        sender.interruptRound()
-        sender.enqueue(.close)
-        guard !patiently else { return }
-        startThread("migration-bye") { [self] in
-            Clock.sleep(nanoseconds: Self.farewellNanoseconds)
-            channel.cancel()
-            sender.endChannels()
-        }
-    }
-
     func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
         do throws(SystemError) {
             _ = try HostThread(name: name, body)
         } catch { post(.disconnected(error.description)) }
     }
 
-    private func readAnswers(_ channel: Channel, _ attempt: UInt64) {
+    func readAnswers(_ channel: Channel, _ attempt: UInt64) {
         _ = HostThread.runBeforeOthers()
         var decoder = ReturnPathDecoder()
         var buffer = ReceiveBuffer(capacity: 4096)
@@ -430,6 +366,19 @@ final class OutgoingMigration: Sendable {
         if case .unsettled = outcome { return askAgain() }
         connecting.withLock { $0 }?.cancel()
         inbox.withLock { $0.isOver = true }
+        if releasesRAM, outcome == .completed { releaseRAM() }
+    }
+
+    /// The guest runs elsewhere and never again here. Threads may still be reading what nobody waits for.
+    private func releaseRAM() {
+        startThread("migration-ram") { [self] in
+            sender.waitUntilClosed()
+            for block in machine.memory.blocks {
+                do throws(SystemError) { try block.release() } catch {
+                    report(.notice("release-ram: \(error.description)"))
+                }
+            }
+        }
     }
 }
 

@@ -236,7 +236,8 @@ struct RoundSender: ~Copyable {
         }
         let item = ChannelGroup.Item(
             block: block, runs: batch.runs, zeroPages: route.zeroPages, mayGoPlain: route.mayGoPlain)
-        guard try group.enqueue(item, unless: { sent(nil) }) else { return nil }
+        // To wait for their turn is no standstill of the peer.
+        guard try group.enqueue(item, unless: { sent(group.isPaying ? RecordWriter.Sent() : nil) }) else { return nil }
         return try writeZeroes(group, route)
     }
 

@@ -97,7 +97,11 @@ final class StreamSender: Sendable {
         file.withLock { $0.take() }?.end()
     }
 
-    func setBandwidth(_ bytesPerSecond: UInt64) { pacer.bytesPerSecond = bytesPerSecond }
+    func setBandwidth(_ bytesPerSecond: UInt64) {
+        guard pacer.bytesPerSecond != bytesPerSecond else { return }
+        pacer.bytesPerSecond = bytesPerSecond
+        group.withLock { $0 }?.rateChanged()
+    }
 
     func setXBZRLECache(_ byteCount: UInt64) { xbzrleCache.store(byteCount, ordering: .relaxed) }
 
@@ -115,10 +119,12 @@ final class StreamSender: Sendable {
     }
 
     /// Starts the threads; `post` gets what the core wants to know.
+    /// - Parameter answers: the return path is read by somebody else; without, the peer's end of the connection says that it read all.
+    /// - Throws: `SystemError`; no thread is left then, and nothing was posted.
     func attach(
-        _ channel: Channel, _ group: ChannelGroup?, _ file: MappedRAMWriter?,
+        _ channel: Channel, _ group: ChannelGroup?, _ file: MappedRAMWriter?, answers: Bool,
         post: @escaping @Sendable (SourceEvent) -> Void
-    ) {
+    ) throws(SystemError) {
         self.group.withLock { $0 = group }
         self.file.withLock { $0 = file }
         do throws(SystemError) {
@@ -126,18 +132,19 @@ final class StreamSender: Sendable {
             try file?.start()
             isRunning.withLock { $0 = true }
             _ = try HostThread(name: "migration-send") { [self] in
-                run(channel, post)
+                run(channel, answers: answers, post)
                 isRunning.withLock { $0 = false }
             }
         } catch {
+            endChannels()
             isRunning.withLock { $0 = false }
-            post(.disconnected(error.description))
+            throw error
         }
     }
 
     // MARK: The thread
 
-    private func run(_ channel: Channel, _ post: @escaping @Sendable (SourceEvent) -> Void) {
+    private func run(_ channel: Channel, answers: Bool, _ post: @escaping @Sendable (SourceEvent) -> Void) {
         HostThread.sleepExactly()
         while let job = queue.wait(until: { $0.jobs.isEmpty ? nil : $0.jobs.removeFirst() }) {
             do throws(ChannelError) {
@@ -155,7 +162,7 @@ final class StreamSender: Sendable {
                 case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
                 case .stopTracking: tracker?.stop()
                 case .close:
-                    end(channel, post)
+                    end(channel, answers: answers, post)
                     return
                 }
             } catch {
@@ -240,9 +247,10 @@ final class StreamSender: Sendable {
         }
     }
 
-    private func end(_ channel: Channel, _ post: @Sendable (SourceEvent) -> Void) {
+    private func end(_ channel: Channel, answers: Bool, _ post: @Sendable (SourceEvent) -> Void) {
         do throws(ChannelError) {
             try channel.finish()
+            if channel.kind == .socket, !answers { try channel.awaitEnd() }
             post(.closed(error: nil))
         } catch { post(.closed(error: error.description)) }
         endChannels()

@@ -52,6 +52,10 @@ extension DestinationCore {
         if let reason = precedes(connection) { return reason }
         guard usesChannels else { return "it is a channel of multifd, and the migration under way has none" }
         if let migration, greeting.mark?.migration != migration { return "it is a channel of another migration" }
+        // QEMU tells it in each greeting, and wants it so.
+        if greeting.mark == nil, let own = configuration.uuid, greeting.uuid != own {
+            return "it comes from the machine with UUID \(greeting.uuid.uuidText), this one has \(own.uuidText)"
+        }
         if let expected = expectedChannels {
             if migration != nil, greeting.mark?.channels != expected { return "it counts the channels otherwise" }
             if Int(greeting.channel) >= expected {
@@ -87,6 +91,11 @@ extension DestinationCore {
         }
         channels[connection] = nil
         actions.append(.close(connection))
+        // A source that has heard that the guest runs here closes them all.
+        guard phase < .started else { return }
+        let sentence = "channel \(channel) of the source is lost: \(reason)"
+        actions.append(.turnedAway(connection, sentence))
+        if phase == .loading || phase == .ready { lostChannel = sentence }
     }
 
     mutating func closeChannels(_ actions: inout [DestinationAction]) {
@@ -95,6 +104,7 @@ extension DestinationCore {
             oldReaders.append(connection)
         }
         channels = [:]
+        lostChannel = nil
         announcedChannels = nil
         cancelTimer(.channels, &actions)
     }

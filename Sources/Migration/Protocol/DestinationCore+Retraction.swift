@@ -6,13 +6,17 @@ extension DestinationCore {
     /// COMMIT_WITHIN counts from READY on, by our own clock: the source cannot have heard READY before it was said, so a guest that
     /// starts in time has stood still for no longer than the source allows.
     mutating func commit(_ attempt: UInt32, within nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
-        guard features.contains(.retraction), phase == .ready else { return outOfTurn("COMMIT", &actions) }
+        guard rule == .twoPhase, features.contains(.retraction), phase == .ready else {
+            return outOfTurn("COMMIT", &actions)
+        }
         guard now - readyAt <= nanoseconds else { return reopen(attempt, &actions) }
         startGuest(&actions)
     }
 
     mutating func retract(_ attempt: UInt32, _ actions: inout [DestinationAction]) {
-        guard features.contains(.retraction), retraction == nil else { return outOfTurn("RETRACT", &actions) }
+        guard rule == .twoPhase, features.contains(.retraction), retraction == nil else {
+            return outOfTurn("RETRACT", &actions)
+        }
         switch phase {
         case .loading: retraction = attempt
         case .ready: reopen(attempt, &actions)
@@ -24,6 +28,11 @@ extension DestinationCore {
     mutating func reopen(_ attempt: UInt32, _ actions: inout [DestinationAction]) {
         guard let source else { return fail("the source is lost", &actions) }
         retraction = nil
+        // RAM goes on, and one of the channels that should bring it is gone.
+        if let lostChannel {
+            if canKeep { keep(lostChannel, &actions) } else { fail(lostChannel, &actions) }
+            return
+        }
         sections = []
         stateBytes = 0
         guestState = nil

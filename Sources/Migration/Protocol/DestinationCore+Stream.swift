@@ -46,7 +46,13 @@ extension DestinationCore {
             let names = all.filter { $0 != MappedRAM.capability || !configuration.readsMappedRAM }
             guard !names.isEmpty else { return }
             fail("the source uses migration capability \(names.joined(separator: ", ")), not supported yet", &actions)
-        case .uuid: break
+        case .uuid(let uuid):
+            // As in QEMU: who was told none cannot compare.
+            guard let own = configuration.uuid, own != uuid else { return }
+            let reason = "the source's UUID is \(uuid.uuidText), this machine's is \(own.uuidText) (validate-uuid)"
+            // It has not opened the return path yet; a Godwit source understands why all the same.
+            if let source, sourceHears { send(.failure(reason: reason), to: source, &actions) }
+            fail(reason, &actions)
         }
     }
 
@@ -100,6 +106,9 @@ extension DestinationCore {
         }
         guard !history.contains(migration) else {
             return fail("migration \(migration) was given up here and cannot begin again", &actions)
+        }
+        guard chosen.contains(.twoPhaseHandover) || chosen.isDisjoint(with: [.retraction, .resumption]) else {
+            return fail("the source chose to take back or to resume without the two-phase handover", &actions)
         }
         guard !chosen.contains(.verification) || chosen.isSuperset(of: [.twoPhaseHandover, .pageBatches]) else {
             return fail("the source chose digests without page batches and the two-phase handover", &actions)

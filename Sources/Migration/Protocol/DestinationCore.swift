@@ -85,6 +85,8 @@ public struct DestinationCore: Sendable {
     var guestState: GlobalState?
     /// The channels that were admitted, and what they call themselves.
     var channels: [ConnectionID: UInt8] = [:]
+    /// One that was lost when it did not seem to be needed any more: what to say if it is.
+    var lostChannel: String?
     /// How many a Godwit source says there are.
     var announcedChannels: Int?
     /// When READY was said, at the latest.

@@ -80,6 +80,8 @@ public struct SourceConfiguration: Sendable {
     public var migration: MigrationIdentifier
     /// Both sides must have the same machine.
     public var machineName: String
+    /// The machine's UUID, which the destination compares with its own (QEMU's capability `validate-uuid`); `nil`: it is not told.
+    public var uuid: MigrationIdentifier?
     /// All RAM, in the order in which it is listed. Indices are those of the shell's page records.
     public var blocks: [RAMBlockDescription]
     /// The layouts of the sections that `stateSaved` will bring.
@@ -302,6 +304,8 @@ public struct DestinationConfiguration: Sendable {
     public var deadlines: ProtocolDeadlines
     /// Channels that a source which does not announce their number brings (QEMU, capability `multifd`); `nil`: none.
     public var multifdChannels: Int?
+    /// The UUID this machine was started with: one that a source tells must be the same.
+    public var uuid: MigrationIdentifier?
     /// The stream comes from a file, where pages may have places of their own (`mapped-ram`).
     public var readsMappedRAM = false
 
@@ -378,7 +382,8 @@ public enum DestinationAction: Hashable, Sendable {
     case report(MigrationStatus)
     /// The rule was agreed, for `info migrate`.
     case agreed(HandoverRule, features: FeatureSet)
-    /// A connection that never became the source's was closed: one sentence, for the log.
+    /// A connection was closed that never became the source's, or a channel of the source's that may not be needed any more: one
+    /// sentence, for the log.
     case turnedAway(ConnectionID, String)
     case finished(DestinationOutcome)
 }

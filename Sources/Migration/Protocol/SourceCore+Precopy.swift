@@ -23,14 +23,14 @@ extension SourceCore {
         self.direction = direction
         isConnected = true
         greetedAt = now
-        let name = configuration.machineName
+        let (name, uuid) = (configuration.machineName, configuration.uuid)
         if let mapped = configuration.mapped {
             send(&actions) { $0.append(mapped.opening) }
             return agree(on: .oneWay, features: [], &actions)
         }
         send(&actions) { writer in
             writer.header()
-            writer.configuration(machine: name)
+            writer.configuration(machine: name, subsections: uuid.map { [.uuid($0)] } ?? [])
             guard direction == .bothWays else { return }
             writer.command(.openReturnPath)
             writer.command(.ping(Wire.godwitPing))
@@ -51,6 +51,7 @@ extension SourceCore {
             if !configuration.isResumable || !features.contains(.twoPhaseHandover) {
                 helloFeatures?.remove(.resumption)
             }
+            if !features.contains(.twoPhaseHandover) { helloFeatures?.remove(.retraction) }
             if configuration.multifd == nil {
                 helloFeatures?.remove(.multifd)
             } else if !features.contains(.multifd) {

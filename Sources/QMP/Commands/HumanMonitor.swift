@@ -83,6 +83,7 @@ struct HumanMonitor: Sendable {
         ("mtree", "show memory regions and the guest's view of them; -f: the view alone"),
         ("name", "show the current VM name"),
         ("status", "show the current VM status (running|paused)"),
+        ("uuid", "show the current VM UUID"),
         ("vcpu_dirty_limit", "show the dirty limits of vCPUs"),
         ("version", "show the version"),
     ]
@@ -164,6 +165,7 @@ struct HumanMonitor: Sendable {
         switch subject {
         case "status": return [Self.text(of: machine.runState)]
         case "name": return [name]
+        case "uuid": return [(machine.configuration.uuid ?? .none).description]
         case "version":
             return ["\(table.version.major).\(table.version.minor).\(table.version.micro) (\(table.version.package))"]
         case "dirty_rate": return try dirtyRateLines()

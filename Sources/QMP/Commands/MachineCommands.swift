@@ -19,6 +19,9 @@ struct MachineCommands: Sendable {
                 return ["status": .string(state.rawValue), "running": .bool(state.isRunning), "singlestep": false]
             },
             Command("query-name") { [name] _ in ["name": .string(name)] },
+            Command("query-uuid") { [machine] _ in
+                ["UUID": .string((machine.configuration.uuid ?? .none).description)]
+            },
             Command("query-kvm") { [machine] _ in
                 var answer: [String: JSON] = ["enabled": .bool(machine.accelerator?.name == "kvm"), "present": true]
                 if let tracking = machine.accelerator?.dirtyTracking {

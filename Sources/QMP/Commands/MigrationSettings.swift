@@ -51,7 +51,7 @@ struct MigrationSettings: Sendable {
     }
 
     private func setCapabilities(_ list: [JSON]) throws {
-        var changes: [(MigrationCapability, Bool)] = []
+        var changes: [(capability: MigrationCapability, on: Bool)] = []
         for item in list {
             guard let name = item["capability"]?.stringValue, let on = item["state"]?.boolValue else { continue }
             if let capability = MigrationCapability(rawValue: name) {
@@ -62,7 +62,7 @@ struct MigrationSettings: Sendable {
                 )
             }
         }
-        for (capability, on) in changes { try migrator.set(capability, on) }
+        try migrator.set(changes)
     }
 
     // MARK: Parameters

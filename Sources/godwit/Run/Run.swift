@@ -50,6 +50,12 @@ struct Run: ParsableCommand {
     @Flag(help: "Take all RAM from the host before the guest starts or arrives, and not at its first touch.")
     var memoryPrealloc = false
 
+    @Option(
+        help: ArgumentHelp(
+            "A UUID for the VM, 8-4-4-4-12 hexadecimal digits, which a migration can compare (validate-uuid).",
+            valueName: "uuid"), transform: Self.uuid(_:))
+    var uuid: MachineUUID?
+
     @OptionGroup(title: "What to boot") var boot: BootOptions
 
     @Option(
@@ -111,10 +117,11 @@ struct Run: ParsableCommand {
         }
         let name = try self.name ?? VMName("vm-\(getpid())")
         let log = Logger(label: "godwit", factory: { _ in StandardErrorLog(name: name.text) })
-        let configuration = MachineConfiguration(
+        var configuration = MachineConfiguration(
             kind: machine.kind, memoryByteCount: memory.bytes, cpuCount: cpus,
             boot: try boot.source(memoryByteCount: memory.bytes), backing: memoryBacking.backing,
             isPreallocated: memoryPrealloc, dirtyTracking: accel.dirtyTracking, isIncoming: incoming != nil)
+        configuration.uuid = uuid
         let plan = VMProcess.Plan(
             name: name, socketPaths: qmp, isNamed: qmp.isEmpty, serial: serial, incoming: incoming,
             restoresLazily: restoreLazily, startsPaused: paused, objects: security.object,
@@ -123,6 +130,14 @@ struct Run: ParsableCommand {
         let process = try VMProcess(plan, machine: configuration, log: log)
         vm.withLock { $0 = process }
         Self.exit(withError: ExitCode(try process.run()))
+    }
+
+    private static func uuid(_ text: String) throws -> MachineUUID {
+        guard let uuid = MachineUUID(text) else {
+            throw ValidationError(
+                "UUID '\(text)': give 8-4-4-4-12 hexadecimal digits, such as 6b8f0d3e-1c52-4a7e-9f30-2d4c5b6a7988")
+        }
+        return uuid
     }
 
     private static func socketPath(_ text: String) throws -> String {
