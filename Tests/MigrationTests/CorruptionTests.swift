@@ -57,7 +57,8 @@ private struct Saboteur {
             return displace(piece, corruption, &random)
         case .compressedBit:
             bit = VerifiedJourney.BrokenBit(
-                piece: piece, place: .random(in: 0..<1, using: &random), mask: 1 << .random(in: 0..<8, using: &random))
+                piece: piece, place: .random(in: 0..<1, using: &random),
+                mask: 1 << UInt8.random(in: 0..<8, using: &random))
             return Damage(pages: Set(pages))
         case .swap: return swap(piece, index, last, &random)
         default:
@@ -84,7 +85,7 @@ private struct Saboteur {
             damage.words = "stale"
         case .digest:
             pieces[piece].digests[index * 8 + .random(in: 0..<8, using: &random)] ^=
-                1 << .random(in: 0..<8, using: &random)
+                1 << UInt8.random(in: 0..<8, using: &random)
             damage.isOfDigests = true
         default:
             // Different bits, so that none is turned back.

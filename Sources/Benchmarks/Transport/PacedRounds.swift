@@ -11,6 +11,7 @@ struct PacedRounds {
 
     /// By rate, of each run.
     private var errors: [[Double]] = Self.megabytesPerSecond.map { _ in [] }
+    private var excesses: [[Double]] = Self.megabytesPerSecond.map { _ in [] }
     private var bursts: [[Double]] = Self.megabytesPerSecond.map { _ in [] }
 
     static func runs(_ options: BenchmarkOptions) -> Int { options.isQuick ? 1 : 3 }
@@ -21,6 +22,7 @@ struct PacedRounds {
             try options.checkInterruption()
             let writes = try Self.writes(at: rate * 1_000_000, memory)
             errors[index].append(writes.worstError(window: Self.second, after: Self.second))
+            excesses[index].append(writes.worstExcess(window: Self.second, after: Self.second))
             bursts[index].append(writes.mostMilliseconds(in: Self.burstWindow, after: Self.second))
         }
     }
@@ -45,6 +47,8 @@ struct PacedRounds {
 
     /// The worst of a run's rates, and of runs the one in the middle.
     var error: Double { worst(errors) }
+    /// The same, too much only: what a host that keeps the sender waiting cannot be blamed for.
+    var excess: Double { worst(excesses) }
     var burstMilliseconds: Double { worst(bursts) }
 
     private func worst(_ values: [[Double]]) -> Double {
@@ -54,11 +58,13 @@ struct PacedRounds {
     }
 
     var cells: [BenchmarkCell] {
-        zip(Self.megabytesPerSecond, zip(errors, bursts)).compactMap { rate, found in
-            guard !found.0.isEmpty else { return nil }
-            return BenchmarkCell(
-                [("stream", "pacing"), ("by", "\(rate) MB/s")],
-                [(name: "worst-error", samples: found.0), (name: "most-in-10-ms", samples: found.1)])
+        Self.megabytesPerSecond.indices.filter { !errors[$0].isEmpty }.map { index in
+            BenchmarkCell(
+                [("stream", "pacing"), ("by", "\(Self.megabytesPerSecond[index]) MB/s")],
+                [
+                    (name: "worst-error", samples: errors[index]), (name: "worst-excess", samples: excesses[index]),
+                    (name: "most-in-10-ms", samples: bursts[index]),
+                ])
         }
     }
 }
@@ -75,6 +81,12 @@ struct PacedWrites: Sendable {
         guard let (least, most) = extremes(window: window, after: skipped) else { return .nan }
         let right = Double(bytesPerSecond) * Double(window) / 1e9
         return max(Double(most) - right, right - Double(least)) / right
+    }
+
+    /// How far the fullest window is above what the rate allows; less than 0: it is below.
+    func worstExcess(window: UInt64, after skipped: UInt64) -> Double {
+        guard let (_, most) = extremes(window: window, after: skipped) else { return .nan }
+        return Double(most) * 1e9 / (Double(bytesPerSecond) * Double(window)) - 1
     }
 
     /// The most that was written in a window of that length, as time at the rate, in milliseconds.

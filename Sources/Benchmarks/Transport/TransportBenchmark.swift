@@ -61,6 +61,7 @@ public struct TransportBenchmark: Benchmark {
                 BenchmarkPromise("channel-64m-vs-iperf3", plain.ratio(of: 1), limit: nil, better: .higher),
                 BenchmarkPromise("tls-64m-vs-openssl", secure.ratio(of: 1), limit: nil, better: .higher),
                 BenchmarkPromise("verify-cpu-overhead", verified.processorOverhead, limit: nil, better: .lower),
+                BenchmarkPromise("pacing-excess", pacing.excess, limit: nil, better: .lower),
                 BenchmarkPromise("pacing-burst-ms", pacing.burstMilliseconds, limit: nil, better: .lower),
             ], notes: notes)
     }
