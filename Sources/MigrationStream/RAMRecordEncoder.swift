@@ -39,11 +39,9 @@ public struct RAMRecordEncoder: Sendable {
 
     /// A batch; the bytes of its data runs must follow in the stream, in their order. At most
     /// ``StreamLimit/batchRuns`` runs with ``StreamLimit/batchDataBytes`` of data.
-    /// - Parameter digests: of all pages of the data runs, where ``FeatureSet/verification`` was chosen.
-    public mutating func batch(
-        block: Int, runs: some Collection<PageRun>, digests: [UInt64] = [],
-        into bytes: inout [UInt8]
-    ) {
+    ///
+    /// Where ``FeatureSet/verification`` was chosen, be64 digests of all pages of the data runs stand between them.
+    public mutating func batch(block: Int, runs: some Collection<PageRun>, into bytes: inout [UInt8]) {
         precondition((1...StreamLimit.batchRuns).contains(runs.count), "RAMRecordEncoder: number of runs")
         word(.batch, block, 0, into: &bytes)
         append32(UInt32(runs.count), to: &bytes)
@@ -51,7 +49,6 @@ public struct RAMRecordEncoder: Sendable {
             append64(run.offset | UInt64(run.kind.rawValue), to: &bytes)
             append32(run.pages, to: &bytes)
         }
-        for digest in digests { append64(digest, to: &bytes) }
     }
 
     private mutating func word(_ flags: RAMFlags, _ block: Int, _ offset: UInt64, into bytes: inout [UInt8]) {

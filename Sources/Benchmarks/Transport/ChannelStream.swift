@@ -1,6 +1,5 @@
 import Glibc
 import Host
-import Migration
 import Synchronization
 import Transport
 
@@ -41,46 +40,6 @@ struct GuestPages: Sendable {
     }
 }
 
-/// What verified migrations do with every page at both ends: `x-verify`.
-struct PageDigests: Sendable {
-    let hasher: PageHasher
-    /// The digests of one vector stand before its pages.
-    let bytes: Mapping
-
-    init(_ hasher: PageHasher) throws {
-        self.hasher = hasher
-        bytes = try Mapping(anonymousByteCount: 8 * GuestPages.vectorPages)
-    }
-
-    func lead(_ vector: inout IOVector, _ number: Int, of pages: GuestPages, in mapping: Mapping) {
-        vector.removeAll()
-        vector.append(bytes, offset: 0, count: bytes.byteCount)
-        for page in pages.pages(number) {
-            vector.append(mapping, offset: page * GuestPages.pageBytes, count: GuestPages.pageBytes)
-        }
-    }
-
-    func compute(_ number: Int, of pages: GuestPages) {
-        for (index, page) in pages.pages(number).enumerated() {
-            bytes.store(digest(pages.source, page), at: 8 * index)
-        }
-    }
-
-    /// Whether what was received fits.
-    func fits(_ number: Int, of pages: GuestPages) -> Bool {
-        var fits = true
-        for (index, page) in pages.pages(number).enumerated() {
-            let digest = digest(pages.target, page)
-            fits = fits && digest == bytes.load(at: 8 * index, as: UInt64.self)
-        }
-        return fits
-    }
-
-    private func digest(_ memory: Mapping, _ page: Int) -> UInt64 {
-        hasher.digest(memory, at: page * GuestPages.pageBytes, block: 0, page: UInt64(page))
-    }
-}
-
 /// One channel to another over loopback, by two threads.
 enum ChannelStream {
     /// Credentials of both ends with one key.
@@ -94,9 +53,35 @@ enum ChannelStream {
     }
 
     static func measure(
-        _ pages: GuestPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?,
-        hasher: PageHasher? = nil
+        _ pages: GuestPages, byteCount: Int, tls: (server: TLSSettings, client: TLSSettings)?
     ) throws -> StreamRate {
+        let vectors = byteCount / GuestPages.vectorBytes
+        let rate = try withPair(tls: tls) { out, into in
+            try StreamRate.measuring(vectors * GuestPages.vectorBytes) {
+                let sender = try Background {
+                    var vector = IOVector()
+                    for number in 0..<vectors {
+                        pages.fill(&vector, number, of: pages.source)
+                        try out.send(&vector)
+                    }
+                }
+                var vector = IOVector()
+                for number in 0..<vectors {
+                    pages.fill(&vector, number, of: pages.target)
+                    try into.receive(&vector)
+                }
+                try sender.value()
+            }
+        }
+        try check(pages)
+        return rate
+    }
+
+    /// Two ends of a connection over loopback, which last as long as `body`.
+    static func withPair<Result>(
+        tls: (server: TLSSettings, client: TLSSettings)? = nil,
+        _ body: (_ out: Channel, _ into: Channel) throws -> Result
+    ) throws -> Result {
         let listener = try Listener(on: .tcp(host: "127.0.0.1", port: "0"), tls: tls?.server)
         guard case .inet(let host, let port) = listener.addresses.first else { throw ChannelError.cancelled }
         let receiver = try Background {
@@ -111,36 +96,7 @@ enum ChannelStream {
             out.cancel()
             into.cancel()
         }
-        let vectors = byteCount / GuestPages.vectorBytes
-        let digests = try hasher.map { (sent: try PageDigests($0), received: try PageDigests($0)) }
-        let rate = try StreamRate.measuring(vectors * GuestPages.vectorBytes) {
-            let sender = try Background {
-                var vector = IOVector()
-                for number in 0..<vectors {
-                    if let digests = digests?.sent {
-                        digests.compute(number, of: pages)
-                        digests.lead(&vector, number, of: pages, in: pages.source)
-                    } else {
-                        pages.fill(&vector, number, of: pages.source)
-                    }
-                    try out.send(&vector)
-                }
-            }
-            var vector = IOVector()
-            for number in 0..<vectors {
-                guard let digests = digests?.received else {
-                    pages.fill(&vector, number, of: pages.target)
-                    try into.receive(&vector)
-                    continue
-                }
-                digests.lead(&vector, number, of: pages, in: pages.target)
-                try into.receive(&vector)
-                guard digests.fits(number, of: pages) else { throw WrongBytes() }
-            }
-            try sender.value()
-        }
-        try check(pages)
-        return rate
+        return try body(out, into)
     }
 
     /// What arrived is what was sent.

@@ -142,17 +142,20 @@ private struct PacketSender: ~Copyable {
     private func writeDigests() -> Int {
         guard let verification = group.verification else { return 0 }
         let (block, mapping) = (packet.block, group.memory.blocks[packet.block].mapping)
-        var sent: [(page: UInt64, digest: UInt64)] = []
-        sent.reserveCapacity(packet.normal.count)
+        var digests: [UInt64] = []
+        digests.reserveCapacity(packet.normal.count)
         for (index, offset) in packet.normal.enumerated() {
             let page = offset / UInt64(Wire.pageSize)
-            let digest = verification.digest(mapping, at: Int(offset), block: block, page: page)
-            head.store(digest.byteSwapped, at: MultifdWire.headBytes + 8 * index)
-            sent.append((page, digest))
+            let readsOn =
+                index + 2 < packet.normal.count && packet.normal[index + 2] == offset + 2 * UInt64(Wire.pageSize)
+            let digest = verification.digest(mapping, at: Int(offset), block: block, page: page, readsOn: readsOn)
+            head.store(digest.byteSwapped, at: MultifdWire.headBytes + 8 * digests.count)
+            digests.append(digest)
         }
-        verification.sent(sent, of: block)
+        let pages = packet.normal.lazy.map { RAMOffset($0).page..<RAMOffset($0).page.advanced(by: 1) }
+        verification.sent(pages, of: block, digests: digests)
         verification.sentZeroes(packet.zero.lazy.map { $0 / UInt64(Wire.pageSize) }, of: block)
-        return sent.count * 8
+        return digests.count * 8
     }
 
     private mutating func sendPacket() throws(ChannelError) {

@@ -127,7 +127,16 @@ struct ChannelReceiver: ~Copyable {
         do throws(CompressionError) {
             let ranges = PacketPacking.ranges(packet.normal, in: memory.blocks[packet.block].mapping)
             try unpacker?.unpack(count: count, into: ranges)
-        } catch { throw StreamError(.multifd(.packed(error.description)), position: position) }
+        } catch { throw StreamError(.multifd(.packed(sentence(of: error, packet))), position: position) }
+    }
+
+    /// What broke may have come in an earlier packet: all of them are one compressed stream.
+    private func sentence(of error: CompressionError, _ packet: MultifdPacket) -> String {
+        let first = packet.normal.first.map { String($0, radix: 16) } ?? ""
+        let pages =
+            "\(packet.normal.count) pages of RAM block '\(memory.blocks[packet.block].name)' from offset 0x\(first) on"
+        let before = verification?.mismatchesSoFar.map { "; before them came \($0)" } ?? ""
+        return "\(error.description) (\(pages)\(before))"
     }
 
     private mutating func receive(_ runs: [Range<PageIndex>], of packet: MultifdPacket) throws(ChannelError) {

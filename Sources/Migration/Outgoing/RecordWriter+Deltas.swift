@@ -49,7 +49,7 @@ extension RecordWriter {
     private mutating func deltaDigest(_ block: Int, _ page: PageIndex) -> UInt64? {
         guard let verification, let working = deltas?.working else { return nil }
         let digest = verification.digest(working, at: 0, block: block, page: page.value)
-        verification.sent([(page.value, digest)], of: block)
+        verification.sent(CollectionOfOne(page..<page.advanced(by: 1)), of: block, digests: [digest])
         return digest
     }
 
@@ -70,16 +70,18 @@ extension RecordWriter {
             let part = runs[start..<min(start + most, runs.count)]
             var head: [UInt8] = []
             if batches {
-                var places = contents.makeIterator()
-                let nowhere = (mapping: heads, offset: 0)
-                let digests = digests(of: part, of: block) { _ in places.next() ?? nowhere }
-                encoder.batch(block: block, runs: part, digests: digests, into: &head)
+                encoder.batch(block: block, runs: part, into: &head)
             } else if runs[start].kind == .zero {
                 encoder.zeroPage(block: block, offset: runs[start].offset, into: &head)
             } else {
                 encoder.page(block: block, offset: runs[start].offset, into: &head)
             }
             append(head)
+            if batches {
+                var places = contents.makeIterator()
+                let nowhere = (mapping: heads, offset: 0)
+                appendDigests(of: part, of: block) { _ in places.next() ?? nowhere }
+            }
             for run in part where run.kind == .data {
                 for content in contents.prefix(Int(run.pages)) {
                     vector.append(content.mapping, offset: content.offset, count: 4096)

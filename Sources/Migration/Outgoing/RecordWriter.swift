@@ -111,9 +111,9 @@ struct RecordWriter: ~Copyable {
         for start in stride(from: 0, to: runs.count, by: StreamLimit.batchRuns) {
             let part = runs[start..<min(start + StreamLimit.batchRuns, runs.count)]
             var head: [UInt8] = []
-            let digests = digests(of: part, of: block) { (mapping, Int($0) * 4096) }
-            encoder.batch(block: block, runs: part, digests: digests, into: &head)
+            encoder.batch(block: block, runs: part, into: &head)
             append(head)
+            appendDigests(of: part, of: block) { (mapping, Int($0) * 4096) }
             for run in part where run.kind == .data {
                 vector.append(mapping, offset: Int(run.offset), count: Int(run.length))
             }
@@ -141,26 +141,31 @@ struct RecordWriter: ~Copyable {
         }
     }
 
-    /// With `x-verify`: the digests of all pages of the data runs, which are read at the place that `contents` says; all runs are recorded.
-    func digests(
+    /// With `x-verify`: the digests of all pages of the data runs, which are read at the place that `contents` says. All runs are recorded.
+    mutating func appendDigests(
         of runs: ArraySlice<PageRun>, of block: Int, contents: (UInt64) -> (mapping: Mapping, offset: Int)
-    ) -> [UInt64] {
-        guard let verification else { return [] }
-        var sent: [(page: UInt64, digest: UInt64)] = []
+    ) {
+        guard let verification else { return }
+        var sent: [Range<PageIndex>] = []
+        var digests: [UInt64] = []
         for run in runs {
-            let first = run.offset / 4096
+            let pages = run.offset / 4096..<run.offset / 4096 + UInt64(run.pages)
             guard run.kind == .data else {
-                verification.sentZeroes(first..<first + UInt64(run.pages), of: block)
+                verification.sentZeroes(pages, of: block)
                 continue
             }
-            for page in first..<first + UInt64(run.pages) {
+            for page in pages {
                 let place = contents(page)
-                sent.append(
-                    (page, verification.digest(place.mapping, at: place.offset, block: block, page: page)))
+                let digest = verification.digest(
+                    place.mapping, at: place.offset, block: block, page: page, readsOn: page + 2 < pages.upperBound)
+                heads.store(digest.byteSwapped, at: headBytes + 8 * digests.count)
+                digests.append(digest)
             }
+            sent.append(PageIndex(pages.lowerBound)..<PageIndex(pages.upperBound))
         }
-        verification.sent(sent, of: block)
-        return sent.map(\.digest)
+        verification.sent(sent, of: block, digests: digests)
+        vector.append(heads, offset: headBytes, count: 8 * digests.count)
+        headBytes += 8 * digests.count
     }
 
     mutating func append(_ head: [UInt8]) {

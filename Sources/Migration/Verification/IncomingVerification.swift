@@ -23,6 +23,8 @@ final class IncomingVerification: Sendable {
         let received: UInt64
         let announced: UInt64
         let former: UInt64
+        /// How many there were before.
+        var number: UInt64 = 0
     }
     private struct Search {
         var groups: [(block: Int, group: UInt64)] = []
@@ -31,6 +33,7 @@ final class IncomingVerification: Sendable {
     }
     private struct State {
         var pending: [Place: Mismatch] = [:]
+        var mismatches: UInt64 = 0
         var hasOverflowed = false
         var search: Search?
     }
@@ -52,42 +55,42 @@ final class IncomingVerification: Sendable {
 
     /// Pages were placed into memory. - Parameter digests: of all their pages, in order.
     func received(_ runs: some Sequence<Range<PageIndex>>, of block: Int, in mapping: Mapping, digests: [UInt64]) {
-        var pages: [(page: UInt64, digest: UInt64)] = []
-        pages.reserveCapacity(digests.count)
-        var wrong: [UInt64: UInt64] = [:]
+        var mismatches: [(Place, Mismatch)] = []
+        var index = 0
         for run in runs {
-            for page in run.lowerBound.value..<run.upperBound.value where pages.count < digests.count {
-                let announced = digests[pages.count]
+            for page in run.lowerBound.value..<run.upperBound.value where index < digests.count {
+                let announced = digests[index]
+                index += 1
                 let hash = hasher.hash(mapping, at: Int(page) * PageHasher.pageBytes)
-                if hasher.digest(hash: hash, block: block, page: page) != announced { wrong[page] = hash }
-                pages.append((page, announced))
+                guard hasher.digest(hash: hash, block: block, page: page) != announced else { continue }
+                let mismatch = Mismatch(
+                    received: hash, announced: hasher.hash(behind: announced, block: block, page: page),
+                    former: ledger.digest(of: page, in: block))
+                mismatches.append((Place(block: block, page: page), mismatch))
             }
         }
-        record(pages, of: block, wrong)
+        ledger.record(runs, of: block, digests: digests)
+        note(mismatches, among: runs, of: block)
     }
 
     func receivedZeroes(_ pages: Range<PageIndex>, of block: Int) {
-        let none = state.withLock { $0.pending.isEmpty }
-        ledger.record(pages, of: block) { [hasher] in hasher.zeroDigest(block: block, page: $0) }
-        guard !none else { return }
-        state.withLock { state in
-            for page in pages.lowerBound.value..<pages.upperBound.value {
-                state.pending[Place(block: block, page: page)] = nil
-            }
+        ledger.record(pages.lowerBound.value..<pages.upperBound.value, of: block) { [hasher] in
+            hasher.zeroDigest(block: block, page: $0)
         }
+        note([], among: CollectionOfOne(pages), of: block)
     }
 
-    private func record(_ pages: [(page: UInt64, digest: UInt64)], of block: Int, _ wrong: [UInt64: UInt64]) {
-        var mismatches: [(Place, Mismatch)] = []
-        ledger.record(pages, of: block) { page, digest, former in
-            guard let hash = wrong[page] else { return }
-            let mismatch = Mismatch(
-                received: hash, announced: hasher.hash(behind: digest, block: block, page: page), former: former)
-            mismatches.append((Place(block: block, page: page), mismatch))
-        }
+    /// Of these pages those are pending, and no others.
+    private func note(
+        _ mismatches: [(Place, Mismatch)], among runs: some Sequence<Range<PageIndex>>, of block: Int
+    ) {
         state.withLock { state in
             if !state.pending.isEmpty {
-                for (page, _) in pages { state.pending[Place(block: block, page: page)] = nil }
+                for run in runs {
+                    for page in run.lowerBound.value..<run.upperBound.value {
+                        state.pending[Place(block: block, page: page)] = nil
+                    }
+                }
             }
             for (place, mismatch) in mismatches {
                 guard state.pending.count < Self.pendingLimit else {
@@ -95,6 +98,8 @@ final class IncomingVerification: Sendable {
                     break
                 }
                 state.pending[place] = mismatch
+                state.pending[place]?.number = state.mismatches
+                state.mismatches += 1
             }
         }
     }
@@ -152,6 +157,15 @@ final class IncomingVerification: Sendable {
         let count = min(ledger.count(.pages, of: block) - first, PageLedger.groupPages)
         search.next = DigestRange(level: .pages, block: UInt32(block), first: first, count: UInt32(count))
         return .ask(search.next)
+    }
+
+    /// The first pages that came with contents which do not fit their digest and did not come again; `nil`: none did. The guest may have
+    /// written them while they were sent: only where something else is wrong, too, they are worth telling.
+    var mismatchesSoFar: String? {
+        let first = state.withLock { $0.pending }.sorted { $0.value.number < $1.value.number }.prefix(Self.namedPages)
+        guard !first.isEmpty else { return nil }
+        return first.map { PageFinding(block: $0.key.block, page: $0.key.page, kind: .damaged).words(names) }
+            .joined(separator: ", ")
     }
 
     /// All pages that are known not to be as they were sent, in order.

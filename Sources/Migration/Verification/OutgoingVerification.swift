@@ -13,17 +13,20 @@ final class OutgoingVerification: Sendable {
     }
 
     /// The digest of a page that is about to be sent from `memory`, which may be the guest's or a copy.
-    func digest(_ memory: Mapping, at offset: Int, block: Int, page: UInt64) -> UInt64 {
-        hasher.digest(memory, at: offset, block: block, page: page)
+    /// - Parameter readsOn: whether the two pages behind it are sent, too.
+    func digest(_ memory: Mapping, at offset: Int, block: Int, page: UInt64, readsOn: Bool = false) -> UInt64 {
+        hasher.digest(memory, at: offset, block: block, page: page, readsOn: readsOn)
     }
 
     /// Pages that go out as zeros, without digests on the wire.
     func sentZeroes(_ pages: some Sequence<UInt64>, of block: Int) {
-        ledger.record(
-            pages.lazy.map { (page: $0, digest: self.hasher.zeroDigest(block: block, page: $0)) }, of: block)
+        ledger.record(pages, of: block) { [hasher] in hasher.zeroDigest(block: block, page: $0) }
     }
 
-    func sent(_ digests: [(page: UInt64, digest: UInt64)], of block: Int) { ledger.record(digests, of: block) }
+    /// Pages that go out with these digests: those of the runs in their order.
+    func sent(_ runs: some Sequence<Range<PageIndex>>, of block: Int, digests: [UInt64]) {
+        ledger.record(runs, of: block, digests: digests)
+    }
 
     /// The answer to what the destination asks, to find out what differs; nothing where there is nothing.
     func answer(_ range: DigestRange) -> ForwardCommand {

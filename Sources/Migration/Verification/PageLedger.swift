@@ -24,6 +24,17 @@ final class PageLedger: Sendable {
             digests = try Mapping(anonymousByteCount: Int(pages) * 8)
             sums = try Mapping(anonymousByteCount: Int((pages + groupPages - 1) / groupPages) * 8)
         }
+
+        /// - Returns: by how much the sum over all pages grows.
+        @inline(__always)
+        func replace(_ page: UInt64, by digest: UInt64) -> UInt64 {
+            let growth = digest &- digests.load(at: Int(page) * 8, as: UInt64.self)
+            guard growth != 0 else { return 0 }
+            digests.store(digest, at: Int(page) * 8)
+            let group = Int(page / groupPages) * 8
+            sums.store(sums.load(at: group, as: UInt64.self) &+ growth, at: group)
+            return growth
+        }
     }
     private let blocks: [Block]
     /// The lock of everything in `blocks`; its value is the sum over all pages.
@@ -38,33 +49,31 @@ final class PageLedger: Sendable {
 
     var root: UInt64 { sum.withLock { $0 } }
 
-    /// Pages were sent. - Parameter replaced: gets what stood there before; 0: nothing.
-    func record(
-        _ pages: some Sequence<(page: UInt64, digest: UInt64)>, of block: Int,
-        replaced: (_ page: UInt64, _ digest: UInt64, _ former: UInt64) -> Void = { _, _, _ in }
-    ) {
-        let (digests, sums) = (blocks[block].digests, blocks[block].sums)
+    /// The digest of a page as it was sent last; 0: it was not.
+    func digest(of page: UInt64, in block: Int) -> UInt64 {
+        sum.withLock { _ in blocks[block].digests.load(at: Int(page) * 8, as: UInt64.self) }
+    }
+
+    /// Pages were sent: those of the runs in their order, each with its digest.
+    func record(_ runs: some Sequence<Range<PageIndex>>, of block: Int, digests: [UInt64]) {
+        let record = blocks[block]
         sum.withLock { sum in
-            for (page, digest) in pages {
-                let former = digests.load(at: Int(page) * 8, as: UInt64.self)
-                replaced(page, digest, former)
-                guard former != digest else { continue }
-                digests.store(digest, at: Int(page) * 8)
-                let group = Int(page / Self.groupPages) * 8
-                sums.store(sums.load(at: group, as: UInt64.self) &+ digest &- former, at: group)
-                sum = sum &+ digest &- former
+            var index = 0
+            for run in runs {
+                for page in run.lowerBound.value..<run.upperBound.value where index < digests.count {
+                    sum = sum &+ record.replace(page, by: digests[index])
+                    index += 1
+                }
             }
         }
     }
 
-    /// The pages of a run, with what `digest` says of each.
-    func record(
-        _ pages: Range<PageIndex>, of block: Int, replaced: (UInt64, UInt64, UInt64) -> Void = { _, _, _ in },
-        digest: @escaping (UInt64) -> UInt64
-    ) {
-        record(
-            (pages.lowerBound.value..<pages.upperBound.value).lazy.map { (page: $0, digest: digest($0)) }, of: block,
-            replaced: replaced)
+    /// Pages were sent, with the digests that `digest` makes.
+    func record(_ pages: some Sequence<UInt64>, of block: Int, digest: (UInt64) -> UInt64) {
+        let record = blocks[block]
+        sum.withLock { sum in
+            for page in pages { sum = sum &+ record.replace(page, by: digest(page)) }
+        }
     }
 
     // MARK: Finding what differs
