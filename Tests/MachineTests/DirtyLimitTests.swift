@@ -21,7 +21,7 @@ struct DirtyLimitTests {
         arguments: [UInt64(50_000_000), 200_000_000])
     func oneCPU(limit: UInt64) async {
         await #expect(processExitsWith: .success) { [limit] in
-            Child.run(seconds: 20) {
+            Child.run(seconds: 90) {
                 let machine = try VirtualMachine.guest(
                     // More pages than a ring holds: what stays writable is not counted, and runs into a full ring at least.
                     "dirty,working-set=448M,heartbeat=0", mebibytes: 512, tracking: .ring(entryCount: nil))

@@ -27,7 +27,7 @@ struct ThrottleTests {
         arguments: [20, 50, 80, 99])
     func rate(percentage: Int) async {
         await #expect(processExitsWith: .success) { [percentage] in
-            Child.run(seconds: 60) {
+            Child.run(seconds: 180) {
                 let machine = try VirtualMachine.guest("dirty,working-set=16M,heartbeat=0")
                 try machine.resume()
                 try machine.awaitReady()
@@ -52,8 +52,8 @@ struct ThrottleTests {
                 func middle(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }
                 claim(middle(ran) < wanted + 0.05, told)
                 claim(middle(wouldHaveRun) > wanted - 0.05, told)
-                // While it runs it is as fast as ever.
-                claim(percentage > 90 || middle(speed) > 0.7, told)
+                // While it runs it is about as fast as ever, but for the caches that others used meanwhile.
+                claim(percentage > 90 || middle(speed) > 0.3, told)
             }
         }
     }

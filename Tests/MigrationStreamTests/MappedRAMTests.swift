@@ -74,7 +74,11 @@ struct MappedRAMTests {
             place.replaceSubrange(0..<bitmap, with: marks + [UInt8](repeating: 0, count: bitmap - marks.count))
             bytes += place
         }
-        bytes += [0]
+        var writer = StreamWriter()
+        writer.ramRound(final: true, id: 2)
+        writer.ramSectionEnd(id: 2)
+        writer.endOfStream()
+        bytes += writer.bytes
         var summary = StreamSummary()
         var (start, skipped) = (0, 0)
         while start < bytes.count {

@@ -44,7 +44,7 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case losesTimers
     /// The destination's clock does not go on: a word to start that comes too late is not noticed.
     case stopsTheClock
-    /// The destination's vCPU does not look at the clock before it enters the guest.
+    /// The destination's vCPU takes its time, and does not look at the clock before it enters the guest.
     case startsLate
     /// The destination loads device state once; what comes after a retraction is not loaded.
     case keepsOldState

@@ -37,7 +37,8 @@ extension Simulator {
         case .verify, .compareRoot, .compareDigests: break
         case .startGuest(let running, let moment):
             destinationOwnsGuest = true
-            perform(.destination, 10 * microsecond, 5 * millisecond) { [self] in
+            let longest = bug == .startsLate ? second : 5 * millisecond
+            perform(.destination, bug == .startsLate ? 5 * millisecond : 10 * microsecond, longest) { [self] in
                 if let moment, destinationClock > moment, bug != .startsLate {
                     destinationOwnsGuest = false
                     return feedDestination(.startedTooLate)
