@@ -29,6 +29,7 @@ public struct MigrationReading: Equatable, Sendable {
     public let downtimeBytes: UInt64
     public let totalMilliseconds: UInt64?
     public let setupMilliseconds: UInt64?
+    /// `nil` as long as nothing was measured: what the VM tells then is its limit.
     public let expectedDowntimeMilliseconds: UInt64?
     public let downtimeMilliseconds: UInt64?
     public let downtimeNanoseconds: UInt64?
@@ -68,7 +69,8 @@ public struct MigrationReading: Equatable, Sendable {
         downtimeBytes = count("downtime-bytes")
         totalMilliseconds = milliseconds("total-time")
         setupMilliseconds = milliseconds("setup-time")
-        expectedDowntimeMilliseconds = milliseconds("expected-downtime")
+        expectedDowntimeMilliseconds =
+            json["x-expected-downtime-unknown"] == true ? nil : milliseconds("expected-downtime")
         downtimeMilliseconds = milliseconds("downtime")
         downtimeNanoseconds = json["x-downtime-ns"]?.integerValue(as: UInt64.self)
         downtimeParts = Self.parts(json["x-downtime-parts"])

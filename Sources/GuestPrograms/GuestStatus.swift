@@ -4,9 +4,10 @@ public struct GuestStatus: Equatable, Sendable {
     enum Word: Int {
         case magic, index, phase, filled, progress, touches, beats, beatTSC, gap, backwards, late, slowest
         case clock, deadline, nextBeat, bits, half, napTicks, slice, fault
+        case gapEnd = 25
     }
 
-    static let blockWords = 25
+    static let blockWords = 26
 
     /// How far a vCPU has come.
     public enum Phase: UInt64, Sendable {
@@ -35,6 +36,8 @@ public struct GuestStatus: Equatable, Sendable {
         public let heartbeats: UInt64
         /// Longest time between two looks at the clock, in TSC ticks.
         public let longestGapTicks: UInt64
+        /// The TSC at the end of that; 0 before there was one.
+        public let longestGapEnd: UInt64
         /// How often the TSC was lower than at the look before.
         public let tscBackwards: UInt64
         /// How often it fell so far behind its rate that it gave up making up for it.
@@ -114,6 +117,7 @@ extension GuestStatus.CPU {
         touches = word(.touches)
         heartbeats = word(.beats)
         longestGapTicks = word(.gap)
+        longestGapEnd = word(.gapEnd)
         tscBackwards = word(.backwards)
         lateSlices = word(.late)
         longestAccessTicks = word(.slowest)

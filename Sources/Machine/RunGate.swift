@@ -9,9 +9,13 @@ final class RunGate: Sendable {
         var inside = 0
         /// How often the gate was closed.
         var closings: UInt64 = 0
+        /// Until the first thread is in: when it must be, at the latest.
+        var deadline: UInt64?
     }
 
     private let state = Monitor(State())
+    /// A thread has gone in since the gate was opened with a deadline.
+    private let isDecided = Monitor(false)
     /// Looked at by every vCPU before it enters the guest.
     private let closing = Atomic<Bool>(true)
 
@@ -23,6 +27,12 @@ final class RunGate: Sendable {
     func enter() -> UInt64 {
         state.wait { state -> UInt64? in
             guard state.isOpen else { return nil }
+            if let deadline = state.deadline {
+                guard Clock.monotonicNanoseconds <= deadline else { return nil }
+                state.deadline = nil
+                // Whoever opened it waits for this; the others go in as they wake.
+                isDecided.withLock { $0 = true }
+            }
             state.inside += 1
             return state.closings
         } ?? 0
@@ -37,6 +47,28 @@ final class RunGate: Sendable {
         state.withLock {
             closing.store(false, ordering: .releasing)
             $0.isOpen = true
+        }
+    }
+
+    /// Opens the gate for threads of which the first goes in by a moment of the monotonic clock: the clock is read by that thread, as it
+    /// goes in. If none does in time, the gate is closed as before, and none ever does.
+    /// - Precondition: the gate is closed, and some thread wants in.
+    /// - Returns: whether one is in.
+    func open(until deadline: UInt64) -> Bool {
+        isDecided.withLock { $0 = false }
+        state.withLock {
+            closing.store(false, ordering: .releasing)
+            $0.deadline = deadline
+            $0.isOpen = true
+        }
+        let now = Clock.monotonicNanoseconds
+        isDecided.wait(deadline: .after(nanoseconds: deadline > now ? deadline - now : 0)) { $0 ? () : nil }
+        return state.withLock { state in
+            guard state.deadline != nil else { return true }
+            state.deadline = nil
+            state.isOpen = false
+            closing.store(true, ordering: .sequentiallyConsistent)
+            return false
         }
     }
 

@@ -351,12 +351,22 @@ public final class VirtualMachine: Sendable {
     public func handOver() { control.withLock { $0 = .postMigrate } }
 
     /// The guest has arrived: it runs, or stays paused as it was.
-    public func startAfterMigration(running: Bool) {
-        control.withLock { state in
-            guard state == .inMigrate else { return }
+    /// - Parameter deadline: a moment of the monotonic clock by which a vCPU must be about to enter the guest.
+    /// - Returns: `false` if none was by then; nothing has happened.
+    @discardableResult
+    public func startAfterMigration(running: Bool, by deadline: UInt64? = nil) -> Bool {
+        let starts = control.withLock { state -> Bool? in
+            guard state == .inMigrate else { return nil }
+            if running, let deadline, accelerator != nil {
+                guard gate.open(until: deadline) else { return false }
+            } else {
+                guard Clock.monotonicNanoseconds <= deadline ?? .max else { return false }
+                if running { gate.open() }
+            }
             state = running ? .running : .paused
-            if running { gate.open() }
+            return true
         }
-        if running { report(.resumed) }
+        if running, starts == true { report(.resumed) }
+        return starts ?? true
     }
 }

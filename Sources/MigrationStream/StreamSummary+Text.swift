@@ -30,6 +30,7 @@ extension StreamSummary {
         let total = blocks.reduce(0) { $0 + $1.length }
         var lines = ["ram          \(total) bytes in \(blocks.count) \(blocks.count == 1 ? "block" : "blocks")"]
         let width = 2 + (blocks.map(\.name.count) + [5]).reduce(0, max)
+        if blocks.contains(where: { $0.region != nil }) { return lines + mappedLines(width) }
         // Few streams have deltas.
         let hasDeltas = blocks.contains { $0.deltaPages > 0 }
         let heads = ["bytes", "data pages", "zero pages"] + (hasDeltas ? ["delta pages"] : [])
@@ -42,6 +43,17 @@ extension StreamSummary {
                             + (hasDeltas ? ["\(block.deltaPages)"] : [])))
         }
         return lines
+    }
+
+    /// Of a file in which every page has its place.
+    private func mappedLines(_ width: Int) -> [String] {
+        let heads = ["bytes", "pages", "marked", "bitmap at", "pages at"]
+        return ["  \(Self.pad("block", width))" + Self.columns(heads)]
+            + blocks.map { block in
+                let place = block.region.map { ["\($0.bitmapOffset)", "\($0.pagesOffset)"] } ?? ["-", "-"]
+                let values = ["\(block.length)", "\(block.length / UInt64(Wire.pageSize))", "\(block.markedPages)"]
+                return "  \(Self.pad(block.name, width))" + Self.columns(values + place)
+            }
     }
 
     private var sectionLines: [String] {

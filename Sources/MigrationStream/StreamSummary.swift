@@ -11,6 +11,9 @@ public struct StreamSummary: Sendable {
         public internal(set) var zeroPages: UInt64 = 0
         /// Pages sent as their difference to an earlier version (xbzrle).
         public internal(set) var deltaPages: UInt64 = 0
+        /// Where its pages stand, if they have places of their own in the file, and how many its bitmap marks.
+        public internal(set) var region: MappedRegion?
+        public internal(set) var markedPages: UInt64 = 0
     }
 
     public struct Section: Hashable, Sendable {
@@ -54,6 +57,10 @@ public struct StreamSummary: Sendable {
     private var descriptionBytes: [UInt8]?
     private var sectionIndex: [UInt32: Int] = [:]
     private var sectionStart: UInt64 = 0
+    /// Those of the list that is being read; and the one whose place is.
+    private var regions: [MappedRegion] = []
+    private var markedPages: [UInt64] = []
+    private var isInRegion = false
 
     public init(catalogue: SectionCatalogue = SectionCatalogue()) {
         decoder = StreamDecoder(.describe(catalogue: catalogue))
@@ -68,6 +75,20 @@ public struct StreamSummary: Sendable {
     public mutating func feed(_ piece: some Collection<UInt8>) throws(StreamError) {
         buffer.append(piece)
         try drain()
+    }
+
+    /// Bytes that may be left out here, the pages of a block in their places: see `skip`.
+    public var skippableBytes: UInt64 {
+        guard isInRegion, buffer.count == 0, let region = regions.last,
+            UInt64(decoder.payloadBytes) <= region.end - region.bitmapOffset - region.bitmapBytes
+        else { return 0 }
+        return UInt64(decoder.payloadBytes)
+    }
+
+    /// The next bytes of the stream are not fed. - Precondition: no more than `skippableBytes`.
+    public mutating func skip(_ count: UInt64) {
+        precondition(count <= skippableBytes, "StreamSummary: what is skipped matters")
+        decoder.payloadConsumed(Int(count))
     }
 
     /// The stream is over.
@@ -85,6 +106,7 @@ public struct StreamSummary: Sendable {
             if decoder.payloadBytes > 0 {
                 let taken = min(decoder.payloadBytes, buffer.count)
                 if descriptionBytes != nil { descriptionBytes?.append(contentsOf: buffer.copy(0..<taken)) }
+                if isInRegion { countMarks(taken) }
                 buffer.consume(taken)
                 decoder.payloadConsumed(taken)
                 if decoder.payloadBytes > 0 { return }
@@ -94,6 +116,17 @@ public struct StreamSummary: Sendable {
             guard let item = try decoder.next(from: &buffer) else { return }
             take(item)
         }
+    }
+
+    /// The next bytes of a block's place, of which the first are its bitmap.
+    private mutating func countMarks(_ count: Int) {
+        guard let region = regions.last else { return }
+        let start = region.end - UInt64(decoder.payloadBytes)
+        let bitmap = region.bitmapOffset..<region.bitmapOffset + region.bitmapBytes
+        let these = bitmap.clamped(to: start..<start + UInt64(count))
+        guard !these.isEmpty else { return }
+        let bytes = buffer.copy(Int(these.lowerBound - start)..<Int(these.upperBound - start))
+        markedPages[markedPages.count - 1] += bytes.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
     }
 
     private mutating func settleDescription() {
@@ -107,10 +140,20 @@ public struct StreamSummary: Sendable {
         case .header: break
         case .configuration(let name): machine = name
         case .configurationSubsection(let subsection): configuration.append(subsection)
-        case .ramSetup(let listed):
-            blocks = listed.map { Block(name: $0.name, length: $0.length) }
+        case .mappedBlock(let region):
+            isInRegion = true
+            regions.append(region)
+            markedPages.append(0)
             return
-        case .ramRound, .multifdFlush, .ramRecordsEnded, .mappedBlock: return
+        case .ramSetup(let listed):
+            isInRegion = false
+            blocks = listed.map { Block(name: $0.name, length: $0.length) }
+            for (region, marked) in zip(regions, markedPages) where blocks.indices.contains(region.block) {
+                blocks[region.block].region = region
+                blocks[region.block].markedPages = marked
+            }
+            return
+        case .ramRound, .multifdFlush, .ramRecordsEnded: return
         case .page(let block, _):
             blocks[block].dataPages += 1
             return

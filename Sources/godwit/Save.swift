@@ -1,5 +1,6 @@
 import ArgumentParser
 import CommandLineKit
+import Host
 import QMP
 import Transport
 
@@ -9,13 +10,17 @@ struct Save: ParsableCommand {
         discussion: """
             The guest runs while most of its memory is written, and stands still for what it wrote meanwhile. Then it is \
             saved, and stopped for good here: end the process with 'godwit quit' (or --quit). When saving fails or is \
-            cancelled (Ctrl-C), the guest runs on, and nothing is left in the file. Every page has a place of its own in the \
-            file (QEMU's mapped-ram): it is never larger than the VM's memory and state.
+            cancelled (Ctrl-C), the guest runs on, and the file is as it was: until all is written the VM is saved into \
+            FILE.partial. Every page has a place of its own in the file (QEMU's mapped-ram): it is never larger than the \
+            VM's memory and state.
             """)
 
     @OptionGroup var target: VMArgument
 
-    @Argument(help: "The file: PATH[,offset=N]. What is in it behind the offset is lost.", completion: .file())
+    @Argument(
+        help:
+            "The file: PATH[,offset=N]. With an offset it is written in place, and what is in it behind the offset is lost.",
+        completion: .file())
     var file: String
 
     @Flag(help: "Write past the host's page cache, where the file system can.")
@@ -46,7 +51,21 @@ struct Save: ParsableCommand {
     private static let parameters = ["downtime-limit", "max-bandwidth", "multifd-channels", "direct-io"]
     private static let capabilities = ["mapped-ram", "multifd"]
 
+    /// Where the VM is to write, and what that file is called afterwards; `nil` where it is the same file.
+    private func places() throws -> (address: MigrationAddress, partial: String?, final: String) {
+        guard case .file(let path, let offset) = try MigrationAddress(uri) else { return (try .init(uri), nil, file) }
+        // The VM's process may be in another folder.
+        let absolute = try FilePath.absolute(path)
+        let final = FilePath.resolved(absolute) ?? absolute
+        // What is neither a file nor missing is refused by the VM, in a sentence of its own.
+        guard offset == 0, FilePath.isRegularFile(final) || FilePath.resolved(final) == nil else {
+            return (.file(path: final, offset: offset), nil, final)
+        }
+        return (.file(path: final + ".partial", offset: 0), final + ".partial", final)
+    }
+
     func run() throws {
+        let places = try places()
         let interruption = try SignalWatch.startFlag()
         let client = try target.vm.connect()
         let before = try (
@@ -62,13 +81,21 @@ struct Save: ParsableCommand {
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {
-            answer = try session.run(to: uri, settings)
+            answer = try session.run(to: places.address.description, settings)
         } catch QMPClientError.refused(let error) {
             restore(before, client)
             throw CommandFailure("VM \(target.vm): \(error)")
         }
         let reading = MigrationReading(answer)
-        if reading.status != "completed" { restore(before, client) }
+        if reading.status == "completed" {
+            if let partial = places.partial { try FilePath.rename(partial, to: places.final) }
+        } else {
+            restore(before, client)
+            // Not while its fate is open: the file may be whole.
+            if let partial = places.partial, ["failed", "cancelled"].contains(reading.status) {
+                Descriptor.remove(partial)
+            }
+        }
         if json {
             Terminal.output.write(answer.prettyDescription + "\n")
         } else if reading.status == "completed" {

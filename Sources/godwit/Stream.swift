@@ -24,7 +24,10 @@ struct Stream: ParsableCommand {
         var summary = StreamSummary()
         var failure: StreamError?
         do {
-            while let piece = try file.read(upTo: Self.pieceBytes), !piece.isEmpty { try summary.feed(piece) }
+            while let piece = try file.read(upTo: Self.pieceBytes), !piece.isEmpty {
+                try summary.feed(piece)
+                try skip(file, &summary)
+            }
             try summary.finish()
         } catch let error as StreamError {
             failure = error
@@ -35,6 +38,15 @@ struct Stream: ParsableCommand {
         }
         if let failure { throw CommandFailure("\(name): \(failure)") }
     }
+
+    /// Pages that have places of their own are not read, where the file can be sought in.
+    private func skip(_ file: Descriptor, _ summary: inout StreamSummary) throws {
+        guard file.kind == .file, summary.skippableBytes > 0 else { return }
+        let (position, size) = (try file.position(), try file.size())
+        let count = min(summary.skippableBytes, size - min(size, position))
+        try file.seek(to: position + count)
+        summary.skip(count)
+    }
 }
 
 extension StreamSummary {
@@ -42,12 +54,17 @@ extension StreamSummary {
         [
             "bytes": JSON(byteCount), "complete": .bool(isComplete), "machine": machine.map { .string($0) } ?? .null,
             "blocks": .array(
-                blocks.map {
-                    [
-                        "name": .string($0.name), "length": JSON($0.length), "data-pages": JSON($0.dataPages),
-                        "delta-pages": JSON($0.deltaPages),
-                        "zero-pages": JSON($0.zeroPages),
+                blocks.map { block in
+                    var members: [String: JSON] = [
+                        "name": .string(block.name), "length": JSON(block.length), "data-pages": JSON(block.dataPages),
+                        "delta-pages": JSON(block.deltaPages), "zero-pages": JSON(block.zeroPages),
                     ]
+                    if let region = block.region {
+                        members["marked-pages"] = JSON(block.markedPages)
+                        members["bitmap-offset"] = JSON(region.bitmapOffset)
+                        members["pages-offset"] = JSON(region.pagesOffset)
+                    }
+                    return .object(members)
                 }),
             "sections": .array(
                 sections.map {

@@ -145,5 +145,19 @@ final class SerialLine: Sendable {
     }
 }
 
+/// What the kernel tells of the first vCPU's thread (schedstat, Documentation/scheduler/sched-stats.rst): nanoseconds on a processor, and
+/// ready to run without one.
+func vcpuSchedule() throws -> (ran: Double, waited: Double) {
+    for thread in try FileSystem.names(inFolder: "/proc/self/task") {
+        let name = try Descriptor.contents(of: "/proc/self/task/\(thread)/comm", limit: 64)
+        guard String(decoding: name, as: UTF8.self).hasPrefix("vcpu0") else { continue }
+        let bytes = try Descriptor.contents(of: "/proc/self/task/\(thread)/schedstat", limit: 256)
+        let fields = String(decoding: bytes, as: UTF8.self).split(separator: " ")
+        guard fields.count > 1, let ran = Double(fields[0]), let waited = Double(fields[1]) else { break }
+        return (ran, waited)
+    }
+    Child.fail("the kernel does not tell when thread vcpu0 ran")
+}
+
 /// A path nobody else uses.
 func temporaryPath(_ name: String) -> String { "/tmp/godwit-test-\(getpid())-\(name)" }

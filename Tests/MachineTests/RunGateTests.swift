@@ -20,6 +20,35 @@ import Testing
         #expect(isBack.wait(deadline: .after(seconds: 10)) { $0 ? true : nil } == true)
     }
 
+    @Test("a gate that is open until a moment lets threads in before it, and none after it, also one that wakes later")
+    func deadline() throws {
+        let gate = RunGate()
+        let inside = Monitor(0)
+        func vcpu() throws {
+            _ = try HostThread(name: "vcpu") {
+                gate.enter()
+                inside.withLock { $0 += 1 }
+            }
+        }
+        try vcpu()
+        #expect(!gate.open(until: Clock.monotonicNanoseconds - 1), "the moment has passed")
+        #expect(gate.mustStop)
+        try vcpu()
+        #expect(inside.wait(deadline: .after(milliseconds: 30)) { $0 > 0 ? $0 : nil } == nil)
+        #expect(gate.open(until: Clock.monotonicNanoseconds + 10_000_000_000))
+        #expect(!gate.mustStop)
+        #expect(inside.wait(deadline: .after(seconds: 10)) { $0 == 2 ? $0 : nil } == 2)
+    }
+
+    @Test("a gate whose threads do not come in time is closed again when the moment comes")
+    func nobody() {
+        let gate = RunGate()
+        let began = Clock.monotonicNanoseconds
+        #expect(!gate.open(until: began + 20_000_000))
+        #expect(Clock.monotonicNanoseconds >= began + 20_000_000)
+        #expect(gate.mustStop)
+    }
+
     @Test("a thread that left waits as long as the gate stays open")
     func stillOpen() throws {
         let gate = RunGate()

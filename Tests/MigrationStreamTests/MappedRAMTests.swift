@@ -59,6 +59,43 @@ struct MappedRAMTests {
             ])
     }
 
+    @Test("a summary counts the marks of each bitmap, and needs no page", arguments: [1, 4096, 10 << 20])
+    func summary(piece: Int) throws {
+        let blocks = [Self.ram, Self.high]
+        let setup = MappedRAMSetup(machine: "m", blocks: blocks, ramSectionID: 2, at: 0)
+        var bytes = setup.opening
+        for (index, part) in setup.pieces.enumerated() {
+            bytes += part.bytes
+            guard part.gap > 0 else { continue }
+            // Three marks in the first bitmap, ten in the second; what looks like marks behind it is pages.
+            var place = [UInt8](repeating: 0xff, count: Int(part.gap))
+            let marks: [UInt8] = index == 0 ? [7] : [0xff, 0, 0, 0, 0, 0, 0, 1, 1]
+            let bitmap = Int(setup.regions[index].bitmapBytes)
+            place.replaceSubrange(0..<bitmap, with: marks + [UInt8](repeating: 0, count: bitmap - marks.count))
+            bytes += place
+        }
+        var writer = StreamWriter()
+        writer.ramRound(final: true, id: 2)
+        writer.ramSectionEnd(id: 2)
+        writer.endOfStream()
+        bytes += writer.bytes
+        var summary = StreamSummary()
+        var (start, skipped) = (0, 0)
+        while start < bytes.count {
+            let end = min(bytes.count, start + piece)
+            try summary.feed(bytes[start..<end])
+            let leap = Int(summary.skippableBytes)
+            summary.skip(UInt64(leap))
+            (start, skipped) = (end + leap, skipped + leap)
+        }
+        try summary.finish()
+        #expect(summary.isComplete && summary.byteCount == UInt64(bytes.count))
+        #expect(summary.blocks.map(\.markedPages) == [3, 10])
+        #expect(summary.blocks.map(\.region) == setup.regions)
+        #expect((skipped > 16 * 4096) == (piece < bytes.count))
+        #expect(summary.text.contains("marked") && summary.text.contains("65536"))
+    }
+
     @Test("a header cut off at any byte is waited for, and is no block")
     func cutOff() throws {
         let whole = Self.opening + Self.head + be64(16 * 4096) + Self.header()

@@ -250,6 +250,34 @@ struct ConvergenceTests {
 
     // MARK: Rounds that were
 
+    @Test("of a guest that finds all its pages written in every round, no remedy counts on faster rounds finding fewer")
+    func worst() throws {
+        // 48 MiB, written as fast as can be, over 20 MB/s: rounds of 2.5 s, each like the other.
+        let (hot, link) = (12_288.0, 20e6)
+        var history = RoundHistory(chunkCount: 1)
+        history.began(pages: UInt64(hot) + 4_000)
+        for round in 0..<5 {
+            let pages = round == 0 ? hot + 4_000 : hot
+            history.collected(
+                remaining: UInt64(hot), sentPages: UInt64(pages), sentBytes: UInt64(pages * 4104),
+                seconds: pages * 4104 / link, pace: 1)
+        }
+        let (model, dirty) = try #require(history.model(worst: true))
+        var forecast = ConvergenceForecast(
+            model: model, link: .init(bytesPerSecond: link),
+            policy: SwitchoverPolicy(downtimeLimitNanoseconds: 20_000_000))
+        forecast.dirtyPages = dirty
+        let remedies = forecast.remedies(isCapped: true)
+        guard case .downtimeLimit(let milliseconds)? = remedies.first else {
+            Issue.record("the first of \(remedies)")
+            return
+        }
+        // 2.5 s and some air.
+        #expect((2500...4500).contains(milliseconds))
+        for case .bandwidth(let rate) in remedies { #expect(rate > 2_400_000_000, "all of it in 20 ms") }
+        #expect(remedies.contains { if case .bandwidth = $0 { true } else { false } })
+    }
+
     @Test("the rounds of a migration tell how the guest writes", arguments: [8_000.0, 30_000, 120_000])
     func history(writesPerSecond: Double) throws {
         let pages = 200_000.0

@@ -28,6 +28,30 @@ extension Migrator {
     }
 }
 
+/// The flags of every descriptor of this process that shows that file (proc(5)).
+private func openFlags(of path: String) throws -> [CInt] {
+    try FileSystem.names(inFolder: "/proc/self/fd").compactMap { name in
+        guard FilePath.resolved("/proc/self/fd/\(name)") == path,
+            let info = try? Descriptor.contents(of: "/proc/self/fdinfo/\(name)", limit: 4096),
+            let line = String(decoding: info, as: UTF8.self).split(separator: "\n").first(where: {
+                $0.hasPrefix("flags:")
+            }),
+            let word = line.split(whereSeparator: { $0 == " " || $0 == "\t" }).last
+        else { return nil }
+        return CInt(word, radix: 8)
+    }
+}
+
+/// O_DIRECT of x86-64.
+private let directFlag: CInt = 0o40000
+
+/// Of this process, all of it (proc(5), statm).
+private func residentBytes() throws -> Int {
+    let fields = String(decoding: try Descriptor.contents(of: "/proc/self/statm", limit: 4096), as: UTF8.self).split(
+        separator: " ")
+    return fields.count > 1 ? (Int(fields[1]) ?? 0) * 4096 : 0
+}
+
 @Suite("saving into files and restoring from them (mapped-ram)", .serialized, .enabled(if: hasKVM, needsKVM))
 struct MappedRAMMigrationTests {
     @Test(
@@ -98,24 +122,106 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("direct I/O saves and is restored, or is refused with a sentence", .timeLimit(.minutes(10)))
+    @Test("direct I/O goes past the page cache both ways, by the flags of the open file", .timeLimit(.minutes(10)))
     func direct() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
                 let path = temporaryPath("direct")
                 defer { Descriptor.remove(path) }
+                do {
+                    try Descriptor.create(path).truncate(to: 1 << 20)
+                    _ = try Descriptor.openDirect(path, writing: true)
+                } catch { return print("no direct I/O here: \(error)") }
                 let address = MigrationAddress.file(path: path, offset: 0)
                 let source = try Migrator.source("dirty,working-set=2M,fill=8M,rate=20M")
+                // Slow enough to be looked at.
+                var parameters = source.parameters
+                parameters.maxBandwidthBytesPerSecond = 8 << 20
+                try source.set(parameters)
                 try source.save(to: address, threads: 2, direct: true)
-                try waitFor("the end of saving") { source.isOver }
-                guard source.info().status == .completed else {
-                    let sentence = source.info().errorDescription ?? ""
-                    claim(sentence.contains("direct"), "it failed by \(sentence)")
-                    return try source.claimGuestRuns("on")
+                try waitFor("a file that is open past the page cache") {
+                    try openFlags(of: path).contains { $0 & directFlag != 0 }
                 }
-                let destination = try source.restore(from: address)
+                parameters = source.parameters
+                parameters.maxBandwidthBytesPerSecond = 0
+                try source.set(parameters)
+                try source.awaitEnd(.completed, "saving")
+                let destination = try source.destination()
+                parameters = destination.parameters
+                parameters.usesDirectIO = true
+                try destination.set(parameters)
+                let sawDirect = Monitor(false)
+                let isOver = Monitor(false)
+                _ = try HostThread(name: "watch") {
+                    while !isOver.withLock({ $0 }) {
+                        if (try? openFlags(of: path))?.contains(where: { $0 & directFlag != 0 }) == true {
+                            sawDirect.withLock { $0 = true }
+                        }
+                    }
+                }
+                try destination.acceptMigration(on: address)
                 try destination.awaitEnd(.completed, "restoring")
+                isOver.withLock { $0 = true }
+                claim(sawDirect.withLock { $0 }, "the file was read through the page cache")
                 try destination.claimGuestRuns("restored")
+            }
+        }
+    }
+
+    @Test("where the file system has no direct I/O saving is refused with a sentence", .timeLimit(.minutes(10)))
+    func noDirect() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 50) {
+                let folder = temporaryPath("ramfs")
+                unsafe mkdir(folder, 0o700)
+                defer { unsafe rmdir(folder) }
+                // Only root may mount; for others this is no test.
+                guard unsafe mount("none", folder, "ramfs", 0, nil) == 0 else { return }
+                defer { unsafe umount2(folder, 0) }
+                let path = "\(folder)/saved"
+                let source = try Migrator.source("dirty,working-set=2M,fill=8M,rate=20M")
+                try source.save(to: .file(path: path, offset: 0), threads: 2, direct: true)
+                try source.awaitEnd(.failed, "without direct I/O")
+                let sentence = source.info().errorDescription ?? ""
+                claim(sentence.contains("no direct I/O") && sentence.contains("direct-io off"), sentence)
+                try source.claimGuestRuns("on")
+                try source.save(to: .file(path: path, offset: 0), threads: 2)
+                try source.awaitEnd(.completed, "through the cache")
+            }
+        }
+    }
+
+    @Test(
+        "a guest restored lazily has only what it touches in memory; one restored at once has all",
+        .timeLimit(.minutes(10)))
+    func resident() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 60) {
+                let path = temporaryPath("resident")
+                defer { Descriptor.remove(path) }
+                let address = MigrationAddress.file(path: path, offset: 0)
+                let source = try Migrator.source("dirty,working-set=4M,fill=128M,rate=4M", mebibytes: 160)
+                try source.save(to: address, threads: 2)
+                try source.awaitEnd(.completed, "saving")
+                for isLazy in [true, false] {
+                    let before = try residentBytes()
+                    let destination = try source.restore(from: address, isLazy: isLazy)
+                    try destination.awaitEnd(.completed, "restoring")
+                    try waitFor("the guest to write") { try destination.machine.guestStatus().touches > 0 }
+                    let grown = try residentBytes() - before
+                    if isLazy {
+                        claim(grown < 40 << 20, "lazily restored it takes \(grown >> 20) MiB at once")
+                    } else {
+                        claim(
+                            grown > 120 << 20,
+                            "restored at once it takes \(grown >> 20) MiB: this test measures nothing")
+                    }
+                    try destination.claimGuestRuns("restored")
+                    if isLazy {
+                        claim(try residentBytes() - before > 120 << 20, "a check of all memory read it from elsewhere")
+                    }
+                    destination.machine.pause()
+                }
             }
         }
     }

@@ -88,7 +88,7 @@ private struct Driver {
         return .timer(timers.last ?? ProtocolTimer(kind: .deadline, generation: 0))
     }
 
-    var starts: [Bool] { actions.compactMap { if case .startGuest(let running) = $0 { running } else { nil } } }
+    var starts: [Bool] { actions.compactMap { if case .startGuest(let running, _) = $0 { running } else { nil } } }
 }
 
 @Suite("Destination core")

@@ -79,6 +79,50 @@ struct ProtocolRetractionTests {
         #expect(late.loaded == [[1], [2]], "the later state is loaded")
     }
 
+    @Test("a start that does not happen in time is undone, and the next attempt may start")
+    func startedTooLate() {
+        var driver = Arrival()
+        driver.prepare(1)
+        driver.feed(.stateLoaded(nanoseconds: 7), after: 100)
+        let actions = driver.items(.command(.commitWithin(attempt: 1, nanoseconds: 5000)), after: 1000)
+        #expect(actions.contains(.startGuest(running: true, by: 5100)), "\(actions)")
+        driver.feed(.startedTooLate, after: 4001)
+        #expect(driver.said.last == .retracted(attempt: 1))
+        #expect(driver.core.acceptsPages(on: Arrival.id), "RAM is awaited again")
+        driver.feed(.startedTooLate)
+        driver.prepare(2)
+        driver.feed(.stateLoaded(nanoseconds: 7))
+        #expect(
+            driver.items(.command(.commitWithin(attempt: 2, nanoseconds: .max))).contains(
+                .startGuest(running: true, by: nil)))
+        driver.feed(.guestStarted(nanoseconds: 9))
+        #expect(driver.core.phase == .started && driver.loaded == [[1], [2]])
+    }
+
+    @Test("a start that does not happen in time, of a source that is lost or asks already, never happens")
+    func startedTooLateForNobody() {
+        for asks in [false, true] {
+            var driver = Arrival()
+            driver.prepare(1)
+            driver.feed(.stateLoaded(nanoseconds: 7))
+            driver.items(.command(.commitWithin(attempt: 1, nanoseconds: 5000)))
+            let visitor = ConnectionID(2)
+            if asks {
+                driver.feed(.accepted(visitor, answers: true))
+                driver.feed(.item(visitor, .header))
+                driver.feed(.item(visitor, .command(.settle(Arrival.migration))))
+            } else {
+                driver.feed(.disconnected(Arrival.id, "end of file"))
+            }
+            let actions = driver.feed(.startedTooLate, after: 6000)
+            #expect(driver.core.phase == .failed)
+            guard asks else { continue }
+            var writer = StreamWriter()
+            writer.message(.verdict(.neverStarted))
+            #expect(actions.contains(.send(visitor, writer.take())), "\(actions)")
+        }
+    }
+
     @Test("RETRACT after READY and during loading is answered once the state is void, and READY is not said any more")
     func retract() {
         var ready = Arrival()

@@ -44,6 +44,8 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case losesTimers
     /// The destination's clock does not go on: a word to start that comes too late is not noticed.
     case stopsTheClock
+    /// The destination's vCPU takes its time, and does not look at the clock before it enters the guest.
+    case startsLate
     /// The destination loads device state once; what comes after a retraction is not loaded.
     case keepsOldState
     /// What was on its way when the connection was lost is taken for delivered.
@@ -56,7 +58,7 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .resumesAfterAcknowledgement: ["without the right", "both sides run"]
         case .losesFinalRound, .clearsDirtyMarkLate: ["pages differ at the switch"]
         case .losesTimers: ["waits for ever", "nothing disturbed the migration"]
-        case .stopsTheClock: ["are allowed"]
+        case .stopsTheClock, .startsLate: ["are allowed"]
         case .forgetsWhatWasLost: ["pages differ at the switch"]
         case .keepsOldState: ["device state differs"]
         }

@@ -17,9 +17,11 @@ extension Simulator {
     func feedDestination(_ event: DestinationEvent) {
         guard destinationIsAlive, violation == nil else { return }
         trace("  destination <- \(event)")
-        for action in destination.handle(event, at: bug == .stopsTheClock ? 0 : now) { perform(action) }
+        for action in destination.handle(event, at: destinationClock) { perform(action) }
         trace("  destination    \(destination.phase)")
     }
+
+    private var destinationClock: UInt64 { bug == .stopsTheClock ? 0 : now }
 
     private func perform(_ action: DestinationAction) {
         trace("  destination -> \(action)")
@@ -33,10 +35,15 @@ extension Simulator {
         case .loadState(let sections): loadState(sections)
         // Pages are not verified here.
         case .verify, .compareRoot, .compareDigests: break
-        case .startGuest(let running):
+        case .startGuest(let running, let moment):
             destinationOwnsGuest = true
-            checkContract()
-            perform(.destination, 10 * microsecond, 5 * millisecond) { [self] in
+            let longest = bug == .startsLate ? second : 5 * millisecond
+            perform(.destination, bug == .startsLate ? 5 * millisecond : 10 * microsecond, longest) { [self] in
+                if let moment, destinationClock > moment, bug != .startsLate {
+                    destinationOwnsGuest = false
+                    return feedDestination(.startedTooLate)
+                }
+                checkContract()
                 destinationRuns(running)
             } failure: { [self] in
                 destinationOwnsGuest = false
@@ -73,7 +80,7 @@ extension Simulator {
         }
     }
 
-    /// The guest is told to start: the limit must not have passed, whatever the network did.
+    /// The guest starts: the limit must not have passed, whatever the network did.
     private func checkContract() {
         guard source.features.contains(.retraction), guestRanBeforeStop, let since = standsStillSince else { return }
         let limit = source.configuration.switchover.downtimeLimitNanoseconds

@@ -4,8 +4,8 @@ import Host
 /// `godwit bench downtime`: is the downtime limit kept by every switchover that was committed?
 ///
 /// A guest that writes moves from process to process, through a proxy that stalls at random in both directions. The guest's own clock
-/// measures how long it stood still; a control thread measures how late the host wakes a thread, and the kernel tells how long the
-/// vCPU at the destination was ready to run and had no processor: the host's part in a gap.
+/// measures how long it stood still. Told beside it, and excusing nothing: how late the host woke a control thread and a control guest,
+/// and how long the vCPU at the destination was ready to run and had no processor.
 public struct DowntimeBenchmark: Benchmark {
     public static let name = "downtime"
     public static let abstract = "switchovers through a network that stalls: is the downtime limit kept?"
@@ -60,30 +60,30 @@ public struct DowntimeBenchmark: Benchmark {
                 [("what", name(ofLimit: limit))],
                 [
                     ("gap-ms", samples.map(\.gap)), ("reported-ms", samples.map(\.reported)),
-                    ("control-ms", samples.map(\.control)), ("vcpu-waited-ms", samples.map(\.waited)),
+                    ("control-ms", samples.map(\.control)), ("control-guest-ms", samples.map(\.controlGuest)),
+                    ("vcpu-waited-ms", samples.map(\.waited)), ("later-gap-ms", samples.map(\.later)),
                     ("broken-off", samples.map { Double($0.broken) }),
                     ("longest-broken-ms", samples.filter { $0.broken > 0 }.map(\.longestBroken)),
                     ("total-ms", samples.map(\.total)), ("stalls", samples.map { Double($0.stalls) }),
                 ])
         }
+        let calm = all.map(\.controlGuest).min() ?? 0
         let promises = [
             BenchmarkPromise(
                 "contract-violations", Double(all.count(where: \.isViolation)), limit: 0, better: .lower),
-            BenchmarkPromise("gaps-above-limit", Double(all.count(where: \.isAbove)), limit: nil, better: .lower),
+            BenchmarkPromise(
+                "violations-beyond-the-host", Double(all.count { $0.isBeyondHost(calm: calm) }), limit: nil,
+                better: .lower),
             BenchmarkPromise("switchovers-committed", Double(all.count), limit: nil, better: .higher),
             BenchmarkPromise("switchovers-broken-off", Double(broken), limit: nil, better: .lower),
         ]
         var notes = [
             "\(all.count) switchovers were committed, \(broken) broken off and resumed; the seed of the stalls was \(seed)",
-            "a violation is a gap of more than the limit, 5 ms, and what the host kept the control thread or the vCPU waiting "
-                + "meanwhile; gaps-above-limit leaves the host out",
+            "a violation is a gap of more than the limit and 5 ms; those beyond the host are so by more than it kept the control thread, "
+                + "the control guest or the vCPU waiting meanwhile",
         ]
-        for sample in all.filter(\.isAbove).sorted(by: { $0.gap - $0.limit > $1.gap - $1.limit }).prefix(10) {
-            notes.append(
-                "above: limit \(Amount.decimal(sample.limit, digits: 0)) ms, gap \(Amount.decimal(sample.gap, digits: 2)) ms, "
-                    + "reported \(Amount.decimal(sample.reported, digits: 2)) ms, control "
-                    + "\(Amount.decimal(sample.control, digits: 2)) ms, vCPU waited \(Amount.decimal(sample.waited, digits: 2)) ms"
-            )
+        for sample in all.filter(\.isViolation).sorted(by: { $0.gap - $0.limit > $1.gap - $1.limit }).prefix(10) {
+            notes.append(sample.account)
         }
         if unfinished > 0 { notes.append("\(unfinished) migrations were not completed within 60 s and cancelled") }
         return BenchmarkResult(bench: name, runs: runs, cells: cells, promises: promises, notes: notes)

@@ -7,14 +7,18 @@ struct SwitchoverSample {
     var limit: Double
     /// The longest gap in the guest's own clock that can be of the standstill that was committed.
     var gap: Double
-    /// What the source says of it.
+    /// What the source says of it, and its parts.
     var reported: Double
+    var parts: [MigrationReading.DowntimePart]
+    /// The longest gap at the destination that came after it: the host's doing.
+    var later: Double
     var total: Double
     /// Standstills that were broken off, and the longest of them.
     var broken: Int
     var longestBroken: Double
-    /// How much too late the control thread woke at most meanwhile.
+    /// How much too late the control thread woke at most meanwhile, and the longest gap of the control guest.
     var control: Double
+    var controlGuest: Double
     /// How long the host kept the vCPU at the destination waiting for a processor while it was ready to run.
     var waited: Double
     var stalls: Int
@@ -22,9 +26,21 @@ struct SwitchoverSample {
     /// What is allowed above the limit.
     static let tolerance = 5.0
 
-    var isAbove: Bool { gap > limit + Self.tolerance }
-    /// Above, and by more than the host kept the control thread or the vCPU waiting.
-    var isViolation: Bool { gap > limit + Self.tolerance + max(control, waited) }
+    var isViolation: Bool { gap > limit + Self.tolerance }
+    /// Above by more than the host kept the control thread, the control guest or the vCPU waiting.
+    func isBeyondHost(calm: Double) -> Bool {
+        gap > limit + Self.tolerance + max(control, waited, controlGuest - calm)
+    }
+
+    /// For a note: where the time went.
+    var account: String {
+        func amount(_ milliseconds: Double) -> String { Amount.decimal(milliseconds, digits: 2) }
+        let told = parts.map { "\($0.name) \(amount(Double($0.nanoseconds) / 1e6))" }.joined(separator: ", ")
+        return
+            "limit \(Amount.decimal(limit, digits: 0)) ms: gap \(amount(gap)) ms; by the source's clock \(amount(reported)) ms "
+            + "(\(told)); the host kept the control thread waiting for \(amount(control)) ms, the vCPU at the destination for "
+            + "\(amount(waited)) ms, the control guest's longest gap was \(amount(controlGuest)) ms"
+    }
 }
 
 /// A chain of switchovers: each destination is the source of the next. All VMs are processes of their own.
@@ -33,12 +49,15 @@ final class SwitchoverChain {
     private let options: BenchmarkOptions
     private let control: SchedulingControl
     private var source: ChildVM?
+    private let controlGuest: ChildVM
     private var count = 0
     private(set) var seed: UInt64
 
     private static let memory = "64M"
     /// It never sleeps: one that does finds gaps of its own on a busy host, when its timer is late.
     private static let guest = "dirty,working-set=512K,fill=16M,random,heartbeat=0ms"
+    /// It sleeps and wakes by its timer all the time, beside the others.
+    private static let controlled = "dirty,working-set=64K,fill=none,rate=4M,heartbeat=0ms"
     private static let migrationSeconds: UInt64 = 60
     /// The network: a stall every so often, from a fraction of a millisecond to three times the limit.
     private static let meanGapMilliseconds = 30.0
@@ -48,9 +67,13 @@ final class SwitchoverChain {
         self.options = options
         self.seed = seed
         control = try SchedulingControl()
+        controlGuest = try ChildVM(
+            "control", in: folder.path,
+            options: ["--memory", Self.memory, "--serial", "none", "--guest", Self.controlled])
     }
 
     func end() {
+        controlGuest.end()
         source?.end()
         control.end()
         folder.remove()
@@ -99,6 +122,7 @@ final class SwitchoverChain {
             Self.runQueueMilliseconds(process: destination.process.identifier, threads: threads)
         }
         let before = waited()
+        try controlGuest.execute("x-reset-guest-gap")
         _ = control.takeLongestNanoseconds()
         try source.execute("migrate", ["uri": .string(proxy.uri)])
         guard let answer = try awaitEnd(of: source) else {
@@ -110,11 +134,13 @@ final class SwitchoverChain {
         guard there["tsc-backwards"] == 0 else { throw CommandFailure("the guest's clock went back over a migration") }
         let reading = MigrationReading(answer)
         let reported = Double(reading.downtimeNanoseconds ?? 0) / 1e6
+        let (gap, later) = try Self.gap(here, there, reported: reported)
         let sample = SwitchoverSample(
-            limit: Double(limit), gap: try Self.gap(here, there, reported: reported), reported: reported,
+            limit: Double(limit), gap: gap, reported: reported, parts: reading.downtimeParts, later: later,
             total: Double(reading.totalMilliseconds ?? 0), broken: Int(reading.brokenSwitchovers),
             longestBroken: Double(reading.longestBrokenNanoseconds) / 1e6,
-            control: Double(control.takeLongestNanoseconds()) / 1e6, waited: waited() - before,
+            control: Double(control.takeLongestNanoseconds()) / 1e6, controlGuest: try longestControlGap(),
+            waited: waited() - before,
             stalls: proxy.held.stalls)
         source.end()
         self.source = destination
@@ -131,13 +157,28 @@ final class SwitchoverChain {
         }
     }
 
-    /// Of the standstill that was committed, by the guest's clock. What the source's memory tells was before it: a longer gap at the
-    /// destination is this one. If there is none, a gap of before was longer; then the source's account is an upper bound, too.
-    private static func gap(_ here: JSON, _ there: JSON, reported: Double) throws(CommandFailure) -> Double {
-        guard let kilohertz = there["tsc-kilohertz"]?.doubleValue, let before = here["longest-gap-ticks"]?.doubleValue,
-            let after = there["longest-gap-ticks"]?.doubleValue, kilohertz > 0
+    private func longestControlGap() throws -> Double {
+        let guest = try controlGuest.execute("x-query-guest")
+        guard let kilohertz = guest["tsc-kilohertz"]?.doubleValue, let gap = guest["longest-gap-ticks"]?.doubleValue,
+            kilohertz > 0
+        else { throw CommandFailure("the control guest does not tell its longest gap") }
+        return gap / kilohertz
+    }
+
+    /// The standstill that was committed, by the guest's clock: the gap that began with its last look at the source, whose memory still
+    /// holds that look. If another gap was longer, before or after, it is no longer than that one, nor than the source's account.
+    private static func gap(
+        _ here: JSON, _ there: JSON, reported: Double
+    ) throws(CommandFailure) -> (gap: Double, later: Double) {
+        guard let kilohertz = there["tsc-kilohertz"]?.doubleValue, kilohertz > 0,
+            let last = here["cpus"]?.arrayValue?.first?["last-tsc"]?.doubleValue,
+            let cpu = there["cpus"]?.arrayValue?.first, let longest = cpu["longest-gap-ticks"]?.doubleValue,
+            let end = cpu["longest-gap-end"]?.doubleValue
         else { throw CommandFailure("the guest does not tell its longest gap") }
-        return after > before ? after / kilohertz : min(after / kilohertz, reported)
+        let began = (end - longest - last) / kilohertz
+        // It may have been stopped between its look and the note of it.
+        if abs(began) < 1 { return (longest / kilohertz, 0) }
+        return (min(longest / kilohertz, reported), began > 0 ? longest / kilohertz : 0)
     }
 
     /// The guest must have looked at its clock since it was started there.

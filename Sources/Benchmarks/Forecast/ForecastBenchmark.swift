@@ -3,7 +3,7 @@ import Migration
 
 /// Whether a dry run is right: its verdict and its times against a migration that then takes place.
 ///
-/// First of forty made-up guests, page by page on a clock of their own (`SimulatedMigration`), and of forty more whose seeds nothing was tuned
+/// First of forty made-up guests, page by page on a clock of their own (`SimulatedMigration`), and of twice forty more whose seeds nothing was tuned
 /// with; then of a few real guests over a paced link.
 public struct ForecastBenchmark: Benchmark {
     public static let name = "forecast"
@@ -11,7 +11,9 @@ public struct ForecastBenchmark: Benchmark {
 
     public init() {}
 
-    private static let sets = [("judged", UInt64(1000)), ("checking", UInt64(770_000))]
+    private static let sets = [
+        ("judged", UInt64(1000)), ("checking", UInt64(770_000)), ("further", UInt64(31_400_000)),
+    ]
 
     public func run(_ options: BenchmarkOptions) throws -> BenchmarkResult {
         var sets: [ForecastSet] = []

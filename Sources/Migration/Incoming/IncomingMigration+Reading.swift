@@ -83,15 +83,15 @@ extension IncomingMigration {
     /// Pages that stand in the file at places of their own: all at once.
     private func readFile(_ channel: Channel, _ id: ConnectionID, _ regions: [MappedRegion]) throws {
         guard let stream = channel.file else { return }
-        let file: Descriptor
+        let pages: Descriptor
         if mapped.isDirect, !mapped.isLazy, case .file(let path, _) = address {
-            file = try Descriptor.openDirect(path, writing: false)
+            pages = try Descriptor.openDirect(path, writing: false)
         } else {
-            file = stream
+            pages = stream
         }
         let reader = MappedRAMReader(
-            file, memory: machine.memory, received: received, statistics: statistics, threads: mapped.threadCount,
-            isLazy: mapped.isLazy)
+            stream, pages: pages, memory: machine.memory, received: received, statistics: statistics,
+            threads: mapped.threadCount, isLazy: mapped.isLazy)
         var progress = ProgressTeller()
         try reader.load(regions) {
             if progress.isDue() { post(.progressed(id)) }

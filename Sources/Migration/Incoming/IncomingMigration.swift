@@ -31,6 +31,8 @@ final class IncomingMigration: Sendable {
         var core: DestinationCore
         var connectionCount: UInt64 = 0
         var isOver = false
+        /// The thread that reads the source has been given priority: the guest stands still.
+        var isUrgent = false
     }
     private let state: Mutex<State>
     /// Connections that a thread reads.
@@ -220,8 +222,14 @@ final class IncomingMigration: Sendable {
                 // Whoever sees the last status sees the reason, too.
                 for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
                 for action in actions {
+                    if case .loadState = action { state.isUrgent = HostThread.runBeforeOthers() }
                     if let answer = perform(action) { events.append(answer) }
                 }
+            }
+            // RAM again, which is work for long.
+            if state.isUrgent, state.core.phase == .receiving {
+                state.isUrgent = false
+                HostThread.runAmongOthers()
             }
         }
     }
@@ -242,9 +250,9 @@ final class IncomingMigration: Sendable {
         case .compareRoot(let root): return compared(verification?.compare(root: root))
         case .compareDigests(let range, let values): return compared(verification?.compare(range, values))
         case .loadState(let sections): return load(sections)
-        case .startGuest(let running):
+        case .startGuest(let running, let moment):
             let began = Clock.monotonicNanoseconds
-            machine.startAfterMigration(running: running)
+            guard machine.startAfterMigration(running: running, by: moment) else { return .startedTooLate }
             return .guestStarted(nanoseconds: Clock.monotonicNanoseconds - began)
         case .setTimer(let timer, let nanoseconds):
             timers.withLock { $0[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }

@@ -17,7 +17,9 @@ final class MappedRAMReader: Sendable {
         var threadCount: Int { threads ?? min(max(HostMemory.processorCount, 1), 8) }
     }
 
+    /// The file of the stream; and for pages the same, or one without the page cache, which reads whole pages only.
     private let file: Descriptor
+    private let pages: Descriptor
     private let memory: GuestMemory
     private let received: ReceivedPages
     private let statistics: IncomingStatistics
@@ -41,10 +43,12 @@ final class MappedRAMReader: Sendable {
     private static let mostShown = 16_384
 
     init(
-        _ file: Descriptor, memory: GuestMemory, received: ReceivedPages, statistics: IncomingStatistics, threads: Int,
+        _ file: Descriptor, pages: Descriptor, memory: GuestMemory, received: ReceivedPages,
+        statistics: IncomingStatistics, threads: Int,
         isLazy: Bool
     ) {
         self.file = file
+        self.pages = pages
         self.memory = memory
         self.received = received
         self.statistics = statistics
@@ -146,7 +150,7 @@ final class MappedRAMReader: Sendable {
                 let (from, to) = (run.lowerBound.offset.value, run.upperBound.offset.value)
                 vector.removeAll()
                 vector.append(mapping, offset: Int(from), count: Int(to - from))
-                do throws(SystemError) { try file.readAll(&vector, at: region.pagesOffset + from) } catch {
+                do throws(SystemError) { try pages.readAll(&vector, at: region.pagesOffset + from) } catch {
                     return error
                 }
                 count += run.upperBound.value - run.lowerBound.value

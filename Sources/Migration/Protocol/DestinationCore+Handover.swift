@@ -15,10 +15,11 @@ extension DestinationCore {
         enter(.ready, deadline: configuration.deadlines.ready, &actions)
     }
 
-    mutating func startGuest(_ actions: inout [DestinationAction]) {
+    /// - Parameter moment: by when, on the core's clock; `nil`: whenever it is.
+    mutating func startGuest(by moment: UInt64? = nil, _ actions: inout [DestinationAction]) {
         enter(.starting, deadline: nil, &actions)
         let ranThere = guestState?.runs ?? true
-        actions.append(.startGuest(running: ranThere && configuration.startsGuest))
+        actions.append(.startGuest(running: ranThere && configuration.startsGuest, by: moment))
     }
 
     mutating func guestStarted(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
@@ -132,6 +133,7 @@ extension DestinationCore {
         stateBytes = 0
         guestState = nil
         retraction = nil
+        committed = nil
         oldReaders = []
         readersHaveEnded = true
         rootIsSame = false

@@ -10,7 +10,21 @@ extension DestinationCore {
             return outOfTurn("COMMIT", &actions)
         }
         guard now - readyAt <= nanoseconds else { return reopen(attempt, &actions) }
-        startGuest(&actions)
+        committed = attempt
+        let (deadline, isForEver) = readyAt.addingReportingOverflow(nanoseconds)
+        startGuest(by: isForEver ? nil : deadline, &actions)
+    }
+
+    /// The time was over before a vCPU could enter the guest: COMMIT_WITHIN came too late after all.
+    mutating func startedTooLate(_ actions: inout [DestinationAction]) {
+        guard phase == .starting, let attempt = committed else { return }
+        phase = .ready
+        let isAskedFor = visitors.values.contains { $0.wish == .verdict }
+        guard source != nil, !isAskedFor else {
+            fail("the guest could not start in time, and its source is lost", tellsSource: false, &actions)
+            return answerVisitors(&actions)
+        }
+        reopen(attempt, &actions)
     }
 
     mutating func retract(_ attempt: UInt32, _ actions: inout [DestinationAction]) {
@@ -36,6 +50,7 @@ extension DestinationCore {
         sections = []
         stateBytes = 0
         guestState = nil
+        committed = nil
         rootIsSame = false
         send(.retracted(attempt: attempt), to: source, &actions)
         phase = .receiving

@@ -17,7 +17,7 @@ public enum DestinationPhase: Int, Comparable, Sendable {
     /// READY was said, COMMIT is awaited.
     case ready
     // From here on the guest is ours.
-    /// The guest is being started: there is no way back.
+    /// The guest is being started: nobody but who does it knows whether there is a way back.
     case starting
     case started
     /// The guest never starts here.
@@ -97,6 +97,8 @@ public struct DestinationCore: Sendable {
     var loadIsUnderWay = false
     /// RETRACT came while state was being loaded: it is answered when that has ended.
     var retraction: UInt32?
+    /// The attempt that was told to start.
+    var committed: UInt32?
     /// The source's root was compared with ours since the last page came.
     var rootIsSame = false
     /// The records differ: the source is asked where.
@@ -142,6 +144,7 @@ public struct DestinationCore: Sendable {
         case .compared(let verdict): compared(verdict, &actions)
         case .guestStarted(let nanoseconds): guestStarted(nanoseconds, &actions)
         case .startFailed(let reason): startFailed(reason, &actions)
+        case .startedTooLate: startedTooLate(&actions)
         case .timer(let timer): fired(timer, &actions)
         case .noFurtherConnection: noFurtherConnection(&actions)
         case .giveUp: giveUp(&actions)

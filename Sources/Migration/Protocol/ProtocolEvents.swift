@@ -348,6 +348,8 @@ public enum DestinationEvent: Hashable, Sendable {
     case guestStarted(nanoseconds: UInt64)
     /// No vCPU ever entered the guest, and none will.
     case startFailed(String)
+    /// No vCPU had entered the guest at the moment that `startGuest` gave, and none will.
+    case startedTooLate
     case timer(ProtocolTimer)
     /// The address brings no further connection: a file, a command or a connected descriptor brings one.
     case noFurtherConnection
@@ -374,9 +376,9 @@ public enum DestinationAction: Hashable, Sendable {
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
     /// `loadFailed`.
     case loadState([DeviceSection])
-    /// Take the guest: let it run, or leave it paused. The answer must come, there is no way back. -> `guestStarted`,
-    /// `startFailed`.
-    case startGuest(running: Bool)
+    /// Take the guest: let it run, or leave it paused; by a moment on the core's clock, if one is given. The answer must come, and
+    /// only it tells whether there is a way back. -> `guestStarted`, `startFailed`, `startedTooLate`.
+    case startGuest(running: Bool, by: UInt64?)
     case setTimer(ProtocolTimer, nanoseconds: UInt64)
     case cancelTimer(ProtocolTimer.Kind)
     case report(MigrationStatus)

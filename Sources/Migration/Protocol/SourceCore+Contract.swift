@@ -138,6 +138,9 @@ extension SourceCore {
     mutating func cameTooLate(_ actions: inout [SourceAction]) {
         mayRun = true
         actions.append(.regainRightToRun)
+        // It may have been the network; what it is taken for is bounded, so that it is tried again.
+        let start = now - partBegan - min(now - partBegan, roundTripNanoseconds)
+        configuration.switchover.costs.learn(.start, atLeast: min(start, limit / 4))
         tellBroken("the word to start reached the destination too late", &actions)
         goOn(&actions)
     }

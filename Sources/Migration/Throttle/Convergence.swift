@@ -206,8 +206,13 @@ final class Convergence: Sendable {
         if means == .throttle { forecast.autoConverge = now.throttle }
         // Few rounds leave much open: what gets shorter is not given up.
         if now.history.mayShrink, !forecast.outcome().converges { return ConvergenceVerdict(.observing) }
+        var worst = forecast
+        if let (model, dirty) = now.history.model(worst: true) {
+            worst.model = model
+            worst.dirtyPages = dirty
+        }
         return ConvergenceVerdict(
-            forecast, elapsedSeconds: Double(collectedAt - min(collectedAt, began)) / 1e9,
+            forecast, worst: worst, elapsedSeconds: Double(collectedAt - min(collectedAt, began)) / 1e9,
             isCapped: cap > 0 && rate > cap * 0.8)
     }
 }

@@ -22,7 +22,10 @@ public struct ConvergenceVerdict: Sendable, Equatable {
     public init(_ state: State) { self.state = state }
 
     /// What a forecast says.
-    public init(_ forecast: ConvergenceForecast, elapsedSeconds: Double, isCapped: Bool) {
+    /// - Parameter worst: by which remedies are found; `nil`: the same.
+    public init(
+        _ forecast: ConvergenceForecast, worst: ConvergenceForecast? = nil, elapsedSeconds: Double, isCapped: Bool
+    ) {
         let outcome = forecast.outcome()
         self.init(outcome.converges ? .converging : .notConverging)
         linkBytesPerSecond = Self.whole(forecast.link.bytesPerSecond)
@@ -35,7 +38,7 @@ public struct ConvergenceVerdict: Sendable, Equatable {
             remainingNanoseconds = Self.whole(outcome.seconds * 1e9)
             totalNanoseconds = Self.whole((outcome.seconds + elapsedSeconds) * 1e9)
         } else {
-            remedies = forecast.remedies(isCapped: isCapped)
+            remedies = (worst ?? forecast).remedies(isCapped: isCapped)
         }
     }
 

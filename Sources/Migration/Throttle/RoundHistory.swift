@@ -95,9 +95,12 @@ public struct RoundHistory: Sendable {
     }
 
     /// How the guest writes, and what of each class is dirty now.
-    public func model() -> (model: WriteModel, dirtyPages: [Double])? {
+    /// - Parameter worst: of all that explains the counts, what faster rounds would help least: where rounds are equally long, nobody
+    ///   can say how often a page is written in each.
+    public func model(worst: Bool = false) -> (model: WriteModel, dirtyPages: [Double])? {
         guard let allocatedPages, !counts.isEmpty else { return nil }
-        let classes = WriteModel.classes(explaining: counts, of: allocatedPages)
+        let classes = WriteModel.classes(
+            explaining: counts, of: allocatedPages, believing: worst ? .worst : .likely)
         var dirty = zip(classes, chances).map { $0.pages * $1 }
         let sum = dirty.reduce(0, +)
         if sum > 0 { dirty = dirty.map { $0 * remainingPages / sum } }

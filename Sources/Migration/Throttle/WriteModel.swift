@@ -88,12 +88,25 @@ extension WriteModel {
         var weight = 1.0
     }
 
+    /// Which of several intensities is believed where the counts do not tell them apart.
+    enum Belief {
+        /// The lower is likelier: no guest writes everywhere a thousand times a second.
+        case likely
+        /// What is dirty whenever one looks is written as fast as can be, and all else not at all: faster rounds would not help.
+        case worst
+    }
+
     /// The classes that explain the counts best, of `total` pages: expectation and maximisation over the grid of intensities. What the
     /// counts do not tell stays as it was at the start.
-    static func classes(explaining counts: [Count], of total: Double, steps: Int = 1000) -> [PageClass] {
+    static func classes(
+        explaining counts: [Count], of total: Double, believing belief: Belief = .likely, steps: Int = 1000
+    ) -> [PageClass] {
         let size = intensities.count
-        // Of intensities that explain the same, the lower is likelier: no guest writes everywhere a thousand times a second.
-        var found = intensities.map { 1 / max(1, $0).squareRoot() }
+        var found =
+            switch belief {
+            case .likely: intensities.map { 1 / max(1, $0).squareRoot() }
+            case .worst: intensities.indices.map { $0 == 0 || $0 == size - 1 ? 1 : 1e-4 }
+            }
         let start = found.reduce(0, +)
         found = found.map { $0 * total / start }
         // Errors count in proportion: a round of a millisecond tells as much as one of a second.

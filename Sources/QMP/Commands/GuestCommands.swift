@@ -48,6 +48,7 @@ extension GuestStatus.CPU {
         [
             "phase": .string("\(phase)"), "filled-pages": JSON(filledPages), "passes": JSON(passes),
             "touches": JSON(touches), "heartbeats": JSON(heartbeats), "longest-gap-ticks": JSON(longestGapTicks),
+            "longest-gap-end": JSON(longestGapEnd),
             "tsc-backwards": JSON(tscBackwards), "late-slices": JSON(lateSlices),
             "longest-access-ticks": JSON(longestAccessTicks), "last-tsc": JSON(lastTSC),
         ]

@@ -22,6 +22,7 @@ extension MigrationInfo {
         if let trackingCPUNanoseconds { members["x-tracking-cpu"] = JSON(trackingCPUNanoseconds / 1000) }
         if let expected = expectedMilliseconds(limit: downtimeLimitMilliseconds) {
             members["expected-downtime"] = JSON(expected)
+            if expectedDowntimeNanoseconds == nil { members["x-expected-downtime-unknown"] = true }
         }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]

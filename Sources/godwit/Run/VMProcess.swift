@@ -161,13 +161,18 @@ final class VMProcess: Sendable {
     private func incomingFailed() {
         let migrator = migrator
         let ending = ending
+        let incoming = plan.incoming
         // The reason follows the status, on this very thread: wait for it on another.
         _ = try? HostThread.detached(name: "migration-end") {
             let deadline = Deadline.after(seconds: 1)
             while migrator.info().errorDescription == nil, !deadline.hasPassed { Clock.sleep(nanoseconds: 1_000_000) }
             let info = migrator.info()
             guard info.direction == .incoming else { return }
-            let reason = info.errorDescription ?? "the incoming migration failed"
+            var reason = info.errorDescription ?? "the incoming migration failed"
+            // Of a file that is wrong inside the stream knows no name.
+            if case .address(.file(let path, _)) = incoming, !reason.contains(path) {
+                reason = "restore \(path): \(reason)"
+            }
             ending.withLock { $0 = $0 ?? .failed(reason) }
         }
     }

@@ -1,0 +1,143 @@
+import Glibc
+import Host
+import QMP
+import TestSupport
+import Testing
+
+@Suite(
+    "godwit save and run --restore", .serialized, .timeLimit(.minutes(10)),
+    .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
+struct SaveCommandTests {
+    private let bench: Workbench
+
+    init() throws { bench = try Workbench() }
+
+    private let guest = ["--memory", "32M", "--guest", "dirty,working-set=1M,fill=16M,rate=4M"]
+    private var path: String { "\(bench.folder)/saved" }
+
+    private func exists(_ path: String) -> Bool { (try? FileSystem.status(of: path)) != nil }
+
+    /// A VM that was saved into `path`.
+    private func saved() throws -> VM {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let outcome = try bench.run(["save", "source", path])
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        return source
+    }
+
+    @Test("a file gets its name when it is whole, replaces an older one, and goes on from a file nobody may write")
+    func roundTrip() throws {
+        try Descriptor.create(path).writeAll(Array("older".utf8))
+        let source = try saved()
+        #expect(try source.status() == "postmigrate")
+        #expect(!exists(path + ".partial"))
+        #expect(try Descriptor.open(path, O_RDONLY).size() > 32 << 20)
+        unsafe chmod(path, 0o400)
+        for options in [[], ["--restore-lazily"]] {
+            let name = options.isEmpty ? "copy" : "lazy"
+            let restored = try bench.startVM(name, ["--memory", "32M", "--restore", path] + options)
+            #expect(try restored.wait(seconds: 20) { try restored.status() == "running" }, "\(restored.log)")
+            #expect(try restored.client.execute("x-check-guest")["verified"] == true)
+        }
+    }
+
+    @Test("a name that is relative is one in the caller's folder, wherever the VM's process is")
+    func relative() throws {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let outcome = try bench.run(["save", "source", "near"], through: ["env", "-C", bench.folder])
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        #expect(exists("\(bench.folder)/near"))
+    }
+
+    @Test("what cannot be written is one sentence: the guest goes on, and a file that was there is as it was")
+    func unwritable() throws {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let small = "\(bench.folder)/small"
+        unsafe mkdir(small, 0o700)
+        // Only root may mount; others are spared the full disk.
+        let isMounted = unsafe mount("none", small, "tmpfs", 0, "size=8m") == 0
+        defer { if isMounted { unsafe umount2(small, Int32(MNT_DETACH)) } }
+        let fifo = "\(bench.folder)/fifo"
+        unsafe mkfifo(fifo, 0o600)
+        var cases = [
+            ("/nonexistent/saved", ["/nonexistent/saved", "no such file"]), (bench.folder, ["directory"]),
+            ("/proc/saved", ["/proc/saved", "no such file"]), (fifo, [fifo]),
+        ]
+        if isMounted { cases.append(("\(small)/saved", ["no space left"])) }
+        for (file, words) in cases {
+            let isOld = file == "\(small)/saved"
+            if isOld { try Descriptor.create(file).writeAll(Array("older".utf8)) }
+            let outcome = try bench.run(["save", "source", file])
+            #expect(outcome.status == .exited(1), "\(outcome)")
+            for word in words { #expect(outcome.lastErrorLine.contains(word), "\(file): \(outcome)") }
+            #expect(try source.status() == "running")
+            #expect(!exists(file + ".partial"))
+            if isOld { #expect(try Descriptor.contents(of: file) == Array("older".utf8)) }
+        }
+        #expect(try source.client.execute("x-check-guest")["verified"] == true)
+        // Its settings are as before: nothing of the attempts is left.
+        #expect(try source.client.execute("query-migrate-parameters")["downtime-limit"] == 300)
+    }
+
+    @Test("a file that is none, or of another VM, is refused with one sentence and no guest")
+    func unreadable() throws {
+        try saved().process.signal(SIGTERM)
+        let bytes = try Descriptor.contents(of: path)
+        func file(_ name: String, _ contents: [UInt8]) throws -> String {
+            let path = "\(bench.folder)/\(name)"
+            try Descriptor.create(path).writeAll(contents)
+            return path
+        }
+        // The header of the only block: version, page size, bitmap, pages; the block is named ram.
+        let head = try #require(
+            bytes.indices.prefix(4096).first { bytes[$0...].starts(with: [3] + Array("ram".utf8) + [0, 0, 0, 0, 2]) })
+        var beyond = bytes
+        beyond.replaceSubrange(head + 24..<head + 32, with: [0x7f, 0, 0, 0, 0, 0, 0, 0])
+        var newer = bytes
+        newer[head + 15] = 9
+        let lines: [(String, String, [String])] = [
+            ("32M", "/nonexistent/saved", ["/nonexistent/saved", "no such file"]),
+            ("32M", bench.folder, ["directory"]),
+            ("32M", try file("empty", []), ["header"]),
+            ("32M", try file("foreign", Array("no VM was saved here, only words".utf8)), ["no migration stream"]),
+            ("32M", try file("cut", Array(bytes.prefix(8 << 20))), ["cut off"]),
+            ("32M", try file("endless", Array(bytes.dropLast(6000))), ["ends"]),
+            ("32M", try file("beyond", beyond), ["bitmap"]),
+            ("32M", try file("newer", newer), ["version"]),
+            ("64M", path, ["33554432"]),
+        ]
+        for (memory, file, words) in lines {
+            for lazily in [[], ["--restore-lazily"]] {
+                let outcome = try bench.run(
+                    ["run", "--name", "copy", "--memory", memory, "--serial", "none", "--restore", file] + lazily)
+                #expect(outcome.status == .exited(1), "\(file): \(outcome)")
+                #expect(outcome.lastErrorLine.contains(file), "\(outcome)")
+                for word in words { #expect(outcome.lastErrorLine.contains(word), "\(file): \(outcome)") }
+            }
+        }
+    }
+
+    @Test("godwit stream tells places and marks of a saved file without reading its pages")
+    func stream() throws {
+        _ = try saved()
+        let outcome = try bench.run(["stream", path, "--json"])
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        let answer = try JSON(parsing: outcome.output.utf8)
+        #expect(answer["complete"] == true)
+        let block = answer["blocks"]?[0]
+        #expect(block?["name"] == "ram" && block?["length"] == JSON(32 << 20))
+        // Filled are 16 MiB, besides the guest's own pages and what its start left.
+        let marked = block?["marked-pages"]?.integerValue(as: UInt64.self) ?? 0
+        #expect((4096...6000).contains(marked))
+        #expect(block?["pages-offset"]?.integerValue(as: UInt64.self).map { $0 % (1 << 20) } == 0)
+        let text = try bench.run(["stream", path]).output
+        #expect(text.contains("mapped-ram") && text.contains("marked") && text.contains("\(marked)"))
+        let cut = "\(bench.folder)/cut"
+        try Descriptor.create(cut).writeAll(Array(Descriptor.contents(of: path).prefix(8 << 20)))
+        let failed = try bench.run(["stream", cut])
+        #expect(failed.status == .exited(1) && failed.lastErrorLine.contains("ends inside"), "\(failed)")
+    }
+}
