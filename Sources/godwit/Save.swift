@@ -44,7 +44,7 @@ struct Save: ParsableCommand {
 
     /// What the VM had before, to be set again if it is not saved.
     private static let parameters = ["downtime-limit", "max-bandwidth", "multifd-channels", "direct-io"]
-    private static let capabilities = ["mapped-ram", "multifd"]
+    private static let capabilities = ["mapped-ram", "multifd", "x-resumable"]
 
     func run() throws {
         let interruption = try SignalWatch.startFlag()

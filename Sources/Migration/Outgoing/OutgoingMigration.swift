@@ -34,15 +34,19 @@ final class OutgoingMigration: Sendable {
     /// Ends the attempt to connect that is under way.
     let connecting = Mutex<CancelToken?>(nil)
 
-    private struct Inbox {
+    struct Inbox {
         var events: [SourceEvent] = []
         /// How many events the core has taken so far.
         var taken: UInt64 = 0
         var timers: [ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)] = [:]
         var isOver = false
     }
-    private let inbox = Monitor(Inbox())
+    let inbox = Monitor(Inbox())
     let open = Mutex<Channel?>(nil)
+    /// Where the destination was reached last.
+    let home = Mutex<MigrationAddress?>(nil)
+    /// Threads that tell a destination not to wait.
+    let farewells = Monitor(0)
     /// Counts the attempts to connect: what an earlier connection still says does not count.
     let attempts = Mutex<UInt64>(0)
     /// Nothing takes jobs.
@@ -232,7 +236,9 @@ final class OutgoingMigration: Sendable {
             convergence.pause()
             statistics.end(error: reason)
             report(.notice("the migration is paused: \(reason)"))
-        case .rewind: sender.rewind()
+        case .rewind:
+            noteHome()
+            sender.rewind()
         case .bidFarewell(let bytes): bidFarewell(bytes)
         case .sendRoot: sender.enqueue(.root)
         case .sendDigests(let range): sender.enqueue(.digests(range))
@@ -268,6 +274,7 @@ final class OutgoingMigration: Sendable {
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, let features):
+            noteHome()
             statistics.agreed(rule)
             sender.agreed(features)
         case .refused(let sentence): refusal.withLock { $0 = sentence }
@@ -305,17 +312,16 @@ final class OutgoingMigration: Sendable {
                         memory: machine.memory, blocks: blocks, statistics: statistics, packing: packing,
                         verification: verification) : nil
                 sender.waitUntilClosed()
-                guard isCurrent(attempt) else {
+                guard takeOver(channel, attempt) else {
                     group?.end()
                     return channel.cancel()
                 }
-                open.withLock { $0 = channel }
-                isAbandoned.withLock { $0 = false }
                 sender.attach(channel, group, file) { [self] event in
                     if case .disconnected = event, !isCurrent(attempt) { return }
                     post(event)
                 }
                 let answers = channel.kind == .socket
+                guard isCurrent(attempt) else { return }
                 post(.connected(answers ? .bothWays : .oneWay))
                 // Only now: a connection that ends at once must not end before it began.
                 if answers { startThread("migration-return") { [self] in readAnswers(channel, attempt) } }

@@ -43,6 +43,7 @@ extension SourceCore {
         guard phase == .preSwitchover else { return }
         guard unansweredPings * configuration.deadlines.keepAlive < configuration.deadlines.stall else {
             let reason = "the destination does not answer while the migration waits before its switch"
+            if canPause { return pause(reason, &actions) }
             return retreat(.failed(reason), farewell: nil, &actions)
         }
         unansweredPings += 1
