@@ -44,15 +44,21 @@ extension Simulator {
             }
         case .setTimer(let timer, let nanoseconds):
             destinationTimers[timer.kind] = timer.generation
+            let epoch = destinationEpoch
             schedule(at: now + nanoseconds) { [self] in
+                guard epoch == destinationEpoch else { return }
                 guard destinationTimers[timer.kind] == timer.generation || generator.chance(0.1) else { return }
                 feedDestination(.timer(timer))
             }
         case .cancelTimer(let kind): destinationTimers[kind] = nil
         case .finished(let outcome): destinationOutcomes.append(outcome)
         case .awaitReaders:
-            schedule(after: microsecond, 10 * millisecond) { [self] in feedDestination(.readersEnded) }
-        case .report, .agreed, .admit, .turnedAway, .keeps: break
+            let epoch = destinationEpoch
+            schedule(after: microsecond, 10 * millisecond) { [self] in
+                if epoch == destinationEpoch { feedDestination(.readersEnded) }
+            }
+        case .keeps: kept()
+        case .report, .agreed, .admit, .turnedAway: break
         }
     }
 
