@@ -13,7 +13,7 @@ struct ResumedMigrationTests {
     func spoiledBefore(channels: Int) async {
         await #expect(processExitsWith: .success) { [channels] in
             Child.run(seconds: 90) {
-                let source = try Migrator.source("idle,fill=160M", mebibytes: 192)
+                let source = try Migrator.source("idle,fill=110M", mebibytes: 128)
                 try source.set(.verify, true)
                 try source.set(.resumable, true)
                 var parameters = source.parameters
@@ -26,11 +26,12 @@ struct ResumedMigrationTests {
                 let proxy = try ChannelProxy(to: address, striking: channels == 0 ? 0 : 1, .spoil(at: 7_000_123))
                 try source.migrate(to: proxy.address)
                 // More than what may be in doubt when the connection goes: the page is not sent again.
-                try waitFor("100 MiB to be sent") { (source.info().ram?.normal ?? 0) > 100 << 8 }
+                try waitFor("75 MiB to be sent") { (source.info().ram?.normal ?? 0) > 75 << 8 }
                 proxy.cutAll()
                 try waitFor("the pause, it is \(source.info().status)") { source.info().status == .paused }
                 claim(source.info().errorDescription != nil, "nobody says why it is paused")
                 try source.resume(to: address)
+                try waitFor("the end: \(source.info()); there: \(destination.info())", seconds: 40) { source.isOver }
                 try source.awaitEnd(.failed, "with a spoiled byte, resumed")
                 let reason = source.info().errorDescription ?? ""
                 claim(reason.contains("x-verify: 1 page is not here as sent: ram 0x"), reason)

@@ -92,7 +92,9 @@ extension Simulator {
         guard destinationIsAlive else { return }
         destinationStarts += 1
         if destinationStarts > 1 { violate("the destination started the guest twice") }
-        if destinationGuest.pages != sourceGuest.pages {
+        // By QEMU's rule a source that lost the connection has gone on meanwhile: what arrives late is what it was before.
+        let isOutdated = plan.rule == .qemu && sourceOwnsGuest
+        if destinationGuest.pages != sourceGuest.pages, !isOutdated {
             let wrong = destinationGuest.pages.indices.filter { destinationGuest.pages[$0] != sourceGuest.pages[$0] }
             violate("\(wrong.count) pages differ at the switch, the first is page \(wrong.first ?? 0)")
         }
