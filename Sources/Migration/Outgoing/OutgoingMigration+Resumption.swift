@@ -20,6 +20,16 @@ extension OutgoingMigration {
         }
     }
 
+    /// Whether a connection that takes nothing more is a loss: what the destination said before it closed tells more, and is read first.
+    func isLost(_ attempt: UInt64, answers: Bool) -> Bool {
+        if answers {
+            answersEnded.wait(deadline: .after(milliseconds: Self.lastWordsMilliseconds)) { $0 >= attempt ? () : nil }
+        }
+        return isCurrent(attempt)
+    }
+
+    private static let lastWordsMilliseconds: UInt64 = 200
+
     /// What a connection that was given up has said, and nobody has taken yet. On the migration thread, which is at the first event.
     private func forgetConnections() {
         inbox.withLock { inbox in

@@ -45,6 +45,8 @@ final class OutgoingMigration: Sendable {
     let open = Mutex<Channel?>(nil)
     /// Where the destination was reached last.
     let home = Mutex<MigrationAddress?>(nil)
+    /// The last connection whose answers have all been read.
+    let answersEnded = Monitor<UInt64>(0)
     /// Threads that tell a destination not to wait.
     let farewells = Monitor(0)
     /// Counts the attempts to connect: what an earlier connection still says does not count.
@@ -316,15 +318,19 @@ final class OutgoingMigration: Sendable {
                     group?.end()
                     return channel.cancel()
                 }
+                let answers = channel.kind == .socket
                 sender.attach(channel, group, file) { [self] event in
-                    if case .disconnected = event, !isCurrent(attempt) { return }
+                    if case .disconnected = event, !isLost(attempt, answers: answers) { return }
                     post(event)
                 }
-                let answers = channel.kind == .socket
                 guard isCurrent(attempt) else { return }
                 post(.connected(answers ? .bothWays : .oneWay))
                 // Only now: a connection that ends at once must not end before it began.
-                if answers { startThread("migration-return") { [self] in readAnswers(channel, attempt) } }
+                guard answers else { return }
+                startThread("migration-return") { [self] in
+                    readAnswers(channel, attempt)
+                    answersEnded.withLock { $0 = max($0, attempt) }
+                }
             } catch {
                 if isCurrent(attempt) { post(.connectFailed(error.description)) }
             }
