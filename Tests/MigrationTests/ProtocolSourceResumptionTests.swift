@@ -82,6 +82,13 @@ private struct Source {
         return .timer(timers.last ?? ProtocolTimer(kind: .deadline, generation: 0))
     }
 
+    var keepAlive: SourceEvent {
+        let timers = actions.compactMap { action -> ProtocolTimer? in
+            if case .setTimer(let timer, _) = action, timer.kind == .keepAlive { timer } else { nil }
+        }
+        return .timer(timers.last ?? ProtocolTimer(kind: .keepAlive, generation: 0))
+    }
+
     var commands: [ForwardCommand] {
         var decoder = StreamDecoder(
             .load(blocks: core.configuration.blocks, catalogue: core.configuration.catalogue))
@@ -148,15 +155,24 @@ struct SourceResumptionTests {
         var source = Source(pauses: true)
         source.reach(.preSwitchover)
         #expect(source.core.phase == .preSwitchover)
-        for _ in 0..<20 where source.core.phase == .preSwitchover {
-            let timers = source.actions.compactMap { action -> ProtocolTimer? in
-                if case .setTimer(let timer, _) = action, timer.kind == .keepAlive { timer } else { nil }
-            }
-            guard let last = timers.last else { break }
-            source.feed(.timer(last))
-        }
+        for _ in 0..<20 where source.core.phase == .preSwitchover { source.feed(source.keepAlive) }
         #expect(source.core.phase == .paused && source.actions.last == .report(.paused))
         #expect(source.actions.contains(.resumeGuest))
+    }
+
+    @Test("a destination that falls silent while nothing is sent is noticed", arguments: [true, false])
+    func silentRest(isResumable: Bool) {
+        var source = Source(isResumable: isResumable, awaitsAcknowledgement: true)
+        source.reach(.sendingRound)
+        source.feed(Source.round, .collected(remainingPages: 0))
+        #expect(source.core.phase == .resting)
+        var answered = source
+        for _ in 0..<20 {
+            answered.feed(answered.keepAlive, .received(.pong(1)))
+            source.feed(source.keepAlive)
+        }
+        #expect(answered.core.phase == .resting && answered.commands.last == .ping(1))
+        #expect(source.core.status == (isResumable ? .paused : .failed))
     }
 
     @Test("RESUME names the migration and its features; RESUMED puts back what was lost before anything is collected")
