@@ -48,7 +48,11 @@ public struct MigrationSession {
             }
             if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
-            if mapsRAM { capabilities.append(["capability": "mapped-ram", "state": true]) }
+            if mapsRAM {
+                capabilities.append(["capability": "mapped-ram", "state": true])
+                // A file is written in one go.
+                capabilities.append(["capability": "x-resumable", "state": false])
+            }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             if isResumable { capabilities.append(["capability": "x-resumable", "state": true]) }
             guard !capabilities.isEmpty else { return }

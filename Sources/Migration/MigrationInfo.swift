@@ -88,6 +88,8 @@ public struct MigrationInfo: Sendable, Equatable {
     /// that they had arrived.
     public var resumptions: UInt64 = 0
     public var repeatedPages: UInt64 = 0
+    /// How long a destination in state `x-paused` still waits for its source.
+    public var keptNanoseconds: UInt64?
     /// One sentence: why it failed or is paused, or what an operator must settle.
     public var errorDescription: String?
     /// How the right to run passed on.

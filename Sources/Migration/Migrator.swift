@@ -168,6 +168,11 @@ public final class Migrator: Sendable {
             guard multifd == nil || isMapped || address.canReconnect else {
                 throw MigrationError("migrate: several channels (multifd) need tcp: or unix:, not \(address)")
             }
+            guard !state.capabilities.contains(.resumable) || address.canReconnect else {
+                throw MigrationError(
+                    "migrate: a migration that can be resumed (x-resumable) needs tcp: or unix:, not \(address); "
+                        + "turn the capability off")
+            }
             guard multifd == nil || !state.capabilities.contains(.xbzrle) else {
                 throw MigrationError(
                     "migrate: xbzrle and several channels (multifd) do not go together; turn one of them off")
@@ -276,9 +281,12 @@ public final class Migrator: Sendable {
         try outgoing.resume(at: address)
     }
 
-    /// Gives up a migration under way; the guest runs on here (`migrate_cancel`). Without one, nothing happens.
+    /// Gives up a migration under way; the guest runs on here (`migrate_cancel`). At a destination whose source was lost, what is kept
+    /// of it (`x-paused`). Without either, nothing happens.
     public func cancel() throws(MigrationError) {
-        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isUnderWay else { return }
+        let (outgoing, incoming) = state.withLock { ($0.outgoing, $0.incoming) }
+        incoming?.discard()
+        guard let outgoing, outgoing.isUnderWay else { return }
         try outgoing.cancel()
     }
 
@@ -303,6 +311,7 @@ public final class Migrator: Sendable {
         let (outgoing, incoming) = state.withLock { ($0.outgoing, $0.incoming) }
         if outgoing?.isUnderWay == true { try? outgoing?.cancel() }
         incoming?.giveUp()
+        outgoing?.awaitFarewell()
     }
 
     /// What is known about the migration (`query-migrate`).

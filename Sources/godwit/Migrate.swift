@@ -90,7 +90,10 @@ struct Migrate: ParsableCommand {
         if dryRun, uri == nil { throw ValidationError("--dry-run goes with an address or alone.") }
         if resume, uri == nil { throw ValidationError("--resume goes with an address.") }
         guard let uri else { return }
-        if resume, resumable || hold || channels != nil || compress != nil || autoConverge {
+        let others = [
+            resumable, hold, channels != nil, compress != nil, autoConverge, tls != nil, tlsHostname != nil, dryRun,
+        ]
+        if resume, others.contains(true) {
             throw ValidationError("--resume goes on as the migration began: leave other settings out.")
         }
         guard channels.map({ (0...64).contains($0) }) ?? true else {

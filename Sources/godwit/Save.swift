@@ -49,7 +49,7 @@ struct Save: ParsableCommand {
 
     /// What the VM had before, to be set again if it is not saved.
     private static let parameters = ["downtime-limit", "max-bandwidth", "multifd-channels", "direct-io"]
-    private static let capabilities = ["mapped-ram", "multifd"]
+    private static let capabilities = ["mapped-ram", "multifd", "x-resumable"]
 
     /// Where the VM is to write, and what that file is called afterwards; `nil` where it is the same file.
     private func places() throws -> (address: MigrationAddress, partial: String?, final: String) {

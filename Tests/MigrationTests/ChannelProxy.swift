@@ -35,6 +35,9 @@ final class ChannelProxy: Sendable {
 
     var address: MigrationAddress { .tcp(host: "127.0.0.1", port: "\(Socket.localPort(of: listener) ?? 0)") }
 
+    /// Ends all connections that are there.
+    func cutAll() { kept.withLock { for socket in $0 { Socket.shutdown(socket) } } }
+
     private func pass(_ source: Descriptor, _ index: Int) throws {
         kept.withLock { $0.append(source) }
         var limit = Int.max

@@ -90,6 +90,8 @@ struct SimulationPlan: Sendable {
         /// For a while nothing reaches that side.
         case stall(Trigger, towards: Side, for: UInt64)
         case death(of: Side, Trigger)
+        /// The destination dies, and another process takes its address.
+        case restart(Trigger, after: UInt64)
         /// That local operation of that side fails, or never answers.
         case localFailure(Side, nth: Int, hangs: Bool)
         /// Connecting fails.
@@ -109,8 +111,12 @@ struct SimulationPlan: Sendable {
     var guestRuns = true
     /// A lost connection pauses the migration, and the operator resumes it.
     var isResumable = false
-    /// Later connections are cut after so many bytes towards the destination, too.
-    var furtherCuts: [Int] = []
+    /// Later connections are cut after so many bytes towards that side, too.
+    var furtherCuts: [(side: Side, bytes: Int)] = []
+    /// The connection of these steps is cut.
+    var cutSteps: Set<Int> = []
+    /// How likely an operator resumes to a wrong address, cancels, gives up the destination; and a stranger comes meanwhile.
+    var mistakes = 0.0
     var pauses = false
     /// The operator's cancel comes then, if at all.
     var cancelsAfter: UInt64?
@@ -151,13 +157,33 @@ struct SimulationPlan: Sendable {
         if generator.chance(0.25) { plan.faults.append(fault(plan, using: &generator)) }
         if plan.rule == .twoPhase, generator.chance(0.7) {
             plan.isResumable = true
-            if generator.chance(0.6) {
-                plan.furtherCuts = (0..<Int.random(in: 1...3, using: &generator)).map { _ in
-                    Int.random(in: 0...(plan.pages * 4000), using: &generator)
+            plan.interruptOften(using: &generator)
+        }
+        return plan
+    }
+
+    /// Cuts at any step, while the migration is taken up again, and people who make mistakes.
+    private mutating func interruptOften(using generator: inout SeededGenerator) {
+        if generator.chance(0.6) {
+            furtherCuts = (0..<Int.random(in: 1...6, using: &generator)).map { _ in
+                switch Int.random(in: 0..<4, using: &generator) {
+                // Inside the words that take the migration up.
+                case 0: (.destination, Int.random(in: 0...90, using: &generator))
+                case 1: (.source, Int.random(in: 0...60, using: &generator))
+                default: (.destination, Int.random(in: 0...(pages * 4000), using: &generator))
                 }
             }
         }
-        return plan
+        if generator.chance(0.4) {
+            for _ in 0..<Int.random(in: 1...4, using: &generator) {
+                cutSteps.insert(Int.random(in: 0...Int.random(in: 50...1500, using: &generator), using: &generator))
+            }
+        }
+        if generator.chance(0.5) { mistakes = Double.random(in: 0.02...0.3, using: &generator) }
+        if generator.chance(0.08) {
+            faults.append(
+                .restart(Self.trigger(using: &generator), after: generator.duration(millisecond, 20 * second)))
+        }
     }
 
     /// Around the switchover, where it breaks the limit.
@@ -211,6 +237,6 @@ struct SimulationPlan: Sendable {
 
     /// Nothing goes wrong and nobody interferes: the migration must complete.
     var isUndisturbed: Bool {
-        cancelsAfter == nil && faults.allSatisfy { if case .stall = $0 { true } else { false } }
+        cancelsAfter == nil && cutSteps.isEmpty && faults.allSatisfy { if case .stall = $0 { true } else { false } }
     }
 }

@@ -12,13 +12,14 @@ extension Simulator {
         }
     }
 
-    private func strangerConnects() {
+    func strangerConnects() {
         guard destinationIsAlive else { return }
         let connection = SimulatedConnection(ConnectionID(UInt64(connections.count + 1)), isStranger: true)
         connections.append(connection)
         destinationAccepts(connection)
         var writer = StreamWriter()
-        switch Int.random(in: 0..<4, using: &generator) {
+        switch Int.random(in: 0..<6, using: &generator) {
+        case 4, 5: send(imposture(), on: connection, towards: .destination)
         case 0: send(Array("GET / HTTP/1.1\r\n\r\n".utf8), on: connection, towards: .destination)
         case 1:
             writer.header()
@@ -31,6 +32,42 @@ extension Simulator {
         default: break
         }
         if generator.chance(0.5) { schedule(after: millisecond, second) { [self] in close(connection, by: .source) } }
+    }
+
+    /// The words of one who would like to be the source of a migration, of its own or of ours.
+    private func imposture() -> [UInt8] {
+        var writer = StreamWriter()
+        writer.header()
+        writer.configuration(machine: Self.machineName)
+        if generator.chance(0.9) { writer.command(.openReturnPath) }
+        for _ in 0..<Int.random(in: 0...3, using: &generator) { writer.command(.ping(Wire.godwitPing)) }
+        let (ours, other) = (source.configuration.migration, MigrationIdentifier(high: 99, low: 99))
+        switch Int.random(in: 0..<5, using: &generator) {
+        case 0: writer.command(.begin(other, source.features))
+        case 1: writer.command(.resume(other, source.features))
+        case 2: writer.command(.resume(ours, source.features.subtracting(.retraction)))
+        // One who knows the name, as only the source should: it gets hold of the destination, and of nothing else.
+        case 3: writer.command(.resume(ours, source.features))
+        default: writer.command(.prepare)
+        }
+        return writer.bytes
+    }
+
+    private func destinationDies() {
+        trace("destination dies")
+        destinationIsAlive = false
+        destinationGuest.stop(at: now)
+        for connection in connections { close(connection, by: .destination) }
+    }
+
+    /// Another process takes the address of one that died: it knows nothing.
+    private func destinationReturns() {
+        trace("another destination begins")
+        destinationEpoch += 1
+        destinationIsAlive = true
+        destination = Self.destination(plan, instance: MigrationIdentifier(high: destinationEpoch, low: 3))
+        destinationGuest = SimulatedGuest(emptyPages: plan.pages)
+        (readers, destinationTimers) = ([:], [:])
     }
 
     func prepareCuts(of connection: SimulatedConnection) {
@@ -51,6 +88,7 @@ extension Simulator {
     }
 
     func strikeFaults() {
+        if plan.cutSteps.contains(steps), let connection = sourceConnection { cut(connection) }
         if phaseSteps[source.phase] == nil { phaseSteps[source.phase] = steps }
         for fault in plan.faults {
             switch fault {
@@ -72,11 +110,11 @@ extension Simulator {
                 sourceIsAlive = false
                 sourceGuest.stop(at: now)
                 for connection in connections where !connection.isStranger { close(connection, by: .source) }
-            case .death(.destination, let trigger) where strikes(trigger):
-                trace("destination dies")
-                destinationIsAlive = false
-                destinationGuest.stop(at: now)
-                for connection in connections { close(connection, by: .destination) }
+            case .death(.destination, let trigger) where strikes(trigger): destinationDies()
+            case .restart(let trigger, let pause) where strikes(trigger) && destinationIsAlive:
+                let hadGuest = destinationOwnsGuest
+                destinationDies()
+                if !hadGuest { schedule(at: now + pause) { [self] in destinationReturns() } }
             default: break
             }
         }

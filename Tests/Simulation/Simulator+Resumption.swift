@@ -85,7 +85,40 @@ extension Simulator {
         schedule(after: millisecond, 30 * second) { [self] in
             guard sourceIsAlive, source.phase == .paused else { return }
             resumptions += 1
-            feedSource(resumptions > Self.resumptionLimit ? .cancel : .resume)
+            let isEnough = resumptions > Self.resumptionLimit || generator.chance(plan.mistakes / 4)
+            feedSource(isEnough ? .cancel : .resume)
+            // Twice does no harm.
+            if generator.chance(plan.mistakes) { feedSource(.resume) }
         }
+    }
+
+    /// The destination's operator and others, while a lost source is waited for.
+    func kept() {
+        if generator.chance(plan.mistakes) { schedule(after: millisecond, second) { [self] in strangerConnects() } }
+        guard generator.chance(plan.mistakes / 8) else { return }
+        schedule(after: millisecond, 30 * second) { [self] in feedDestination(.discard) }
+    }
+
+    // MARK: A wrong address
+
+    /// Somebody else listens there: another Godwit, one that has failed, a QEMU, or a program that hangs up.
+    func connectToStranger() {
+        let connection = SimulatedConnection(ConnectionID(UInt64(connections.count + 1)))
+        connections.append(connection)
+        sourceConnection = connection
+        sourceMessages = ReturnPathDecoder()
+        sourceInput = ReceiveBuffer()
+        trace("network: a stranger listens there")
+        feedSource(.connected(.bothWays))
+        var writer = StreamWriter()
+        switch Int.random(in: 0..<4, using: &generator) {
+        case 0:
+            writer.message(.hello(version: 1, features: .all, instance: MigrationIdentifier(high: 9, low: 9)))
+            writer.message(.pong(Wire.godwitPing))
+        case 1: writer.message(.failure(reason: "an earlier migration failed here"))
+        case 2: writer.message(.pong(Wire.godwitPing))
+        default: return close(connection, by: .destination)
+        }
+        send(writer.bytes, on: connection, towards: .source)
     }
 }

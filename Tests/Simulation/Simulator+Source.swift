@@ -17,7 +17,9 @@ extension Simulator {
     func feedSource(_ event: SourceEvent) {
         guard sourceIsAlive, violation == nil else { return }
         trace("source   <- \(event)")
-        if event == .received(.verdict(.unknown)) { violate("the destination forgot a migration that was begun there") }
+        if event == .received(.verdict(.unknown)), destinationEpoch == 0 {
+            violate("the destination forgot a migration that was begun there")
+        }
         plantResume(event)
         if event == .proceed, source.phase == .preSwitchover { standsStillSince = now }
         for action in source.handle(event, at: now) { perform(action) }
@@ -93,6 +95,7 @@ extension Simulator {
             // The thread of the connection before is gone first.
             guard round == nil else { return connect() }
             let isFirst = connections.allSatisfy(\.isStranger)
+            if source.phase == .reopening, generator.chance(plan.mistakes) { return connectToStranger() }
             if isFirst, plan.faults.contains(where: { if case .refusal = $0 { true } else { false } }) {
                 return feedSource(.connectFailed("connection refused"))
             }
@@ -103,7 +106,12 @@ extension Simulator {
             if isFirst {
                 prepareCuts(of: connection)
             } else if source.phase == .reopening, resumptions <= plan.furtherCuts.count {
-                connection.towardsDestination.bytesUntilCut = plan.furtherCuts[resumptions - 1]
+                let cut = plan.furtherCuts[resumptions - 1]
+                if cut.side == .destination {
+                    connection.towardsDestination.bytesUntilCut = cut.bytes
+                } else {
+                    connection.towardsSource.bytesUntilCut = cut.bytes
+                }
             }
             connections.append(connection)
             sourceConnection = connection
@@ -317,7 +325,9 @@ extension Simulator {
         if destinationIsAlive, destination.phase == .started { return feedSource(.settle(.startedThere)) }
         // Without two phases the destination may wait on a silent connection for good: it is ended by hand.
         if plan.rule != .twoPhase { feedDestination(.giveUp) }
-        if !destinationIsAlive || destination.phase == .failed { return feedSource(.settle(.resumeHere)) }
+        if !destinationIsAlive || destination.phase == .failed || destinationEpoch > 0 {
+            return feedSource(.settle(.resumeHere))
+        }
         // A start that never answers leaves nothing to find out.
         if destination.phase == .starting, startHangs { return }
         schedule(at: now + 10 * second) { [self] in operatorLooks() }

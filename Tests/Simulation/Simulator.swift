@@ -59,6 +59,8 @@ final class Simulator {
     // The destination's process.
     var destination: DestinationCore
     var destinationIsAlive = true
+    /// How often its process was replaced: what the one before still does does not count.
+    var destinationEpoch: UInt64 = 0
     var destinationGuest: SimulatedGuest
     var destinationOwnsGuest = false
     var destinationStarts = 0
@@ -99,13 +101,17 @@ final class Simulator {
                 switchover: SwitchoverPolicy(downtimeLimitNanoseconds: plan.downtimeLimit))
         configuration.isResumable = plan.isResumable
         source = SourceCore(configuration)
+        destination = Self.destination(plan, instance: MigrationIdentifier(high: seed, low: 2))
+    }
+
+    static func destination(_ plan: SimulationPlan, instance: InstanceIdentifier) -> DestinationCore {
         var waiting =
             DestinationConfiguration(
-                instance: MigrationIdentifier(high: seed, low: 2), machineName: Self.machineName,
+                instance: instance, machineName: machineName,
                 sections: [ExpectedSection(name: "cpu"), ExpectedSection(name: "clock")],
                 features: plan.rule == .twoPhase ? .all : [])
         waiting.deadlines.kept = 600 * second
-        destination = DestinationCore(waiting)
+        return DestinationCore(waiting)
     }
 
     static var catalogue: SectionCatalogue {
@@ -177,14 +183,18 @@ final class Simulator {
         _ side: SimulationPlan.Side, _ low: UInt64, _ high: UInt64, answer: @escaping () -> Void,
         failure: @escaping () -> Void
     ) {
+        let epoch = destinationEpoch
+        func alive(_ action: @escaping () -> Void) -> () -> Void {
+            { [self] in if side == .source || epoch == destinationEpoch { action() } }
+        }
         let number = localOperations[side, default: 0]
         localOperations[side] = number + 1
         for case .localFailure(side, number, let hangs) in plan.faults {
             trace("\(side.rawValue): this operation \(hangs ? "hangs" : "fails")")
             if hangs { return }
-            return schedule(after: low, high, failure)
+            return schedule(after: low, high, alive(failure))
         }
-        schedule(after: low, high, answer)
+        schedule(after: low, high, alive(answer))
     }
 }
 

@@ -62,7 +62,7 @@ extension IncomingMigration {
                     // Not at the footer behind it: an old QEMU keeps that back until its channels have gone on.
                     if !marks.flushes, usesChannels { waitForChannels(id) }
                 case .vmDescription: try receiver.skipPayload()
-                case .command(.begin):
+                case .command(.begin), .command(.resume):
                     post(.item(id, item))
                     if acceptsSource(id) { receiver.verification = verification }
                 default: post(.item(id, item))

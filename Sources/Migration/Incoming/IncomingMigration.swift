@@ -108,6 +108,9 @@ final class IncomingMigration: Sendable {
         listener.close()
     }
 
+    /// What is kept of a migration whose source was lost is given up; without such, nothing happens.
+    func discard() { post(.discard) }
+
     // MARK: Threads
 
     private func acceptConnections() {
@@ -262,8 +265,8 @@ final class IncomingMigration: Sendable {
             report(.status(status))
         case .agreed(let rule, _): statistics.agreed(rule)
         case .awaitReaders(let ids): awaitReaders(Set(ids))
-        case .keeps(let sentence):
-            statistics.end(error: sentence)
+        case .keeps(let sentence, let nanoseconds):
+            statistics.keeps(sentence, forNanoseconds: nanoseconds)
             report(.notice(sentence))
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .finished(let outcome):

@@ -7,6 +7,8 @@ final class IncomingStatistics: Sendable {
         var info = MigrationInfo()
         var began: UInt64?
         var ended: UInt64?
+        /// Until when a lost source is waited for.
+        var keptUntil: UInt64?
     }
     private let state: Mutex<State>
 
@@ -22,7 +24,9 @@ final class IncomingStatistics: Sendable {
     func info() -> MigrationInfo {
         state.withLock { state in
             var info = state.info
-            if let began = state.began { info.totalNanoseconds = (state.ended ?? Clock.monotonicNanoseconds) - began }
+            let now = Clock.monotonicNanoseconds
+            if let began = state.began { info.totalNanoseconds = (state.ended ?? now) - began }
+            if let end = state.keptUntil, info.status == .paused { info.keptNanoseconds = end - min(end, now) }
             return info
         }
     }
@@ -52,6 +56,14 @@ final class IncomingStatistics: Sendable {
     func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
 
     func end(error: String?) { state.withLock { $0.info.errorDescription = error } }
+
+    /// The source is lost, and waited for.
+    func keeps(_ sentence: String, forNanoseconds nanoseconds: UInt64) {
+        state.withLock { state in
+            state.info.errorDescription = sentence
+            state.keptUntil = Clock.monotonicNanoseconds + nanoseconds
+        }
+    }
 
     func received(bytes: UInt64, normal: UInt64, duplicate: UInt64, overChannels: Bool = false) {
         state.withLock { state in

@@ -50,7 +50,7 @@ extension OutgoingMigration {
         let answers = channel.kind == .socket && usesReturnPath
         do throws(SystemError) {
             try sender.attach(channel, group, file, answers: answers) { [self] event in
-                if case .disconnected = event, !isCurrent(attempt) { return }
+                if case .disconnected = event, !isLost(attempt, answers: answers) { return }
                 post(event)
             }
         } catch {
@@ -59,9 +59,14 @@ extension OutgoingMigration {
             channel.cancel()
             throw .system(error)
         }
+        guard isCurrent(attempt) else { return }
         post(.connected(answers ? .bothWays : .oneWay))
         // Only now: a connection that ends at once must not end before it began.
-        if answers { startThread("migration-return") { [self] in readAnswers(channel, attempt) } }
+        guard answers else { return }
+        startThread("migration-return") { [self] in
+            readAnswers(channel, attempt)
+            answersEnded.withLock { $0 = max($0, attempt) }
+        }
     }
 
     /// Whoever gives up the connection from here on finds it; who did so before is found out here, and nothing else is started.

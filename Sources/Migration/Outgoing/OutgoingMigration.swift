@@ -38,15 +38,21 @@ final class OutgoingMigration: Sendable {
     /// Ends the attempt to connect that is under way.
     let connecting = Mutex<CancelToken?>(nil)
 
-    private struct Inbox {
+    struct Inbox {
         var events: [SourceEvent] = []
         /// How many events the core has taken so far.
         var taken: UInt64 = 0
         var timers: [ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)] = [:]
         var isOver = false
     }
-    private let inbox = Monitor(Inbox())
+    let inbox = Monitor(Inbox())
     let open = Mutex<Channel?>(nil)
+    /// Where the destination was reached last.
+    let home = Mutex<MigrationAddress?>(nil)
+    /// The last connection whose answers have all been read.
+    let answersEnded = Monitor<UInt64>(0)
+    /// Threads that tell a destination not to wait.
+    let farewells = Monitor(0)
     /// Counts the attempts to connect: what an earlier connection still says does not count.
     let attempts = Mutex<UInt64>(0)
     /// Nothing takes jobs.
@@ -239,7 +245,9 @@ final class OutgoingMigration: Sendable {
             convergence.pause()
             statistics.end(error: reason)
             report(.notice("the migration is paused: \(reason)"))
-        case .rewind: sender.rewind()
+        case .rewind:
+            noteHome()
+            sender.rewind()
         case .bidFarewell(let bytes): bidFarewell(bytes)
         case .sendRoot: sender.enqueue(.root)
         case .sendDigests(let range): sender.enqueue(.digests(range))
@@ -275,6 +283,7 @@ final class OutgoingMigration: Sendable {
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, let features):
+            noteHome()
             statistics.agreed(rule)
             sender.agreed(features)
         case .refused(let sentence): refusal.withLock { $0 = sentence }

@@ -16,7 +16,8 @@ extension DestinationCore {
         dropConnections(&actions)
         enter(.kept, deadline: configuration.deadlines.kept, &actions)
         report(.paused, &actions)
-        actions.append(.keeps("\(reason); what it sent is kept, and the source is waited for"))
+        let sentence = "\(reason); what it sent is kept, and the source is waited for"
+        actions.append(.keeps(sentence, forNanoseconds: configuration.deadlines.kept))
     }
 
     /// RAM stays; whatever the connection was in the middle of is void.
@@ -35,6 +36,14 @@ extension DestinationCore {
         stateBytes = 0
         guestState = nil
         retraction = nil
+        rootIsSame = false
+        isNarrowing = false
+    }
+
+    /// The operator waits for the lost source no longer. A migration whose source is here is ended there.
+    mutating func discard(_ actions: inout [DestinationAction]) {
+        guard phase == .kept else { return }
+        fail("the operator gave up what was kept of the migration", &actions)
     }
 
     // MARK: Candidates
@@ -44,14 +53,14 @@ extension DestinationCore {
         switch item {
         case .configurationSubsection: break
         case .command(.openReturnPath): visitors[connection]?.opensReturnPath = true
-        case .command(.ping(let value)):
-            guard visitors[connection]?.opensReturnPath == true else { return }
-            if value == Wire.godwitPing {
-                let hello = ReturnPathMessage.hello(
-                    version: 1, features: configuration.features, instance: configuration.instance)
-                send(hello, to: connection, &actions)
-            }
-            send(.pong(value), to: connection, &actions)
+        // Once: a stranger that asks and asks, and reads nothing, must not keep anybody waiting.
+        case .command(.ping(Wire.godwitPing))
+        where visitors[connection]?.opensReturnPath == true && visitors[connection]?.wasGreeted == false:
+            visitors[connection]?.wasGreeted = true
+            let hello = ReturnPathMessage.hello(
+                version: 1, features: configuration.features, instance: configuration.instance)
+            send(hello, to: connection, &actions)
+            send(.pong(Wire.godwitPing), to: connection, &actions)
         case .command(.resume(let migration, let features)): rejoin(connection, migration, features, &actions)
         default: refuseCandidate(connection, "another migration is here already", &actions)
         }
@@ -99,6 +108,7 @@ extension DestinationCore {
     mutating func goOnIfQuiet(_ actions: inout [DestinationAction]) {
         guard phase == .rejoining, readersHaveEnded, !loadIsUnderWay, let source else { return }
         send(.resumed, to: source, &actions)
+        if configuration.acknowledgesSwitchover { send(.switchoverAcknowledged, to: source, &actions) }
         enter(.opened, deadline: configuration.deadlines.idle, &actions)
         sortChannels(&actions)
     }

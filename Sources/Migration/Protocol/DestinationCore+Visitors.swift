@@ -7,12 +7,16 @@ extension DestinationCore {
         if visitors.count >= Self.visitorLimit {
             // Who says nothing must not keep out the source, which says at once who it is; nor must channels without a migration.
             let silent = oldest { $0 == .unknown }
-            guard let leaving = silent ?? oldest({ if case .channel = $0 { true } else { false } }) else {
+            let channel = oldest { if case .channel = $0 { true } else { false } }
+            guard let leaving = silent ?? channel ?? oldest({ $0 == .candidate }) else {
                 actions.append(.close(connection))
                 actions.append(.turnedAway(connection, "too many connections wait already"))
                 return
             }
-            let fault = silent != nil ? "has said nothing" : "is a channel whose migration has not begun"
+            let fault =
+                silent != nil
+                ? "has said nothing"
+                : channel != nil ? "is a channel whose migration has not begun" : "has not said RESUME"
             dismiss(leaving, "too many connections wait, and it \(fault) for the longest time", &actions)
         }
         visitors[connection] = Visitor(answers: answers)

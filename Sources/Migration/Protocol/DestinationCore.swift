@@ -55,6 +55,8 @@ public struct DestinationCore: Sendable {
         let answers: Bool
         /// Of a candidate: it opened the return path.
         var opensReturnPath = false
+        /// Of a candidate: it heard HELLO.
+        var wasGreeted = false
         var wish = Wish.unknown
     }
 
@@ -148,6 +150,7 @@ public struct DestinationCore: Sendable {
         case .timer(let timer): fired(timer, &actions)
         case .noFurtherConnection: noFurtherConnection(&actions)
         case .giveUp: giveUp(&actions)
+        case .discard: discard(&actions)
         }
         return actions
     }

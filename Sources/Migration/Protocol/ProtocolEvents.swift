@@ -355,6 +355,8 @@ public enum DestinationEvent: Hashable, Sendable {
     case noFurtherConnection
     /// The operator gives up this destination (`quit`): the guest will never start here.
     case giveUp
+    /// The operator gives up what is kept of a migration whose source was lost (`migrate_cancel`).
+    case discard
 }
 
 public enum DestinationAction: Hashable, Sendable {
@@ -365,8 +367,8 @@ public enum DestinationAction: Hashable, Sendable {
     case admit(ConnectionID, of: Int)
     /// Those connections were closed: nothing of what they brought may be placed after the answer. -> `readersEnded`.
     case awaitReaders([ConnectionID])
-    /// The source is lost; what was received is kept, and another connection is awaited: the reason, one sentence.
-    case keeps(String)
+    /// The source is lost; what was received is kept, and another connection is awaited: the reason, one sentence, and how long.
+    case keeps(String, forNanoseconds: UInt64)
     /// From here on digests come with the pages of this migration, under the key that its name is.
     case verify(MigrationIdentifier)
     /// The root of the source, behind all its pages. -> `compared`.

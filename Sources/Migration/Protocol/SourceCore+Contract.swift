@@ -152,7 +152,9 @@ extension SourceCore {
 
     // MARK: Resting
 
+    /// Rests may follow each other for as long as the guest writes; that the destination is still there shows only when it is asked.
     mutating func rest(_ nanoseconds: UInt64, _ actions: inout [SourceAction]) {
+        if direction == .bothWays, !timers.isRunning(.keepAlive) { scheduleKeepAlive(&actions) }
         enter(.resting, deadline: nanoseconds, &actions)
     }
 }

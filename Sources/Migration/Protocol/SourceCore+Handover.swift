@@ -34,15 +34,20 @@ extension SourceCore {
         enter(.finalCollecting, deadline: configuration.deadlines.localWork, &actions)
     }
 
-    private mutating func scheduleKeepAlive(_ actions: inout [SourceAction]) {
+    mutating func scheduleKeepAlive(_ actions: inout [SourceAction]) {
         actions.append(.setTimer(timers.set(.keepAlive), nanoseconds: configuration.deadlines.keepAlive))
     }
 
-    /// While the operator is awaited: the destination hears that we live, and we hear that it does.
+    /// While the operator is awaited, or nothing is sent for long: the destination hears that we live, and we hear that it does.
     mutating func keepAlive(_ actions: inout [SourceAction]) {
-        guard phase == .preSwitchover else { return }
+        // In between the section of RAM is closed. In any other phase something else has a deadline.
+        guard [.preSwitchover, .resting, .collecting].contains(phase) else { return }
         guard unansweredPings * configuration.deadlines.keepAlive < configuration.deadlines.stall else {
-            let reason = "the destination does not answer while the migration waits before its switch"
+            let reason =
+                phase == .preSwitchover
+                ? "the destination does not answer while the migration waits before its switch"
+                : "the destination does not answer any more"
+            if canPause { return pause(reason, &actions) }
             return retreat(.failed(reason), farewell: nil, &actions)
         }
         unansweredPings += 1

@@ -45,8 +45,10 @@ extension SourceCore {
     /// HELLO and PONG: the destination's first words.
     mutating func greeted(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
         switch message {
-        case .hello(let version, let features, _):
-            guard version > 0, helloFeatures == nil else { return outOfTurn(message, &actions) }
+        case .hello(let version, let features, let instance):
+            guard version > 0, helloFeatures == nil else { return misgreeted(message, &actions) }
+            guard !isResuming || instance == peer else { return pause(Self.strangerListens, &actions) }
+            peer = instance
             helloFeatures = features.intersection(configuration.features)
             if !configuration.isResumable || !features.contains(.twoPhaseHandover) {
                 helloFeatures?.remove(.resumption)
@@ -62,18 +64,30 @@ extension SourceCore {
             roundTripNanoseconds = min(roundTripNanoseconds, now - greetedAt)
             if isResuming { return askToResume(&actions) }
             guard let features = helloFeatures else { return agree(on: .qemu, features: [], &actions) }
-            if let reason = unverifiable(.twoPhase, features) {
+            if let reason = unusable(.twoPhase, features) {
                 return retreat(.failed(reason), farewell: nil, &actions)
             }
             let migration = configuration.migration
             send(&actions) { $0.command(.begin(migration, features)) }
             agree(on: features.contains(.twoPhaseHandover) ? .twoPhase : .qemu, features: features, &actions)
-        default: outOfTurn(message, &actions)
+        default: misgreeted(message, &actions)
         }
     }
 
+    /// Whoever listens where a paused migration was to go on may not be its destination at all: what it says ends nothing.
+    private mutating func misgreeted(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        guard isResuming else { return outOfTurn(message, &actions) }
+        guard case .failure(let reason) = message else { return pause(Self.strangerListens, &actions) }
+        pause("what listens there refuses it: \(reason)", &actions)
+    }
+
+    /// Why the destination cannot do what this migration was begun with.
+    private func unusable(_ rule: HandoverRule, _ features: FeatureSet) -> String? {
+        unverifiable(rule, features) ?? unresumable(rule, features)
+    }
+
     private mutating func agree(on rule: HandoverRule, features: FeatureSet, _ actions: inout [SourceAction]) {
-        if let reason = unverifiable(rule, features) { return retreat(.failed(reason), farewell: nil, &actions) }
+        if let reason = unusable(rule, features) { return retreat(.failed(reason), farewell: nil, &actions) }
         self.rule = rule
         self.features = features
         actions.append(.agreed(rule, features: features))

@@ -4,6 +4,22 @@ import MigrationStream
 // and the migration waits for an operator. `resume` makes a new connection, on which RAM goes on where it was.
 
 extension SourceCore {
+    static let strangerListens =
+        "what listens there is not the process that this migration had as its destination; only that one has what was sent"
+
+    /// Why a lost connection would end this migration, if it is not to.
+    func unresumable(_ rule: HandoverRule, _ features: FeatureSet) -> String? {
+        guard configuration.isResumable, !features.contains(.resumption) else { return nil }
+        let reason =
+            switch rule {
+            case .oneWay: "nobody answers on this transport"
+            case .qemu: "the destination is no Godwit"
+            case .twoPhase: "the destination is a Godwit that does not know it"
+            }
+        return "x-resumable: \(reason), so the migration could not go on there after its connection was lost; "
+            + "turn the capability off"
+    }
+
     /// Whether the loss of the connection pauses the migration. Before tracking began nothing was sent that is worth keeping.
     var canPause: Bool {
         if isResuming { return [.reopening, .greeting, .resuming].contains(phase) }
@@ -14,7 +30,7 @@ extension SourceCore {
     var waitsForPeer: Bool {
         switch phase {
         case .reopening, .greeting, .resuming, .sendingRound, .finalSending, .draining, .confirming, .retracting,
-            .preparing:
+            .preparing, .narrowing:
             true
         case .breakingOff: awaited == .round
         default: false
@@ -74,8 +90,7 @@ extension SourceCore {
     /// HELLO and PONG were heard on the new connection.
     mutating func askToResume(_ actions: inout [SourceAction]) {
         guard let offered = helloFeatures, features.isSubset(of: offered) else {
-            let reason = "what listens there is not the destination that this migration had"
-            return pause(reason, &actions)
+            return pause(Self.strangerListens, &actions)
         }
         let (migration, features) = (configuration.migration, features)
         send(&actions) { $0.command(.resume(migration, features)) }
@@ -92,7 +107,7 @@ extension SourceCore {
         enter(.breakingOff, deadline: configuration.deadlines.localWork, &actions)
     }
 
-    /// A migration that was paused ends here: the destination need not wait for it.
+    /// This migration ends here, and the destination may not have heard it: it need not keep anything.
     mutating func tellKeeper(_ actions: inout [SourceAction]) {
         let migration = configuration.migration
         var writer = StreamWriter()

@@ -75,8 +75,7 @@ extension SourceCore {
         if outcome == .cancelled { report(.cancelling, &actions) }
         if stopWasAsked { actions.append(.resumeGuest) }
         stopWasAsked = false
-        if wasPaused { tellKeeper(&actions) }
-        guard let farewell, rule == .twoPhase, isConnected else { return leave(farewell: nil, &actions) }
+        guard let farewell, rule == .twoPhase, isConnected, !wasPaused else { return leave(farewell: nil, &actions) }
         guard roundIsUnderWay else { return leave(farewell: farewell, &actions) }
         self.farewell = farewell
         actions.append(.interruptRound)
@@ -89,6 +88,8 @@ extension SourceCore {
         if let farewell {
             closeRAMSection(&actions)
             send(&actions) { $0.command(.cancel(reason: farewell)) }
+        } else if features.contains(.resumption) {
+            tellKeeper(&actions)
         }
         let wasConnecting = phase == .connecting || phase == .reopening
         let outcome = ending ?? .cancelled

@@ -87,6 +87,8 @@ public struct SourceCore: Sendable {
     var direction = ConnectionDirection.bothWays
     var isConnected = false
     var helloFeatures: FeatureSet?
+    /// The process that answered first: no other has what was sent.
+    var peer: InstanceIdentifier?
     var roundIsUnderWay = false
     var ramSectionIsOpen = false
     var stopWasAsked = false

@@ -10,6 +10,8 @@ struct TimerLedger: Sendable {
         return ProtocolTimer(kind: kind, generation: generation)
     }
 
+    func isRunning(_ kind: ProtocolTimer.Kind) -> Bool { running[kind] != nil }
+
     /// - Returns: false when none of that kind ran.
     mutating func cancel(_ kind: ProtocolTimer.Kind) -> Bool { running.removeValue(forKey: kind) != nil }
 

@@ -109,6 +109,8 @@ final class IncomingVerification: Sendable {
     /// The source said the root over all it sent; everything before it was placed.
     func compare(root: UInt64) -> RootVerdict {
         state.withLock { state in
+            // One that a lost connection ended has nothing to say any more.
+            state.search = nil
             if root == ledger.root { return verdict(&state) }
             state.search = Search()
             return nextQuestion(&state)

@@ -27,6 +27,7 @@ extension MigrationInfo {
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }
+        if let keptNanoseconds { members["x-kept-seconds"] = JSON(keptNanoseconds / 1_000_000_000) }
         if brokenSwitchovers > 0 { members["x-broken-switchovers"] = brokenJSON }
         if let throttlePercentage { members["cpu-throttle-percentage"] = JSON(throttlePercentage) }
         if let dirtyLimitThrottleMicroseconds {
