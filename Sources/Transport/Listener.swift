@@ -117,6 +117,13 @@ public final class Listener: Sendable {
         }
     }
 
+    /// Whether a connection was made that nobody has accepted yet.
+    public var hasConnectionWaiting: Bool {
+        let sockets = state.withLock { $0.sockets.map { ($0, Readiness.readable) } }
+        guard !sockets.isEmpty, let ready = try? poll(sockets, deadline: Deadline(at: 0)) else { return false }
+        return ready.contains { !$0.isEmpty }
+    }
+
     /// `nil` if the connection went away in the meantime.
     private func acceptNow(_ listener: Descriptor) throws(ChannelError) -> Channel? {
         let socket = try channelled { () throws(SystemError) in

@@ -1,5 +1,6 @@
 import Glibc
 import Host
+import MigrationStream
 import QMP
 import TestSupport
 import Testing
@@ -44,12 +45,16 @@ struct MultifdConformanceTests {
         try expectEqual(image, second)
         let received = try second.migration()["ram"]
         #expect(received?["duplicate"] == told?["duplicate"])
-        // QEMU 7.2 sends some pages more than it counts; its bytes are right, less the greetings.
+        // QEMU 7.2 sends some pages more than it counts; its bytes are right, less the greetings, but for heads: a thread that is still busy
+        // when SYNC is asked for sends one where two were counted.
         #expect((received?["normal"]?.integerValue(as: UInt64.self) ?? 0) >= image.dataPages)
         let bytes = try #require(told?["multifd-bytes"]?.integerValue(as: Int.self))
+        let arrived = try #require(received?["multifd-bytes"]?.integerValue(as: Int.self))
         // Older ones leave their greetings out.
         let greetings = 64 * trip.channels
-        #expect([JSON(bytes), JSON(bytes + greetings)].contains(received?["multifd-bytes"]))
+        let missing = [bytes, bytes + greetings].map { $0 - arrived }
+        let heads = (0...trip.channels).map { $0 * MultifdWire.headBytes }
+        #expect(missing.contains { heads.contains($0) }, "\(bytes) sent, \(arrived) received")
 
         let third = try bench.startQEMU("third", byteCount: trip.byteCount, ["-incoming", "defer"])
         try move(second, to: third, trip)
@@ -81,7 +86,8 @@ struct MultifdConformanceTests {
             if (try? source.client.execute("migrate_cancel")) != nil {
                 #expect(try source.migrationStatus() != "completed")
             }
-            #expect(try destination.status() == "inmigrate")
+            // One that was given pages already ends; no guest runs there in any case.
+            if let status = try? destination.status() { #expect(status == "inmigrate") }
         }
     }
 

@@ -126,15 +126,28 @@ struct ProtocolChannelTests {
         driver.feed(.accepted(Driver.main, answers: true))
         driver.items(.header, .configuration(machine: "m"))
         driver.greet(2, channel: 1)
-        driver.greet(3, channel: 2)
         #expect(driver.admitted.isEmpty)
         driver.items(.ramSetup([]))
         #expect(driver.admitted == [2])
-        #expect(driver.turnedAway[3]?.contains("only 2 are expected") == true)
         #expect(driver.timer(.channels) != nil)
         driver.greet(4, channel: 0)
         #expect(driver.admitted == [2, 4])
         #expect(driver.actions.contains(.cancelTimer(.channels)))
+    }
+
+    @Test(
+        "a QEMU with more channels than the operator said is refused: some of its pages would be missed",
+        arguments: [false, true])
+    func oneTooMany(afterRAMBegan: Bool) {
+        var driver = Driver(expecting: 2)
+        driver.feed(.accepted(Driver.main, answers: true))
+        driver.items(.header, .configuration(machine: "m"))
+        driver.greet(2, channel: 1)
+        if afterRAMBegan { driver.items(.ramSetup([])) }
+        driver.greet(3, channel: 2)
+        if !afterRAMBegan { driver.items(.ramSetup([])) }
+        #expect(driver.turnedAway[3]?.contains("only 2 are expected") == true)
+        #expect(driver.outcome.map { "\($0)" }?.contains("more channels than are expected") == true)
     }
 
     @Test("channels that do not come in time end the migration")

@@ -31,6 +31,7 @@ extension IncomingMigration {
     // MARK: The stream
 
     private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
+        recognized(id)
         do {
             var receiver = PageReceiver(
                 channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
@@ -56,11 +57,16 @@ extension IncomingMigration {
                 case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
+                    if !marks.flushes { hearStrangers() }
                     marks.flushes = true
                     if isOpen(id) { waitForChannels(id) }
                 case .ramRecordsEnded:
                     // Not at the footer behind it: an old QEMU keeps that back until its channels have gone on.
-                    if !marks.flushes, usesChannels { waitForChannels(id) }
+                    if !marks.flushes, usesChannels {
+                        if !marks.sections { hearStrangers() }
+                        marks.sections = true
+                        waitForChannels(id)
+                    }
                 case .vmDescription: try receiver.skipPayload()
                 case .command(.begin), .command(.resume):
                     post(.item(id, item))
@@ -111,7 +117,10 @@ extension IncomingMigration {
     }
 
     /// Whether marks in the stream stand for all channels' pages; without, the ends of its sections of RAM do.
-    private struct ChannelMarks { var flushes = false }
+    private struct ChannelMarks {
+        var flushes = false
+        var sections = false
+    }
 
     private struct ProgressTeller {
         private var last = Clock.monotonicNanoseconds
@@ -140,6 +149,7 @@ extension IncomingMigration {
             }
             barrier.greeted(id)
             post(.greeted(id, greeting))
+            recognized(id)
             guard barrier.waitForAdmission(id) else { return }
             HostThread.renameCurrent("multifd-recv-\(greeting.channel + 1)")
             var receiver = try ChannelReceiver(

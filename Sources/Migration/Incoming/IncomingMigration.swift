@@ -37,12 +37,16 @@ final class IncomingMigration: Sendable {
     private let state: Mutex<State>
     /// Connections that a thread reads.
     private let readers = Monitor<Set<ConnectionID>>([])
+    /// Connections that have not said yet what they are.
+    private let strangers = Monitor<Set<ConnectionID>>([])
     /// Under a lock of their own: they can be cancelled while the core is busy sending to one of them.
     private let channels = Mutex<[ConnectionID: Channel]>([:])
     /// How long a peer may keep the end of the process waiting, by not taking what it is told.
     private static let farewellNanoseconds: UInt64 = 1_000_000_000
     /// Until a listener that lacks descriptors or memory tries again.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
+    /// How long a connection that says nothing may hold up a source that is no Godwit, once.
+    private static let hearingNanoseconds: UInt64 = 1_000_000_000
     /// How long an arrived guest's process answers where the migration came in.
     private static let answeringNanoseconds: UInt64 = 60_000_000_000
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
@@ -123,24 +127,40 @@ final class IncomingMigration: Sendable {
             barrier.opened(id)
             // Nobody is a visitor before the handshake; but who alone can come is one at once, or nobody would be waited for.
             readers.withLock { _ = $0.insert(id) }
+            strangers.withLock { _ = $0.insert(id) }
             let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
             if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
             // Here, and not when its thread comes to it: whoever has waited longest goes before another thread is there.
             if channel.awaitsHandshake { handshakes.enter(id, channel) }
             do throws(SystemError) {
                 _ = try HostThread(name: "migration-recv") { [self] in
-                    defer { readers.withLock { _ = $0.remove(id) } }
+                    defer {
+                        recognized(id)
+                        readers.withLock { _ = $0.remove(id) }
+                    }
                     guard shakeHands(channel, id, isVisitor: isVisitor) else { return }
                     recognize(channel, id)
                 }
             } catch {
                 readers.withLock { _ = $0.remove(id) }
+                recognized(id)
                 handshakes.leave(id)
                 forget(id)
                 post(.disconnected(id, error.description))
                 channel.cancel()
             }
         }
+    }
+
+    func recognized(_ id: ConnectionID) { strangers.withLock { _ = $0.remove(id) } }
+
+    /// A QEMU does not say how many channels it has, but it has connected and greeted on all of them before its first pages are complete:
+    /// whoever is there by then is heard before it goes on, so that one channel too many is noticed and its pages are not missed.
+    func hearStrangers() {
+        guard state.withLock({ !$0.core.knowsChannels }) else { return }
+        let end = Deadline.after(nanoseconds: Self.hearingNanoseconds)
+        while listener.hasConnectionWaiting, !end.hasPassed { Clock.sleep(nanoseconds: 1_000_000) }
+        strangers.wait(deadline: end) { $0.isEmpty ? () : nil }
     }
 
     /// `nil` when no further one can come. A process short of descriptors or memory goes on when it has some again.

@@ -176,14 +176,25 @@ private struct PacketSender: ~Copyable {
         packet.normal.removeAll(keepingCapacity: true)
         packet.zero.removeAll(keepingCapacity: true)
         packet.isSync = false
-        let bytes = vector.byteCount
-        group.pay(bytes)
-        try channel.send(&vector)
-        group.statistics.sent(bytes: UInt64(bytes), normal: normal, duplicate: zero, overChannels: true)
-        group.progress.withLock { progress in
-            progress.bytes += UInt64(bytes)
-            // With a compressor also what went plain, or a round of both would seem to be smaller than it was.
-            if isPacking { progress.contentBytes += normal * UInt64(Wire.pageSize) }
+        try write()
+        group.statistics.sent(bytes: 0, normal: normal, duplicate: zero, overChannels: true)
+        // With a compressor also what went plain, or a round of both would seem to be smaller than it was.
+        if isPacking { group.progress.withLock { $0.contentBytes += normal * UInt64(Wire.pageSize) } }
+    }
+
+    /// In pieces of what may go out at once.
+    private mutating func write() throws(ChannelError) {
+        while vector.byteCount > 0 {
+            let bytes = min(vector.byteCount, group.writeBytes)
+            group.pay(bytes)
+            if bytes == vector.byteCount {
+                try channel.send(&vector)
+            } else {
+                var piece = vector.removePrefix(bytes)
+                try channel.send(&piece)
+            }
+            group.statistics.sent(bytes: UInt64(bytes), normal: 0, duplicate: 0, overChannels: true)
+            group.progress.withLock { $0.bytes += UInt64(bytes) }
         }
     }
 }

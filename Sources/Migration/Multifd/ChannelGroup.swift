@@ -71,8 +71,10 @@ final class ChannelGroup: Sendable {
 
     /// At most so many items wait beside those that are being sent.
     private static let queueLimit = 8
-    /// Pages of a packet however slow the channels are: less would be heads mostly. But no packet is to take longer than a second.
+    /// Pages of a packet however slow the channels are: a head has the size of a head of 128 pages. But no packet is to take longer than a
+    /// second; and what is queued goes out at once when a round ends early, so that it is to be little beside what a second may hold.
     private static let fewestPages: UInt64 = 16
+    private static let packetsPerSecond: UInt64 = 50
     private static let lookMilliseconds: UInt64 = 20
 
     /// - Parameter channels: connected, and greeted on.
@@ -110,9 +112,14 @@ final class ChannelGroup: Sendable {
         let pacer = pacer.withLock { $0 }
         let most = pacer.batchBytes(most: Int(mostItemPages) * Wire.pageSize)
         let rate = pacer.bytesPerSecond
-        let fewest = rate == 0 ? Self.fewestPages : min(Self.fewestPages, max(1, rate / UInt64(Wire.pageSize)))
-        return max(UInt64(most / Wire.pageSize), fewest)
+        guard rate > 0 else { return max(UInt64(most / Wire.pageSize), Self.fewestPages) }
+        let second = max(1, rate / UInt64(Wire.pageSize))
+        let worthTheHead = min(second / Self.packetsPerSecond, UInt64(MultifdWire.packetPages))
+        return max(UInt64(most / Wire.pageSize), worthTheHead, min(Self.fewestPages, second))
     }
+
+    /// The most bytes of one write: packets are larger than what may go out at once.
+    var writeBytes: Int { pacer.withLock { $0 }.batchBytes(most: .max) }
 
     func beginRound(_ pacer: Pacer) {
         self.pacer.withLock { $0 = pacer }

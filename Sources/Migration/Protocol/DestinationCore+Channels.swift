@@ -10,6 +10,9 @@ extension DestinationCore {
         return rule != nil && configuration.multifdChannels != nil
     }
 
+    /// Whether the source says how many channels it has.
+    public var knowsChannels: Bool { migration != nil }
+
     /// How many channels there will be. A Godwit source says so in each greeting, for another one the operator did.
     var expectedChannels: Int? { migration == nil ? configuration.multifdChannels : announcedChannels }
 
@@ -37,7 +40,17 @@ extension DestinationCore {
     private mutating func admitOrDismiss(
         _ connection: ConnectionID, _ greeting: MultifdGreeting, _ actions: inout [DestinationAction]
     ) {
-        if let reason = unwelcome(greeting, on: connection) { return dismiss(connection, reason, &actions) }
+        if let reason = unwelcome(greeting, on: connection) {
+            dismiss(connection, reason, &actions)
+            // A QEMU, whose channels come after its main connection, gives it pages as to all others, and may not notice that nobody reads
+            // them.
+            if usesChannels, !knowsChannels, greeting.mark == nil, let source, connection.rawValue > source.rawValue,
+                Int(greeting.channel) >= expectedChannels ?? 0
+            {
+                fail("the source has more channels than are expected here: \(reason)", &actions)
+            }
+            return
+        }
         if let mark = greeting.mark, migration != nil { announcedChannels = mark.channels }
         guard let expected = expectedChannels else { return }
         visitors[connection] = nil
