@@ -7,9 +7,16 @@ public final class MemoryFile: Sendable {
     public let byteCount: UInt64
 
     /// Creates a memory file of holes. The kernel reserves nothing.
-    public init(name: String, byteCount: UInt64) throws(SystemError) {
-        descriptor = Descriptor(
-            owning: try unsafe checked(gw_memfd_create(name), "memfd_create", name), name: "memfd \(name)")
+    ///
+    /// - Parameter pageBytes: 4096, or the size of the host's huge pages (2 MiB, 1 GiB) that it is to be made of; `byteCount` is a
+    ///   multiple. Huge pages come from the host's pool, at their first touch: without enough of them that ends the process.
+    public init(name: String, byteCount: UInt64, pageBytes: Int = 4096) throws(SystemError) {
+        precondition(pageBytes.nonzeroBitCount == 1, "pages are powers of two")
+        let number = try unsafe checked(
+            pageBytes == 4096
+                ? gw_memfd_create(name) : gw_memfd_create_huge(name, UInt32(pageBytes.trailingZeroBitCount)),
+            "memfd_create", name, remedy: pageBytes == 4096 ? nil : "the host may have no huge pages of that size")
+        descriptor = Descriptor(owning: number, name: "memfd \(name)")
         self.byteCount = byteCount
         try descriptor.truncate(to: byteCount)
     }

@@ -7,4 +7,5 @@
 #include "kvm.h"
 #include "host.h"
 #include "pagehash.h"
+#include "userfault.h"
 #endif

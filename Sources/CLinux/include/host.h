@@ -105,6 +105,11 @@ static inline int gw_memfd_create(const char *_Nonnull name) {
     int r = (int)syscall(SYS_memfd_create, name, 3u /* MFD_CLOEXEC | MFD_ALLOW_SEALING */);
     return r < 0 ? -errno : r;
 }
+/* Of huge pages of 2^shift bytes. */
+static inline int gw_memfd_create_huge(const char *_Nonnull name, unsigned shift) {
+    int r = (int)syscall(SYS_memfd_create, name, 7u /* with MFD_HUGETLB */ | shift << 26 /* MFD_HUGE_SHIFT */);
+    return r < 0 ? -errno : r;
+}
 static inline int gw_gettid(void) { return (int)syscall(SYS_gettid); }
 
 /* A signal whose only effect is that a blocked system call returns EINTR: no SA_RESTART, nothing in the handler. */
