@@ -222,4 +222,10 @@ public enum StreamLimit {
     /// Compressed contents of one packet.
     public static let multifdContentBytes = 1 << 20
     public static let vmDescriptionBytes = 64 << 20
+    /// What stands between LISTEN and RUN of postcopy.
+    public static let packageBytes = 64 << 20
+    /// As many as fit one command whatever the block is called.
+    public static let discardRanges = 4079
+    /// Pages asked for at once: the largest page there is.
+    public static let requestBytes: UInt32 = 1 << 30
 }

@@ -2,15 +2,44 @@
 public struct ReturnPathDecoder: Sendable {
     /// Bytes decoded so far.
     public private(set) var position: UInt64 = 0
+    /// Bytes to take by the caller before the next message: a bitmap (``PostcopyMessage/receivedBitmap(block:byteCount:)``).
+    public internal(set) var payloadBytes = 0
     private var failure: StreamError?
+    /// Of which pages may be requested; empty: postcopy's messages are errors.
+    let blocks: [RAMBlockDescription]
+    let blockNames: [[UInt8]]
+    /// The block of the last request.
+    var requestedBlock: Int?
+    /// The block whose bitmap is being taken, or was just taken.
+    var bitmapBlock: Int?
 
-    public init() {}
+    /// - Parameter blocks: of which the destination may request pages, if there is postcopy.
+    public init(postcopyOf blocks: [RAMBlockDescription] = []) {
+        self.blocks = blocks
+        blockNames = blocks.map { Array($0.name.utf8) }
+    }
+
+    /// The caller took that many of the payload's bytes.
+    public mutating func payloadConsumed(_ count: Int) {
+        precondition(count >= 0 && count <= payloadBytes, "ReturnPathDecoder: more payload consumed than there is")
+        payloadBytes -= count
+        position += UInt64(count)
+    }
+
+    func error(_ cause: StreamError.Cause) -> StreamError { StreamError(cause, position: position) }
+
+    mutating func advance(_ count: Int, in buffer: inout ReceiveBuffer) {
+        buffer.consume(count)
+        position += UInt64(count)
+    }
 
     /// The next message, or nil when `buffer` does not hold a whole one. The first error is final.
     public mutating func next(from buffer: inout ReceiveBuffer) throws(StreamError) -> ReturnPathMessage? {
+        precondition(payloadBytes == 0, "ReturnPathDecoder: payload was not taken")
         if let failure { throw failure }
-        guard buffer.count >= 4 else { return nil }
         do throws(StreamError) {
+            if let bitmapBlock { return try bitmapEnd(bitmapBlock, &buffer).map { .postcopy($0) } }
+            guard buffer.count >= 4 else { return nil }
             let number = buffer.be16(0)
             let length = Int(buffer.be16(2))
             guard let type = ReturnPathType(rawValue: number), type != .invalid else {
@@ -20,11 +49,13 @@ public struct ReturnPathDecoder: Sendable {
                 throw StreamError(.messageLength(type.name, got: length), position: position)
             }
             guard buffer.count >= 4 + length else { return nil }
+            if type.belongsToPostcopy, !blocks.isEmpty {
+                return try postcopyMessage(type, length, &buffer).map { .postcopy($0) }
+            }
             guard let message = try parse(type, length, buffer) else {
                 throw StreamError(.messageLength(type.name, got: length), position: position)
             }
-            buffer.consume(4 + length)
-            position += UInt64(4 + length)
+            advance(4 + length, in: &buffer)
             return message
         } catch {
             failure = error
@@ -79,6 +110,13 @@ extension ReceiveBuffer {
 }
 
 extension ReturnPathType {
+    var belongsToPostcopy: Bool {
+        switch self {
+        case .requestPages, .requestPagesWithName, .receivedBitmap, .resumeAcknowledged: true
+        default: false
+        }
+    }
+
     /// The name in documentation and error sentences.
     public var name: String {
         switch self {

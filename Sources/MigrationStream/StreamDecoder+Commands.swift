@@ -20,6 +20,9 @@ extension StreamDecoder {
             carriesDigests = features.contains(.verification)
         // The device sections before it may be void: those of the next attempt have the same numbers.
         case .retract, .commitWithin: forgetDeviceSections()
+        // Who describes a stream reads on: the package's sections are like any others.
+        case .postcopy(.packaged(let byteCount)) where !describes: payloadBytes = Int(byteCount)
+        case .postcopy(.run) where isPackage: state = .ended
         default: break
         }
         advance(5 + length, in: &buffer)
@@ -44,6 +47,7 @@ extension StreamDecoder {
     private func parse(
         _ type: CommandType, _ number: UInt16, _ length: Int, _ buffer: ReceiveBuffer
     ) throws(StreamError) -> ForwardCommand? {
+        if isPackage, !type.mayBePackaged { throw error(.postcopy(.commandInPackage(type))) }
         switch type {
         case .openReturnPath: return length == 0 ? .openReturnPath : nil
         case .ping: return length == 4 ? .ping(buffer.be32(5)) : nil
@@ -63,8 +67,11 @@ extension StreamDecoder {
         case .cancel:
             guard let reason = buffer.text(5..<(5 + length)) else { throw error(.reasonNotText(type.name)) }
             return .cancel(reason: reason)
-        case .invalid, .postcopyAdvise, .postcopyListen, .postcopyRun, .postcopyRAMDiscard, .packaged, .enableCOLO,
-            .postcopyResume, .receiveBitmap:
+        case .postcopyAdvise, .postcopyListen, .postcopyRun, .postcopyRAMDiscard, .packaged, .postcopyResume,
+            .receiveBitmap:
+            guard describes || allowsPostcopy else { throw error(.unsupportedCommand(type.name)) }
+            return try postcopyCommand(type, length, buffer).map { .postcopy($0) }
+        case .invalid, .enableCOLO:
             guard describes else { throw error(.unsupportedCommand(type.name)) }
             return .other(type: number, length: length)
         }
@@ -72,6 +79,9 @@ extension StreamDecoder {
 }
 
 extension CommandType {
+    /// Whether it has a place in a package.
+    var mayBePackaged: Bool { self == .ping || self == .postcopyListen || self == .postcopyRun }
+
     /// The name in documentation and error sentences.
     public var name: String {
         switch self {

@@ -91,11 +91,12 @@ extension StreamDecoder {
             return .item(.zeroPage(block: currentBlock, offset: offset))
         case RAMFlags.endOfSection.rawValue where offset == 0 && !sameBlock:
             advance(8, in: &buffer)
-            state = .ramFooter
-            return tellsEndOfRecords ? .item(.ramRecordsEnded) : .again
+            state = hasRecordsOnly ? .ended : .ramFooter
+            return tellsEndOfRecords || hasRecordsOnly ? .item(.ramRecordsEnded) : .again
         case RAMFlags.batch.rawValue:
             return try batch(sameBlock, offset, &buffer)
         case RAMFlags.xbzrle.rawValue:
+            guard !hasRecordsOnly else { throw error(.postcopy(.recordOutOfPlace("the delta of a page"))) }
             return try delta(sameBlock, offset, &buffer)
         default:
             return try rareRecord(kind, word, &buffer)
@@ -110,6 +111,7 @@ extension StreamDecoder {
         case RAMFlags.hook.rawValue: throw error(.unsupportedRecord("RDMA", offset: offset))
         case 0x01, 0x100: throw error(.unsupportedRecord("a page of an abandoned format", offset: offset))
         case RAMFlags.multifdFlush.rawValue where word == RAMFlags.multifdFlush.rawValue:
+            guard !hasRecordsOnly else { throw error(.postcopy(.recordOutOfPlace("MULTIFD_FLUSH"))) }
             advance(8, in: &buffer)
             return .item(.multifdFlush)
         default: throw error(.unknownFlags(word & RAMFlags.mask, offset: offset))

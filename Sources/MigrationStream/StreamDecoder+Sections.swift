@@ -4,6 +4,7 @@ extension StreamDecoder {
     mutating func section(_ buffer: inout ReceiveBuffer) throws(StreamError) -> Step {
         guard buffer.count >= 1 else { return .needMore }
         guard let type = SectionType(rawValue: buffer[0]) else { throw error(.sectionType(buffer[0])) }
+        if isPackage, type != .full, type != .command { throw error(.postcopy(.sectionInPackage(type))) }
         switch type {
         case .endOfStream: return try endOfStream(&buffer)
         case .configuration: return try configuration(&buffer)

@@ -53,11 +53,17 @@ public struct StreamDecoder: Sendable {
     public var inputHasEnded = false
     /// Whether EOS is an item of its own, ``StreamItem/ramRecordsEnded``.
     public var tellsEndOfRecords = false
+    /// The commands of postcopy are items instead of errors.
+    public var allowsPostcopy = false
 
     /// Where the stream's first byte stands in its file: only `mappedBlock` cares.
     public var fileOffset: UInt64 = 0
     /// Pages stand at places of their own in the file: the stream's configuration said so.
     public internal(set) var isMapped = false
+
+    /// What is decoded is a package, or the records of a channel for requested pages.
+    var isPackage = false
+    var hasRecordsOnly = false
 
     var state = State.header
     var failure: StreamError?
@@ -142,6 +148,7 @@ public struct StreamDecoder: Sendable {
         let inside =
             switch state {
             case .header: "its header"
+            case .betweenSections where isPackage: "a package"
             case .betweenSections, .configurationTail: buffer.isEmpty ? "the list of sections" : "a section"
             case .ramBlockList: "the list of RAM blocks"
             case .records: "the records of section '\(Wire.ramSectionName)'"
@@ -149,7 +156,7 @@ public struct StreamDecoder: Sendable {
             case .inference: "section '\(inferredHead?.name ?? "")'"
             case .trailer, .ended: "the machine description"
             }
-        if state == .ended || (state == .trailer && buffer.isEmpty) { return }
+        if state == .ended || ((state == .trailer || hasRecordsOnly) && buffer.isEmpty) { return }
         throw StreamError(.truncated(inside: inside), position: position)
     }
 

@@ -72,6 +72,7 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         case batchTooLong(block: String, byteCount: UInt64)
         case multifd(MultifdFault)
         case mappedRAM(block: String, MappedRAMFault)
+        case postcopy(PostcopyFault)
         // Commands and the return path.
         case unknownCommand(UInt16)
         case unsupportedCommand(String)
@@ -186,6 +187,7 @@ extension StreamError.Cause {
         case .batchTooLong(let block, let count):
             "a page batch of RAM block '\(block)' carries \(count) bytes, more than \(StreamLimit.batchDataBytes)"
         case .multifd(let fault): fault.sentence
+        case .postcopy(let fault): fault.sentence
         case .mappedRAM(let block, let fault): "the file's header of RAM block '\(block)' is wrong: \(fault.sentence)"
         default: "invalid RAM record"
         }

@@ -130,6 +130,8 @@ public enum ForwardCommand: Hashable, Sendable {
     /// The answer to ``ReturnPathMessage/digestsWanted(_:)``; as many as the range says.
     case digests(DigestRange, [UInt64])
     case cancel(reason: String)
+    /// Only from a decoder that ``StreamDecoder/allowsPostcopy``, or that describes streams.
+    case postcopy(PostcopyCommand)
     /// Only from a decoder that describes streams instead of loading them.
     case other(type: UInt16, length: Int)
 }
@@ -155,6 +157,8 @@ public enum ReturnPathMessage: Hashable, Sendable {
     case digestsWanted(DigestRange)
     /// A message of QEMU that has no meaning without postcopy; it needs no answer.
     case switchoverAcknowledged
+    /// Only from a decoder that knows the blocks: ``ReturnPathDecoder/init(postcopyOf:)``.
+    case postcopy(PostcopyMessage)
 }
 
 /// What a ``StreamDecoder`` found. Page contents are not in it: see ``StreamDecoder/payloadBytes``.

@@ -88,6 +88,22 @@ extension StreamSummary {
         }
     }
 
+    private static func words(_ command: PostcopyCommand) -> String {
+        switch command {
+        case .advise(nil): "\(CommandType.postcopyAdvise.name) without RAM"
+        case .advise(let advice?):
+            "\(CommandType.postcopyAdvise.name) pages of 0x\(hexadecimal(advice.blockPageSizes)) bytes in units of "
+                + "\(advice.targetPageSize)"
+        case .listen: CommandType.postcopyListen.name
+        case .run: CommandType.postcopyRun.name
+        case .discard(let discard):
+            "\(CommandType.postcopyRAMDiscard.name) \(discard.ranges.count) ranges of \(discard.block)"
+        case .packaged(let byteCount): "\(CommandType.packaged.name) \(byteCount) bytes"
+        case .resume: CommandType.postcopyResume.name
+        case .receiveBitmap(let block): "\(CommandType.receiveBitmap.name) of \(block)"
+        }
+    }
+
     /// A command in words, for summaries and traces.
     public static func words(_ command: ForwardCommand) -> String {
         switch command {
@@ -108,6 +124,7 @@ extension StreamSummary {
         case .resume(let migration, let features):
             "\(CommandType.resume.name) \(migration) features 0x\(hexadecimal(features.rawValue))"
         case .cancel(let reason): "\(CommandType.cancel.name) \(reason)"
+        case .postcopy(let command): words(command)
         case .other(let type, let length):
             (CommandType(rawValue: type).map(\.name) ?? "0x\(hexadecimal(UInt64(type)))") + " (\(length) bytes)"
         }

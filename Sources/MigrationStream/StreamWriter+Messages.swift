@@ -36,6 +36,7 @@ extension StreamWriter {
             digestRange(range)
             for value in values { be64(value) }
         case .cancel(let reason): text(CommandType.cancel.rawValue, reason)
+        case .postcopy(let command): self.command(command)
         case .other(let type, let length):
             head(type, UInt16(length))
             append(repeating: 0, count: length)
@@ -74,6 +75,7 @@ extension StreamWriter {
             head(ReturnPathType.digestsWanted.rawValue, UInt16(DigestRange.byteCount))
             digestRange(range)
         case .switchoverAcknowledged: head(ReturnPathType.switchoverAcknowledged.rawValue, 0)
+        case .postcopy(let message): self.message(message)
         }
     }
 
@@ -84,7 +86,7 @@ extension StreamWriter {
         be32(range.count)
     }
 
-    private mutating func head(_ type: UInt16, _ length: UInt16) {
+    mutating func head(_ type: UInt16, _ length: UInt16) {
         be16(type)
         be16(length)
     }

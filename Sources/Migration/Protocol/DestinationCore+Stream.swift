@@ -77,7 +77,7 @@ extension DestinationCore {
         case .retract(let attempt): retract(attempt, &actions)
         case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
         case .resume(let asked, _) where migration == nil: fail("migration \(asked) is not kept here", &actions)
-        case .settle, .resume, .other: outOfTurn("a command", &actions)
+        case .settle, .resume, .postcopy, .other: outOfTurn("a command", &actions)
         }
     }
 
