@@ -148,6 +148,7 @@ struct ProtocolChannelTests {
         if !afterRAMBegan { driver.items(.ramSetup([])) }
         #expect(driver.turnedAway[3]?.contains("only 2 are expected") == true)
         #expect(driver.outcome.map { "\($0)" }?.contains("more channels than are expected") == true)
+        #expect(driver.core.status == .none && driver.actions.last != .report(.active), "it is told to go on")
     }
 
     @Test("channels that do not come in time end the migration")
