@@ -69,7 +69,7 @@ public struct DestinationCore: Sendable {
     var visitors: [ConnectionID: Visitor] = [:]
     /// No connection comes after those that are here.
     var isLastChance = false
-    /// Why the last visitor was not the source.
+    /// Why the last visitor was not the source, or why the last source did not arrive.
     var lastDismissal: String?
     /// Migrations that were begun here and will never start, oldest first.
     var history: [MigrationIdentifier] = []
