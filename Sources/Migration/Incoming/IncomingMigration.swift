@@ -284,7 +284,7 @@ final class IncomingMigration: Sendable {
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, _): statistics.agreed(rule)
-        case .awaitReaders(let ids): awaitReaders(Set(ids))
+        case .awaitReaders(let ids): awaitReaders(ids)
         case .keeps(let sentence, let nanoseconds):
             statistics.keeps(sentence, forNanoseconds: nanoseconds)
             report(.notice(sentence))
@@ -300,11 +300,11 @@ final class IncomingMigration: Sendable {
     }
 
     /// Their channels are cancelled: the threads end as soon as they notice.
-    private func awaitReaders(_ ids: Set<ConnectionID>) {
+    private func awaitReaders(_ ids: [ConnectionID]) {
         do throws(SystemError) {
             _ = try HostThread(name: "migration-quiet") { [self] in
                 readers.wait { $0.isDisjoint(with: ids) ? () : nil }
-                post(.readersEnded)
+                post(.readersEnded(ids))
             }
         } catch { report(.notice("the migration cannot go on: \(error.description)")) }
     }

@@ -137,7 +137,7 @@ public struct DestinationCore: Sendable {
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
         case .progressed(let connection):
             if connection == source || channels[connection] != nil { expectMore(&actions) }
-        case .readersEnded: readersEnded(&actions)
+        case .readersEnded(let connections): readersEnded(connections, &actions)
         case .pagesFailed(let reason): fail(reason, &actions)
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
         case .loadFailed(let reason):
