@@ -12,7 +12,6 @@ import Transport
 final class IncomingMigration: Sendable {
     let machine: VirtualMachine
     private let listener: Listener
-    let address: MigrationAddress
     let mapped: MappedRAMReader.Plan
     private let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
@@ -59,7 +58,6 @@ final class IncomingMigration: Sendable {
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
-        self.address = address
         self.mapped = mapped
         do throws(ChannelError) {
             listener = try Listener(
