@@ -43,9 +43,9 @@ extension DestinationCore {
         if let reason = unwelcome(greeting, on: connection) {
             dismiss(connection, reason, &actions)
             // A QEMU, whose channels come after its main connection, gives it pages as to all others, and may not notice that nobody reads
-            // them.
+            // them. Another machine's are a stranger's.
             if usesChannels, !knowsChannels, greeting.mark == nil, let source, connection.rawValue > source.rawValue,
-                Int(greeting.channel) >= expectedChannels ?? 0
+                Int(greeting.channel) >= expectedChannels ?? 0, greeting.uuid == configuration.uuid ?? greeting.uuid
             {
                 fail("the source has more channels than are expected here: \(reason)", &actions)
             }
