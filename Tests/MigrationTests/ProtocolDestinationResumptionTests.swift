@@ -313,6 +313,23 @@ struct DestinationResumptionTests {
         #expect(destination.said(on: second).suffix(2) == [.resumed, .switchoverAcknowledged])
     }
 
+    @Test("channels of a source that comes back may greet before the loss of the old ones is known")
+    func channelsBeforeTheLoss() {
+        let features = FeatureSet.all
+        var destination = Destination.receiving(features)
+        let greeting = MultifdGreeting(channel: 0, mark: MultifdGreeting.Mark(migration: migration, channels: 1))
+        destination.feed(.accepted(second, answers: true), .greeted(second, greeting))
+        #expect(destination.actions.contains(.admit(second, of: 1)))
+        let (main, fresh) = (ConnectionID(3), ConnectionID(4))
+        destination.open(main)
+        destination.feed(.accepted(fresh, answers: true), .greeted(fresh, greeting))
+        #expect(!destination.actions.contains(.close(fresh)) && !destination.actions.contains(.admit(fresh, of: 1)))
+        destination.items(.command(.resume(migration, features)), from: main)
+        destination.feed(.readersEnded(everybody))
+        #expect(destination.said(on: main).last == .resumed)
+        #expect(destination.actions.contains(.admit(fresh, of: 1)) && !destination.actions.contains(.close(fresh)))
+    }
+
     @Test("channels that came before their main connection belong to one that was lost")
     func channels() {
         let features = FeatureSet.all
