@@ -46,7 +46,6 @@ public struct MigrationSession {
                 parameters["multifd-compression"] = .string(compression == "xbzrle" ? "none" : compression)
                 capabilities.append(["capability": "xbzrle", "state": .bool(compression == "xbzrle")])
             }
-            if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
             if mapsRAM {
                 capabilities.append(["capability": "mapped-ram", "state": true])
@@ -55,8 +54,11 @@ public struct MigrationSession {
             }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             if isResumable { capabilities.append(["capability": "x-resumable", "state": true]) }
-            guard !capabilities.isEmpty else { return }
-            try client.execute("migrate-set-capabilities", ["capabilities": .array(capabilities)])
+            // First: while a migration is under way they are refused, and it keeps its limits.
+            if !capabilities.isEmpty {
+                try client.execute("migrate-set-capabilities", ["capabilities": .array(capabilities)])
+            }
+            if !parameters.isEmpty { try client.execute("migrate-set-parameters", .object(parameters)) }
         }
     }
 
@@ -83,7 +85,8 @@ public struct MigrationSession {
         try client.execute("migrate", .object(arguments))
         defer { display.finish() }
         let answer = try watch()
-        if settings.holdsBeforeSwitchover { try hold(false) }
+        // One that is paused is still under way, and keeps what it began with.
+        if settings.holdsBeforeSwitchover, MigrationReading(answer).status != "x-paused" { try hold(false) }
         return answer
     }
 

@@ -71,19 +71,47 @@ public final class RAMBlock: Sendable {
         return all
     }
 
+    /// A range that large is worth more than one thread: each touched page costs about 16 ns.
+    private static let scanPiecePages: UInt64 = (256 << 20) >> 12
+    private static let fewestPieces = 4
+
     private func touchedRuns(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
+        let count = pages.upperBound.value - pages.lowerBound.value
+        let pieces = Int((count + Self.scanPiecePages - 1) / Self.scanPiecePages)
+        guard pieces >= Self.fewestPieces else { return try touchedRuns(inPiece: pages) }
+        let results = Mutex<[Result<[Range<PageIndex>], SystemError>]>(Array(repeating: .success([]), count: pieces))
+        HostThread.forEach(in: pieces, atLeast: Self.fewestPieces / 2) { [self] index in
+            let start = pages.lowerBound.value + UInt64(index) * Self.scanPiecePages
+            let end = min(start + Self.scanPiecePages, pages.upperBound.value)
+            do throws(SystemError) {
+                let runs = try touchedRuns(inPiece: PageIndex(start)..<PageIndex(end))
+                if !runs.isEmpty { results.withLock { $0[index] = .success(runs) } }
+            } catch { results.withLock { $0[index] = .failure(error) } }
+        }
+        var all: [Range<PageIndex>] = []
+        for result in results.withLock({ $0 }) {
+            for run in try result.get() { Self.join(run, to: &all) }
+        }
+        return all
+    }
+
+    private static func join(_ run: Range<PageIndex>, to runs: inout [Range<PageIndex>]) {
+        if let last = runs.last, last.upperBound == run.lowerBound {
+            runs[runs.count - 1] = last.lowerBound..<run.upperBound
+        } else {
+            runs.append(run)
+        }
+    }
+
+    private func touchedRuns(inPiece pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
         var runs: [Range<PageIndex>] = []
         var position = Int(pages.lowerBound.offset.value)
         let end = Int(pages.upperBound.offset.value)
         while position < end {
             let found = try pageMap.touched(in: mapping, position..<end)
             for range in found.ranges {
-                let run = RAMOffset(UInt64(range.lowerBound)).page..<RAMOffset(UInt64(range.upperBound)).page
-                if let last = runs.last, last.upperBound == run.lowerBound {
-                    runs[runs.count - 1] = last.lowerBound..<run.upperBound
-                } else {
-                    runs.append(run)
-                }
+                Self.join(
+                    RAMOffset(UInt64(range.lowerBound)).page..<RAMOffset(UInt64(range.upperBound)).page, to: &runs)
             }
             guard found.searchedTo > position else { break }
             position = found.searchedTo

@@ -34,14 +34,18 @@ extension Descriptor {
     /// O_DIRECT of x86-64 (asm-generic/fcntl.h), which glibc's headers show to GNU programs alone.
     private static let direct: CInt = 0o40000
 
-    /// Opens an existing file for I/O past the page cache: offsets, sizes and memory must be aligned to the file system's blocks, for
-    /// which pages will do. - Throws: `SystemError`, with a remedy where the file system cannot.
-    public static func openDirect(_ path: String, writing: Bool) throws(SystemError) -> Descriptor {
-        do throws(SystemError) { return try open(path, (writing ? O_WRONLY : O_RDONLY) | direct) } catch {
-            guard error.code == EINVAL else { throw error }
-            throw SystemError(
-                "open", path, code: EINVAL,
-                remedy: "its file system has no direct I/O; turn direct-io off, or choose a file elsewhere")
+    /// The same file once more, for I/O past the page cache: offsets, sizes and memory must be aligned to the file system's blocks, for
+    /// which pages will do. The path that it was opened by may lead to another file by now.
+    /// - Throws: `SystemError`, with a remedy where the file system cannot.
+    public func openedDirect(writing: Bool) throws(SystemError) -> Descriptor {
+        let flags = (writing ? O_WRONLY : O_RDONLY) | Self.direct | O_CLOEXEC
+        // proc(5): that opens what the descriptor shows, whatever it is called.
+        let again = unsafe Glibc.open("/proc/self/fd/\(number)", flags)
+        guard again >= 0 else {
+            let code = errno
+            let remedy = "its file system has no direct I/O; turn direct-io off, or choose a file elsewhere"
+            throw SystemError("open", name, code: code, remedy: code == EINVAL ? remedy : nil)
         }
+        return Descriptor(owning: again, name: name)
     }
 }

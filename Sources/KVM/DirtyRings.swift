@@ -87,7 +87,9 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
         let again = chunk.pending[chunk.block].words(inCommonWith: chunk.marked, in: chunk.pages)
         let count = again.reduce(0) { $0 + UInt64($1.nonzeroBitCount) }
         // What is not forgotten is sent again in the next round, which costs less than giving back many entries for few pages.
-        guard count > 0, count * Self.entriesPerPage >= mark - resets.withLock({ $0 }) else {
+        // In this order: what is taken never falls behind what was given back before, but another thread may give back between the two.
+        let given = resets.withLock { $0 }
+        guard count > 0, count * Self.entriesPerPage >= mark - given else {
             return try giveBack(all: chunk.mark)
         }
         try giveBack(all: mark)

@@ -339,12 +339,13 @@ public final class VirtualMachine: Sendable {
 
     /// Undoes `stopForMigration` after a migration that failed or was cancelled.
     public func resumeAfterMigration(wasRunning: Bool) {
-        control.withLock { state in
-            guard state == .finishMigrate || state == .postMigrate else { return }
+        let changed = control.withLock { state in
+            guard state == .finishMigrate || state == .postMigrate else { return false }
             state = wasRunning ? .running : .paused
             if wasRunning { gate.open() }
+            return true
         }
-        if wasRunning { report(.resumed) }
+        if wasRunning, changed { report(.resumed) }
     }
 
     /// The right to run the guest goes to the destination: `cont` is refused from here on.

@@ -58,7 +58,6 @@ public final class Migrator: Sendable {
     }
 
     private func report(_ event: MigrationEvent) {
-        guard isOn(.events) else { return }
         for observer in observers.withLock({ $0 }) { observer(event) }
     }
 

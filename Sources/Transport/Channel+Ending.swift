@@ -42,8 +42,16 @@ extension Channel {
             try setStallLimits(
                 StallLimits(sendMilliseconds: limits.sendMilliseconds, receiveMilliseconds: limits.sendMilliseconds))
         }
+        // A peer that talks on is not waited for any longer than one that is silent.
+        let deadline = limits.sendMilliseconds.map { Deadline.after(milliseconds: $0) } ?? .never
         var words: [UInt8] = []
-        while try receive(appendingTo: &words, upTo: 4096) > 0 { words.removeAll(keepingCapacity: true) }
+        while try receive(appendingTo: &words, upTo: 4096) > 0 {
+            guard !deadline.hasPassed else {
+                throw .stalled(
+                    operation: "wait for the end of", peer: peer, milliseconds: limits.sendMilliseconds ?? 0)
+            }
+            words.removeAll(keepingCapacity: true)
+        }
     }
 
     /// Whether a short message would be taken at once: the peer has read most of what it was sent.

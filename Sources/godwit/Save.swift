@@ -11,7 +11,7 @@ struct Save: ParsableCommand {
             The guest runs while most of its memory is written, and stands still for what it wrote meanwhile. Then it is \
             saved, and stopped for good here: end the process with 'godwit quit' (or --quit). When saving fails or is \
             cancelled (Ctrl-C), the guest runs on, and the file is as it was: until all is written the VM is saved into \
-            FILE.partial. Every page has a place of its own in the file (QEMU's mapped-ram): it is never larger than the \
+            another one beside it, FILE.….partial. Every page has a place of its own in the file (QEMU's mapped-ram): it is never larger than the \
             VM's memory and state.
             """)
 
@@ -61,7 +61,9 @@ struct Save: ParsableCommand {
         guard offset == 0, FilePath.isRegularFile(final) || FilePath.resolved(final) == nil else {
             return (.file(path: final, offset: offset), nil, final)
         }
-        return (.file(path: final + ".partial", offset: 0), final + ".partial", final)
+        // A name that nobody else saves to, and nobody can lay a link under beforehand.
+        let partial = "\(final).\(String(UInt64.random(in: .min ... .max), radix: 16)).partial"
+        return (.file(path: partial, offset: 0), partial, final)
     }
 
     func run() throws {

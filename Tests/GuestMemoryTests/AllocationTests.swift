@@ -32,6 +32,22 @@ import Testing
         #expect(try !block.isAllocated(in: pages(64..<64)))
     }
 
+    @Test("a large block is searched in pieces, and runs across their borders stay whole")
+    func pieces() throws {
+        // Larger than this host's memory: no huge pages.
+        let host = HostMemory.byteCount / 4096
+        let block = try RAMBlock(name: "ram", byteCount: (host + (1 << 20)) * 4096)
+        let piece: UInt64 = 65_536
+        let runs = [
+            0..<1, piece - 3..<piece + 2, 5 * piece..<5 * piece + 1, 7 * piece - 1..<7 * piece,
+            block.pageCount - 1..<block.pageCount,
+        ].map(pages)
+        for run in runs { for page in run { block.mapping.store(UInt8(1), at: Int(page.offset.value)) } }
+        #expect(try block.allocatedRuns(in: block.pages) == runs)
+        let part = pages(piece - 2..<5 * piece + 1)
+        #expect(try block.allocatedRuns(in: part) == [pages(piece - 2..<piece + 2), runs[2]])
+    }
+
     @Test("memory taken beforehand has no holes left, on both kinds of memory", arguments: RAMBacking.allCases)
     func preallocated(backing: RAMBacking) throws {
         // Not a multiple of what a thread takes at a time.

@@ -79,6 +79,32 @@ import Testing
     }
 }
 
+@Suite struct DirectFileTests {
+    @Test("a file that is opened past the page cache is the one that is open, though its path leads to another by now")
+    func replaced() throws {
+        let path = "/tmp/godwit-test-\(getpid())-direct"
+        let other = path + "-other"
+        defer { for name in [path, other] { Descriptor.remove(name) } }
+        for (name, byte) in [(path, 1), (other, 2)] as [(String, UInt8)] {
+            try Descriptor.create(name).writeAll([UInt8](repeating: byte, count: 4096))
+        }
+        let file = try Descriptor.open(path, O_RDONLY)
+        try FilePath.rename(other, to: path)
+        let direct: Descriptor
+        do throws(SystemError) { direct = try file.openedDirect(writing: false) } catch {
+            // Where the file system cannot, that is said of the file and not of what stands for it.
+            #expect(error.code == EINVAL && error.object == path && error.description.contains("direct-io"))
+            return
+        }
+        let page = try Mapping(anonymousByteCount: 4096)
+        var vector = IOVector()
+        vector.append(page, offset: 0, count: 4096)
+        try direct.readAll(&vector, at: 0)
+        #expect(page.load(at: 0, as: UInt8.self) == 1)
+        #expect(direct.name == path)
+    }
+}
+
 @Suite struct SocketTests {
     @Test("a path with a zero byte is refused, and names no other file")
     func zeroByte() {

@@ -48,6 +48,11 @@ struct ConvergenceTests {
         }
         convergence.describe(&info)
         #expect(info.throttlePercentage ?? 0 >= 20)
+        // Throttling begins anew with a migration that goes on after its connection was lost.
+        convergence.pause()
+        info.throttlePercentage = nil
+        convergence.describe(&info)
+        #expect(info.throttlePercentage == nil)
     }
 
     @Test("a link that carries pages compressed to a fifth is measured all the same; one of zeroes is not")

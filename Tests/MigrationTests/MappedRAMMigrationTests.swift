@@ -130,7 +130,7 @@ struct MappedRAMMigrationTests {
                 defer { Descriptor.remove(path) }
                 do {
                     try Descriptor.create(path).truncate(to: 1 << 20)
-                    _ = try Descriptor.openDirect(path, writing: true)
+                    _ = try Descriptor.open(path, O_WRONLY).openedDirect(writing: true)
                 } catch { return print("no direct I/O here: \(error)") }
                 let address = MigrationAddress.file(path: path, offset: 0)
                 let source = try Migrator.source("dirty,working-set=2M,fill=8M,rate=20M")

@@ -9,10 +9,11 @@ private struct Driver {
     static let main = ConnectionID(1)
     static let migration = MigrationIdentifier(high: 1, low: 2)
 
-    init(expecting channels: Int? = nil) {
+    init(expecting channels: Int? = nil, uuid: MigrationIdentifier? = nil) {
         var configuration = DestinationConfiguration(
             instance: MigrationIdentifier(high: 5, low: 6), machineName: "m", sections: [])
         configuration.multifdChannels = channels
+        configuration.uuid = uuid
         core = DestinationCore(configuration)
     }
 
@@ -147,6 +148,23 @@ struct ProtocolChannelTests {
         driver.greet(3, channel: 2)
         if !afterRAMBegan { driver.items(.ramSetup([])) }
         #expect(driver.turnedAway[3]?.contains("only 2 are expected") == true)
+        #expect(driver.outcome.map { "\($0)" }?.contains("more channels than are expected") == true)
+        #expect(driver.core.status == .none && driver.actions.last != .report(.active), "it is told to go on")
+    }
+
+    @Test("a channel of another machine ends nothing, whatever number it has")
+    func anotherMachine() {
+        let own = MigrationIdentifier(high: 7, low: 8)
+        var driver = Driver(expecting: 1, uuid: own)
+        driver.feed(.accepted(Driver.main, answers: true))
+        driver.items(.header, .configuration(machine: "m"), .ramSetup([]))
+        driver.feed(
+            .accepted(ConnectionID(2), answers: true), .greeted(ConnectionID(2), MultifdGreeting(channel: 9)))
+        #expect(driver.turnedAway[2]?.contains("UUID") == true)
+        #expect(driver.outcome == nil)
+        driver.feed(
+            .accepted(ConnectionID(3), answers: true),
+            .greeted(ConnectionID(3), MultifdGreeting(channel: 9, uuid: own)))
         #expect(driver.outcome.map { "\($0)" }?.contains("more channels than are expected") == true)
     }
 

@@ -139,6 +139,9 @@ struct ProtocolContractTests {
         default:
             #expect(driver.commands.last == .retract(attempt: 1))
             #expect(driver.core.phase == .retracting)
+            var absurd = driver
+            absurd.feed(.received(.ready(nanoseconds: .max)), .received(.retracted(attempt: 1)))
+            #expect(absurd.core.phase == .collecting && absurd.core.mayRun)
             driver.feed(.received(.ready(nanoseconds: 5)), after: 50_000_000)
             #expect(driver.core.phase == .retracting, "READY that was on its way is void")
             driver.feed(.received(.retracted(attempt: 1)))

@@ -4,6 +4,8 @@ import Testing
 
 private let migration = MigrationIdentifier(high: 1, low: 2)
 private let there = MigrationIdentifier(high: 3, low: 4)
+/// Every connection that there is in a test.
+private let everybody = (1...1000 as ClosedRange<UInt64>).map { ConnectionID($0) }
 
 /// A destination core; connection 1 is the first source's.
 private struct Destination {
@@ -145,7 +147,7 @@ struct DestinationResumptionTests {
         #expect(destination.core.phase == .rejoining)
         #expect(destination.actions.contains(.awaitReaders([Destination.first])))
         #expect(!destination.said(on: second).contains(.resumed) && !destination.core.acceptsPages(on: second))
-        destination.feed(.readersEnded)
+        destination.feed(.readersEnded(everybody))
         #expect(destination.said(on: second).last == .resumed)
         destination.receive(second)
         #expect(destination.core.acceptsPages(on: second) && !destination.core.acceptsPages(on: Destination.first))
@@ -165,7 +167,7 @@ struct DestinationResumptionTests {
         #expect(destination.actions.contains(.close(Destination.first)))
         destination.items(.command(.commitWithin(attempt: 1, nanoseconds: .max)))
         #expect(destination.starts == 0)
-        destination.feed(.readersEnded)
+        destination.feed(.readersEnded(everybody))
         destination.items(.command(.commitWithin(attempt: 1, nanoseconds: .max)), from: second)
         #expect(destination.starts == 0, "the state that was loaded is void")
     }
@@ -192,7 +194,7 @@ struct DestinationResumptionTests {
 
         let returning = ConnectionID(6)
         destination.resume(returning)
-        destination.feed(.readersEnded)
+        destination.feed(.readersEnded(everybody))
         destination.receive(returning)
         destination.items(.command(.resume(migration, Destination.agreed)), from: returning)
         #expect(destination.hasFailed, "RESUME on the source's own connection, twice, is out of turn")
@@ -205,8 +207,24 @@ struct DestinationResumptionTests {
         destination.resume(third)
         #expect(destination.actions.contains(.close(second)))
         #expect(destination.actions.contains(.awaitReaders([Destination.first, second])))
-        destination.feed(.readersEnded)
+        destination.feed(.readersEnded(everybody))
         #expect(destination.said(on: third).last == .resumed && !destination.said(on: second).contains(.resumed))
+    }
+
+    @Test("who waited for the readers of an earlier connection does not answer for those of a later one")
+    func lateAnswer() {
+        var destination = Destination.kept
+        destination.resume(second)
+        destination.feed(.readersEnded([Destination.first]))
+        destination.receive(second)
+        destination.feed(.disconnected(second, "reset"))
+        destination.resume(third)
+        #expect(destination.actions.contains(.awaitReaders([second])))
+        // A second thread had waited for the first connection, and is late.
+        destination.feed(.readersEnded([Destination.first]))
+        #expect(!destination.said(on: third).contains(.resumed), "the second connection's pages may still be placed")
+        destination.feed(.readersEnded([second]))
+        #expect(destination.said(on: third).last == .resumed)
     }
 
     @Test("a connection lost while it takes the migration up leaves it kept")
@@ -214,12 +232,12 @@ struct DestinationResumptionTests {
         for ended in [false, true] {
             var destination = Destination.kept
             destination.resume(second)
-            if ended { destination.feed(.readersEnded) }
+            if ended { destination.feed(.readersEnded(everybody)) }
             destination.feed(.disconnected(second, "reset"))
             #expect(destination.core.phase == .kept)
-            destination.feed(.readersEnded)
+            destination.feed(.readersEnded(everybody))
             destination.resume(third)
-            destination.feed(.readersEnded)
+            destination.feed(.readersEnded(everybody))
             #expect(destination.said(on: third).last == .resumed)
         }
     }
@@ -238,7 +256,7 @@ struct DestinationResumptionTests {
         var destination = Destination.kept
         for number in 10..<200 as Range<UInt64> { destination.open(ConnectionID(number)) }
         destination.resume(ConnectionID(1000))
-        destination.feed(.readersEnded)
+        destination.feed(.readersEnded(everybody))
         #expect(destination.said(on: ConnectionID(1000)).last == .resumed)
     }
 
@@ -269,7 +287,7 @@ struct DestinationResumptionTests {
             destination.feed(.compared(isNarrowing ? .ask(range) : .same))
             destination.feed(.disconnected(Destination.first, "reset"))
             destination.resume(second, migration, features)
-            destination.feed(.readersEnded)
+            destination.feed(.readersEnded(everybody))
             destination.receive(second)
             if !isNarrowing {
                 var hasty = destination
@@ -291,8 +309,25 @@ struct DestinationResumptionTests {
         destination.receive()
         destination.feed(.disconnected(Destination.first, "reset"))
         destination.resume(second)
-        destination.feed(.readersEnded)
+        destination.feed(.readersEnded(everybody))
         #expect(destination.said(on: second).suffix(2) == [.resumed, .switchoverAcknowledged])
+    }
+
+    @Test("channels of a source that comes back may greet before the loss of the old ones is known")
+    func channelsBeforeTheLoss() {
+        let features = FeatureSet.all
+        var destination = Destination.receiving(features)
+        let greeting = MultifdGreeting(channel: 0, mark: MultifdGreeting.Mark(migration: migration, channels: 1))
+        destination.feed(.accepted(second, answers: true), .greeted(second, greeting))
+        #expect(destination.actions.contains(.admit(second, of: 1)))
+        let (main, fresh) = (ConnectionID(3), ConnectionID(4))
+        destination.open(main)
+        destination.feed(.accepted(fresh, answers: true), .greeted(fresh, greeting))
+        #expect(!destination.actions.contains(.close(fresh)) && !destination.actions.contains(.admit(fresh, of: 1)))
+        destination.items(.command(.resume(migration, features)), from: main)
+        destination.feed(.readersEnded(everybody))
+        #expect(destination.said(on: main).last == .resumed)
+        #expect(destination.actions.contains(.admit(fresh, of: 1)) && !destination.actions.contains(.close(fresh)))
     }
 
     @Test("channels that came before their main connection belong to one that was lost")
@@ -309,7 +344,7 @@ struct DestinationResumptionTests {
         let (stale, main, fresh) = (ConnectionID(3), ConnectionID(4), ConnectionID(5))
         destination.feed(.accepted(stale, answers: true), .greeted(stale, greeting(1)))
         destination.resume(main, migration, features)
-        destination.feed(.accepted(fresh, answers: true), .greeted(fresh, greeting(1)), .readersEnded)
+        destination.feed(.accepted(fresh, answers: true), .greeted(fresh, greeting(1)), .readersEnded(everybody))
         #expect(destination.actions.contains(.admit(fresh, of: 1)))
         #expect(!destination.actions.contains(.admit(stale, of: 1)) && destination.actions.contains(.close(stale)))
     }

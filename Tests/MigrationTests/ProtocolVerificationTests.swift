@@ -60,6 +60,11 @@ struct ProtocolVerificationTests {
         #expect(actions.contains(.resumeGuest) && actions.contains(.sendDigests(Self.range)))
         actions = core.handle(.received(.digestsWanted(Self.range)))
         #expect(!actions.contains(.resumeGuest) && actions.contains(.sendDigests(Self.range)))
+        var endless = core
+        for _ in 0..<1 << 16 where endless.phase == .narrowing {
+            actions = endless.handle(.received(.digestsWanted(Self.range)))
+        }
+        #expect(reason(actions)?.contains("without end") == true && endless.mayRun)
         actions = core.handle(.received(.failure(reason: "x-verify: 1 page")))
         #expect(reason(actions)?.contains("x-verify: 1 page") == true && core.mayRun)
     }

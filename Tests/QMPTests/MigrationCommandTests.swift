@@ -78,6 +78,21 @@ import Transport
         #expect(try vm.human("info migrate").hasPrefix("Migration status: failed ("))
     }
 
+    @Test("without the capability events QMP's clients hear nothing of a migration; the process itself does")
+    func eventsOff() throws {
+        let vm = try MonitoredMachine()
+        let heard = Monitor<[MigrationStatus]>([])
+        vm.migrator.observe { event in
+            if case .status(let status) = event { heard.withLock { $0.append(status) } }
+        }
+        try vm.run("cont")
+        try vm.run("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": false]]])
+        try vm.run("migrate", ["uri": "unix:/no/such/socket"])
+        try vm.status(.failed)
+        #expect(heard.wait(deadline: .after(seconds: 10)) { $0 == [.setup, .failed] ? () : nil } != nil)
+        #expect(vm.eventNames == ["RESUME"])
+    }
+
     @Test("while one migration is under way another is refused, and it can be cancelled")
     func twice() throws {
         let vm = try MonitoredMachine()

@@ -59,10 +59,10 @@ extension Simulator {
             }
         case .cancelTimer(let kind): destinationTimers[kind] = nil
         case .finished(let outcome): destinationOutcomes.append(outcome)
-        case .awaitReaders:
+        case .awaitReaders(let ids):
             let epoch = destinationEpoch
             schedule(after: microsecond, 10 * millisecond) { [self] in
-                if epoch == destinationEpoch { feedDestination(.readersEnded) }
+                if epoch == destinationEpoch { feedDestination(.readersEnded(ids)) }
             }
         case .keeps: kept()
         case .report, .agreed, .admit, .turnedAway: break

@@ -163,6 +163,20 @@ enum Medium: CaseIterable, Sendable {
         #expect(try late.value() == [5])
     }
 
+    @Test("who waits for the end of a peer does not listen for ever to one that talks on")
+    func talksOn() throws {
+        let (out, into) = try channelPair(limits: StallLimits(sendMilliseconds: 1000))
+        let talker = try Background {
+            while (try? into.send([1])) != nil { Clock.sleep(nanoseconds: 10_000_000) }
+        }
+        try out.finish()
+        #expect(throws: ChannelError.stalled(operation: "wait for the end of", peer: out.peer, milliseconds: 1000)) {
+            try out.awaitEnd()
+        }
+        out.cancel()
+        try talker.value()
+    }
+
     @Test("a stall is told in one sentence")
     func stallSentence() {
         let error = ChannelError.stalled(operation: "send to", peer: "tcp:192.0.2.1:4444", milliseconds: 30_000)

@@ -50,16 +50,19 @@ struct BigGuestMigration {
         try destination.verify()
         let memory = ProcessMemory.residentBytes(of: destination.child.process.identifier)
         try requireHoles(memory)
-        return sample(answer, blackout: blackout, residentBytes: memory)
+        return try sample(answer, blackout: blackout, residentBytes: memory)
     }
 
-    private func sample(_ answer: JSON, blackout: Double, residentBytes: UInt64) -> Sample {
+    private func sample(_ answer: JSON, blackout: Double, residentBytes: UInt64) throws(CommandFailure) -> Sample {
         let reading = MigrationReading(answer)
+        // What is not told is not nothing.
+        guard let setup = reading.setupMilliseconds, let total = reading.totalMilliseconds,
+            let downtime = reading.downtimeNanoseconds.map({ Double($0) / 1e6 })
+                ?? reading.downtimeMilliseconds.map({ Double($0) })
+        else { throw CommandFailure("\(cell.name): query-migrate does not tell setup, total time and downtime") }
         var sample = Sample()
         sample.quantities = [
-            "setup-ms": Double(reading.setupMilliseconds ?? 0), "total-ms": Double(reading.totalMilliseconds ?? 0),
-            "downtime-ms": reading.downtimeNanoseconds.map { Double($0) / 1e6 }
-                ?? Double(reading.downtimeMilliseconds ?? 0),
+            "setup-ms": Double(setup), "total-ms": Double(total), "downtime-ms": downtime,
             "blackout-ms": blackout, "sent-mb": Double(reading.transferredBytes) / 1e6,
             "destination-mb": Double(residentBytes) / 1e6,
         ]

@@ -89,12 +89,8 @@ extension IncomingMigration {
     /// Pages that stand in the file at places of their own: all at once.
     private func readFile(_ channel: Channel, _ id: ConnectionID, _ regions: [MappedRegion]) throws {
         guard let stream = channel.file else { return }
-        let pages: Descriptor
-        if mapped.isDirect, !mapped.isLazy, case .file(let path, _) = address {
-            pages = try Descriptor.openDirect(path, writing: false)
-        } else {
-            pages = stream
-        }
+        // A VM that is being saved under the same name replaces the file; its pages must not be taken for this one's.
+        let pages = try mapped.isDirect && !mapped.isLazy ? stream.openedDirect(writing: false) : stream
         let reader = MappedRAMReader(
             stream, pages: pages, memory: machine.memory, received: received, statistics: statistics,
             threads: mapped.threadCount, isLazy: mapped.isLazy)

@@ -12,7 +12,6 @@ import Transport
 final class IncomingMigration: Sendable {
     let machine: VirtualMachine
     private let listener: Listener
-    let address: MigrationAddress
     let mapped: MappedRAMReader.Plan
     private let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
@@ -59,7 +58,6 @@ final class IncomingMigration: Sendable {
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
-        self.address = address
         self.mapped = mapped
         do throws(ChannelError) {
             listener = try Listener(
@@ -284,7 +282,7 @@ final class IncomingMigration: Sendable {
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, _): statistics.agreed(rule)
-        case .awaitReaders(let ids): awaitReaders(Set(ids))
+        case .awaitReaders(let ids): awaitReaders(ids)
         case .keeps(let sentence, let nanoseconds):
             statistics.keeps(sentence, forNanoseconds: nanoseconds)
             report(.notice(sentence))
@@ -300,11 +298,11 @@ final class IncomingMigration: Sendable {
     }
 
     /// Their channels are cancelled: the threads end as soon as they notice.
-    private func awaitReaders(_ ids: Set<ConnectionID>) {
+    private func awaitReaders(_ ids: [ConnectionID]) {
         do throws(SystemError) {
             _ = try HostThread(name: "migration-quiet") { [self] in
                 readers.wait { $0.isDisjoint(with: ids) ? () : nil }
-                post(.readersEnded)
+                post(.readersEnded(ids))
             }
         } catch { report(.notice("the migration cannot go on: \(error.description)")) }
     }

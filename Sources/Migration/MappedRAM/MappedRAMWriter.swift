@@ -55,14 +55,14 @@ final class MappedRAMWriter: Sendable {
     ///   - channel: to the file, at the stream's start.
     ///   - threads: besides the caller's; 0 for none.
     init(
-        _ channel: Channel, path: String, at offset: UInt64, regions: [MappedRegion], threads: Int, direct: Bool,
+        _ channel: Channel, at offset: UInt64, regions: [MappedRegion], threads: Int, direct: Bool,
         memory: GuestMemory, statistics: OutgoingStatistics
     ) throws(ChannelError) {
         guard let file = channel.file else {
             throw .unusable("\(channel.peer): mapped-ram needs a regular file, where pages have places")
         }
         stream = file
-        do throws(SystemError) { pages = direct ? try Descriptor.openDirect(path, writing: true) : file } catch {
+        do throws(SystemError) { pages = direct ? try file.openedDirect(writing: true) : file } catch {
             throw .system(error)
         }
         self.memory = memory

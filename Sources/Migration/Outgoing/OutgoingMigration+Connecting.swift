@@ -92,10 +92,10 @@ extension OutgoingMigration {
 
     /// Where pages go if they have places of their own in a file.
     private func makeFile(_ channel: Channel) throws(ChannelError) -> MappedRAMWriter? {
-        guard let mapped = configuration.mapped, case .file(let path, let offset) = target.withLock({ $0 })
+        guard let mapped = configuration.mapped, case .file(_, let offset) = target.withLock({ $0 })
         else { return nil }
         return try MappedRAMWriter(
-            channel, path: path, at: offset, regions: mapped.regions, threads: channelCount, direct: usesDirectIO,
+            channel, at: offset, regions: mapped.regions, threads: channelCount, direct: usesDirectIO,
             memory: machine.memory, statistics: statistics)
     }
 

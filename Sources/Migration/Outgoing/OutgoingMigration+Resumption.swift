@@ -55,9 +55,14 @@ extension OutgoingMigration {
         tracker?.stop()
     }
 
+    /// So long is taken for each step of it: what listens there may be anybody, who says nothing.
+    private static let farewellMilliseconds: UInt64 = 10_000
+
     /// A few words to a destination that waits in vain. It gives up by itself, too, if they do not reach it.
     func bidFarewell(_ bytes: [UInt8]) {
-        let connector = Connector(tls: tls, descriptors: descriptors)
+        let limits = StallLimits(
+            sendMilliseconds: Self.farewellMilliseconds, receiveMilliseconds: Self.farewellMilliseconds)
+        let connector = Connector(limits: limits, tls: tls, descriptors: descriptors)
         // Where it was to be resumed, and, should that have been another's address, where it was before.
         var addresses = [target.withLock { $0 }]
         if let home = home.withLock({ $0 }), home != addresses[0] { addresses.append(home) }
@@ -67,7 +72,9 @@ extension OutgoingMigration {
             do {
                 try HostThread.detached(name: "migration-bye") { [self] in
                     defer { farewells.withLock { $0 -= 1 } }
-                    guard let channel = try? connector.connect(to: address, cancel: token) else { return }
+                    let deadline = Deadline.after(milliseconds: Self.farewellMilliseconds)
+                    guard let channel = try? connector.connect(to: address, deadline: deadline, cancel: token)
+                    else { return }
                     try? channel.send(bytes)
                     // It answers what became of the migration: then it has read this.
                     var answer: [UInt8] = []

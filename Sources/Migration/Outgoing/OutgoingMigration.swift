@@ -178,6 +178,8 @@ final class OutgoingMigration: Sendable {
     @discardableResult
     func post(_ event: SourceEvent) -> UInt64 {
         inbox.withLock { inbox in
+            // A migration that is over is still told of new parameters, and nobody takes them.
+            guard !inbox.isOver else { return inbox.taken }
             inbox.events.append(event)
             // A round looks at this between two batches; a sign of life is no reason to end it.
             if event != .progressed { sender.eventsWait = true }

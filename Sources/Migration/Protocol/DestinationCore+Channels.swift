@@ -40,12 +40,13 @@ extension DestinationCore {
     private mutating func admitOrDismiss(
         _ connection: ConnectionID, _ greeting: MultifdGreeting, _ actions: inout [DestinationAction]
     ) {
+        if mayBelongToNextAttempt(greeting, connection) { return }
         if let reason = unwelcome(greeting, on: connection) {
             dismiss(connection, reason, &actions)
             // A QEMU, whose channels come after its main connection, gives it pages as to all others, and may not notice that nobody reads
-            // them.
+            // them. Another machine's are a stranger's.
             if usesChannels, !knowsChannels, greeting.mark == nil, let source, connection.rawValue > source.rawValue,
-                Int(greeting.channel) >= expectedChannels ?? 0
+                Int(greeting.channel) >= expectedChannels ?? 0, greeting.uuid == configuration.uuid ?? greeting.uuid
             {
                 fail("the source has more channels than are expected here: \(reason)", &actions)
             }
@@ -58,6 +59,12 @@ extension DestinationCore {
         channels[connection] = greeting.channel
         actions.append(.admit(connection, of: expected))
         if channels.count == expected { cancelTimer(.channels, &actions) }
+    }
+
+    /// A source that comes back may be here with its channels before we know that its old connection is lost: they wait for its RESUME.
+    private func mayBelongToNextAttempt(_ greeting: MultifdGreeting, _ connection: ConnectionID) -> Bool {
+        features.contains(.resumption) && precedes(connection) == nil && greeting.mark?.migration == migration
+            && channels.values.contains(greeting.channel)
     }
 
     /// Why a channel has no business here.

@@ -113,6 +113,8 @@ extension DestinationCore {
             actions.append(.close(source))
         }
         let isSpoiled = memoryWasTouched || isLastChance
+        // That no other source can come may show a moment later, and is not why this one did not arrive.
+        if !isSpoiled { lastDismissal = reason }
         closeChannels(&actions)
         forget()
         enter(isSpoiled ? .failed : .waiting, deadline: nil, &actions)

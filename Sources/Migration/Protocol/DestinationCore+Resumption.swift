@@ -97,10 +97,11 @@ extension DestinationCore {
         goOnIfQuiet(&actions)
     }
 
-    mutating func readersEnded(_ actions: inout [DestinationAction]) {
+    mutating func readersEnded(_ connections: [ConnectionID], _ actions: inout [DestinationAction]) {
+        // The answer to an earlier question says nothing of connections that were lost since.
+        oldReaders.removeAll { connections.contains($0) }
         guard phase == .rejoining else { return }
-        readersHaveEnded = true
-        oldReaders = []
+        readersHaveEnded = oldReaders.isEmpty
         goOnIfQuiet(&actions)
     }
 

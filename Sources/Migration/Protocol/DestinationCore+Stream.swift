@@ -129,6 +129,8 @@ extension DestinationCore {
         phase = .receiving
         expectMore(&actions)
         expectChannels(&actions)
+        // A channel too many has ended it already.
+        guard phase == .receiving else { return }
         report(.active, &actions)
     }
 

@@ -69,7 +69,7 @@ public struct DestinationCore: Sendable {
     var visitors: [ConnectionID: Visitor] = [:]
     /// No connection comes after those that are here.
     var isLastChance = false
-    /// Why the last visitor was not the source.
+    /// Why the last visitor was not the source, or why the last source did not arrive.
     var lastDismissal: String?
     /// Migrations that were begun here and will never start, oldest first.
     var history: [MigrationIdentifier] = []
@@ -137,7 +137,7 @@ public struct DestinationCore: Sendable {
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
         case .progressed(let connection):
             if connection == source || channels[connection] != nil { expectMore(&actions) }
-        case .readersEnded: readersEnded(&actions)
+        case .readersEnded(let connections): readersEnded(connections, &actions)
         case .pagesFailed(let reason): fail(reason, &actions)
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
         case .loadFailed(let reason):

@@ -337,8 +337,8 @@ public enum DestinationEvent: Hashable, Sendable {
     case disconnected(ConnectionID, String)
     /// Data arrives: at most once per second while a long section is read.
     case progressed(ConnectionID)
-    /// No thread reads any more from the connections that `awaitReaders` named.
-    case readersEnded
+    /// No thread reads any more from these connections, which `awaitReaders` named. Later ones may have been closed since.
+    case readersEnded([ConnectionID])
     /// A page could not be placed into guest memory.
     case pagesFailed(String)
     case stateLoaded(nanoseconds: UInt64)

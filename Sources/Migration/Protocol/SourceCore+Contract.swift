@@ -129,7 +129,9 @@ extension SourceCore {
             undrainedBytes = 0
             goOn(&actions)
         // Said before RETRACT was heard: it is void, and tells how long loading took.
-        case .ready(let nanoseconds): configuration.switchover.costs.learn(.load, nanoseconds + roundTripNanoseconds)
+        case .ready(let nanoseconds):
+            // It is the destination's word, and may be any number.
+            configuration.switchover.costs.learn(.load, min(nanoseconds, 1 << 60) + roundTripNanoseconds)
         default: outOfTurn(message, &actions)
         }
     }

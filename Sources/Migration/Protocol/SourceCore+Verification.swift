@@ -5,6 +5,8 @@ import MigrationStream
 
 extension SourceCore {
     private static let needed: FeatureSet = [.verification, .twoPhaseHandover, .pageBatches]
+    /// So often may be asked: enough for hundreds of TiB, and answers that nobody reads do not fill our memory.
+    private static let mostQuestions = 1 << 16
 
     /// Why pages cannot be verified there, if they are to be.
     func unverifiable(_ rule: HandoverRule, _ features: FeatureSet) -> String? {
@@ -22,6 +24,11 @@ extension SourceCore {
     mutating func answerDigests(_ range: DigestRange, _ actions: inout [SourceAction]) -> Bool {
         guard features.contains(.verification), [.preparing, .retracting, .narrowing].contains(phase) else {
             return false
+        }
+        digestQuestions += 1
+        guard digestQuestions <= Self.mostQuestions else {
+            retreat(.failed("x-verify: the destination asks for digests without end"), farewell: nil, &actions)
+            return true
         }
         endStandstill(&actions)
         if stopWasAsked { actions.append(.resumeGuest) }

@@ -118,6 +118,8 @@ public struct SourceCore: Sendable {
     /// The shortest way there and back so far.
     var roundTripNanoseconds: UInt64 = 200_000
     var greetedAt: UInt64 = 0
+    /// How often the destination asked for digests.
+    var digestQuestions = 0
     /// How the migration will end once it has retreated, and what the destination hears of it.
     var ending: SourceOutcome?
     var farewell: String?

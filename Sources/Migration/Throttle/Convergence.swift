@@ -141,6 +141,8 @@ final class Convergence: Sendable {
         let wasLimited = state.withLock { state in
             defer { state.isLimited = false }
             state.collectedAt = nil
+            // Or a guest that runs freely would count as throttled from then on.
+            state.throttle = AutoConverge(state.throttle.settings)
             return state.isLimited
         }
         if means == .throttle { try? accelerator?.throttle(to: 0) }

@@ -42,7 +42,10 @@ public final class MonitorCommands: Sendable {
         let human = HumanMonitor(machine: machine, migrator: migrator, name: name, commands: commands)
         table = CommandTable(commands: commands + [human.command]) { machine.runState.rawValue }
         machine.observe { events.send($0) }
-        migrator.observe { events.send($0) }
+        // The process itself and its log hear of everything.
+        migrator.observe { [weak migrator] event in
+            if migrator?.isOn(.events) == true { events.send(event) }
+        }
     }
 
     /// Makes an object from QEMU's text form, as `object-add` does. - Throws: `QMPError`.
