@@ -12,7 +12,12 @@ public struct LiveLine: Sendable {
         var fields = ["round \(figures.round)", Amount.decimal(figures.percent, digits: 1) + "%"]
         if figures.status != "active" { fields.append(figures.status) }
         fields.append(Amount.rate(figures.bytesPerSecond))
-        fields.append("dirty \(Amount.rate(figures.dirtyBytesPerSecond))")
+        if figures.status == "postcopy-active" {
+            // The guest runs there and dirties nothing here.
+            fields.append("\(figures.requests) requested")
+        } else {
+            fields.append("dirty \(Amount.rate(figures.dirtyBytesPerSecond))")
+        }
         if let downtime = figures.expectedDowntimeNanoseconds {
             fields.append(downtime == 0 ? "downtime <1 ms" : "downtime ~\(Amount.time(nanoseconds: downtime))")
         }

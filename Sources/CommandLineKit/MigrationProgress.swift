@@ -15,11 +15,13 @@ public struct MigrationProgress: Sendable {
         /// The VM's own verdict; where it has none, the line goes by the figures above.
         public var verdict: VerdictReading?
         public var throttlePercentage: UInt64?
+        /// How often a guest that moved asked for pages.
+        public var requests: UInt64
 
         public init(
             status: String, round: UInt64, percent: Double, bytesPerSecond: Double, dirtyBytesPerSecond: Double,
             expectedDowntimeNanoseconds: UInt64? = nil, nanosecondsLeft: UInt64? = nil, verdict: VerdictReading? = nil,
-            throttlePercentage: UInt64? = nil
+            throttlePercentage: UInt64? = nil, requests: UInt64 = 0
         ) {
             self.status = status
             self.round = round
@@ -30,6 +32,7 @@ public struct MigrationProgress: Sendable {
             self.nanosecondsLeft = nanosecondsLeft
             self.verdict = verdict
             self.throttlePercentage = throttlePercentage
+            self.requests = requests
         }
     }
 
@@ -63,7 +66,7 @@ public struct MigrationProgress: Sendable {
             dirtyBytesPerSecond: dirtyRate,
             expectedDowntimeNanoseconds: reading.expectedDowntimeMilliseconds.map { $0 &* 1_000_000 },
             nanosecondsLeft: Self.timeLeft(remaining: reading.remainingBytes, at: rate - dirtyRate),
-            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage)
+            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage, requests: reading.postcopyRequests)
     }
 
     private func bytesPerSecond(fallback: Double) -> Double {

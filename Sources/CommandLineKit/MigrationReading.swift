@@ -27,6 +27,9 @@ public struct MigrationReading: Equatable, Sendable {
     public let megabitsPerSecond: Double
     public let precopyBytes: UInt64
     public let downtimeBytes: UInt64
+    /// Sent after the guest moved, and how often it asked for pages.
+    public let postcopyBytes: UInt64
+    public let postcopyRequests: UInt64
     public let totalMilliseconds: UInt64?
     public let setupMilliseconds: UInt64?
     /// `nil` as long as nothing was measured: what the VM tells then is its limit.
@@ -67,6 +70,8 @@ public struct MigrationReading: Equatable, Sendable {
         megabitsPerSecond = ram?["mbps"]?.doubleValue ?? 0
         precopyBytes = count("precopy-bytes")
         downtimeBytes = count("downtime-bytes")
+        postcopyBytes = count("postcopy-bytes")
+        postcopyRequests = count("postcopy-requests")
         totalMilliseconds = milliseconds("total-time")
         setupMilliseconds = milliseconds("setup-time")
         expectedDowntimeMilliseconds =
@@ -94,7 +99,9 @@ public struct MigrationReading: Equatable, Sendable {
     }
 
     /// Whether the migration is over, one way or the other, or waits for an operator.
-    public var isOver: Bool { ["completed", "failed", "cancelled", "x-unsettled", "x-paused"].contains(status) }
+    public var isOver: Bool {
+        ["completed", "failed", "cancelled", "x-unsettled", "x-paused", "postcopy-paused"].contains(status)
+    }
 }
 
 extension MigrationReading {
@@ -108,6 +115,10 @@ extension MigrationReading {
             throw CommandFailure(
                 "\(what) is paused: \(errorDescription ?? "the connection was lost"); the guest runs here; go on with "
                     + "'godwit migrate \(vm) --resume \(uri)', or end it with 'godwit migrate \(vm) --cancel'")
+        case "postcopy-paused":
+            throw CommandFailure(
+                "\(what) is paused: \(errorDescription ?? "the connection was lost after the guest moved"); keep this VM: nobody else "
+                    + "has that memory")
         case "x-unsettled":
             throw CommandFailure(
                 "\(what) ended in doubt: \(errorDescription ?? "the connection was lost at the handover"); the guest stands "

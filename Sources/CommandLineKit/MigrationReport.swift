@@ -37,7 +37,7 @@ public struct MigrationReport: Sendable {
         guard showsColors else { return reading.status }
         switch reading.status {
         case "completed": return Style.green(reading.status)
-        case "failed", "cancelled", "x-unsettled", "x-paused": return Style.red(reading.status)
+        case "failed", "cancelled", "x-unsettled", "x-paused", "postcopy-paused": return Style.red(reading.status)
         default: return Style.bold(reading.status)
         }
     }
@@ -59,6 +59,10 @@ public struct MigrationReport: Sendable {
         if let hole = reading.holePages { lines.append("never touched: \(hole) pages") }
         lines.append("precopy ram: \(reading.precopyBytes >> 10) kbytes")
         if reading.downtimeBytes > 0 { lines.append("downtime ram: \(reading.downtimeBytes >> 10) kbytes") }
+        if reading.postcopyBytes > 0 {
+            lines.append("postcopy ram: \(reading.postcopyBytes >> 10) kbytes")
+            lines.append("postcopy request count: \(reading.postcopyRequests)")
+        }
         return lines
     }
 

@@ -26,6 +26,10 @@ public struct MigrationSession {
         public var mapsRAM = false
         /// With it: past the host's page cache.
         public var usesDirectIO: Bool?
+        /// The guest moves before its memory (`postcopy-ram`); `nil`: it does not.
+        public var postcopy: PostcopyStart?
+        /// With it: pages that it asks for come over a channel of their own (`postcopy-preempt`).
+        public var preempts = false
 
         public init() {}
 
@@ -84,15 +88,23 @@ public struct MigrationSession {
         if settings.resumes { arguments["resume"] = true }
         try client.execute("migrate", .object(arguments))
         defer { display.finish() }
-        let answer = try watch()
+        let answer = try watch(settings)
         // One that is paused is still under way, and keeps what it began with.
-        if settings.holdsBeforeSwitchover, MigrationReading(answer).status != "x-paused" { try hold(false) }
+        guard !["x-paused", "postcopy-paused"].contains(MigrationReading(answer).status) else { return answer }
+        if settings.holdsBeforeSwitchover { try hold(false) }
+        if settings.postcopy != nil { try allowPostcopy(false, settings) }
         return answer
     }
 
     private func apply(_ settings: Settings) throws {
         try settings.apply(to: client)
         if settings.holdsBeforeSwitchover { try hold(true) }
+        if settings.postcopy != nil { try allowPostcopy(true, settings) }
+    }
+
+    private func allowPostcopy(_ on: Bool, _ settings: Settings) throws(QMPClientError) {
+        let list = PostcopyStart.capabilities(on, preempts: settings.preempts)
+        try client.execute("migrate-set-capabilities", ["capabilities": list])
     }
 
     private func hold(_ on: Bool) throws(QMPClientError) {
@@ -114,7 +126,19 @@ public struct MigrationSession {
         return "fd:\(name)"
     }
 
-    private mutating func watch() throws -> JSON {
+    /// The guest is to move, unless precopy comes to its end first.
+    private func startPostcopy(_ start: PostcopyStart, _ reading: MigrationReading) throws(QMPClientError) -> Bool {
+        guard start.isDue(reading) else { return false }
+        do throws(QMPClientError) { try client.execute("migrate-start-postcopy") } catch {
+            guard case .refused = error else { throw error }
+            return false
+        }
+        display.note("the guest moves now, its memory follows")
+        return true
+    }
+
+    private mutating func watch(_ settings: Settings) throws -> JSON {
+        var start = settings.postcopy
         var wasCancelled = false
         var wasHeld = false
         let begun = Deadline.after(seconds: 5)
@@ -128,10 +152,15 @@ public struct MigrationSession {
                 wasHeld = true
                 display.note("held before the switchover; go on with 'godwit migrate NAME --proceed'")
             }
+            if let due = start, try startPostcopy(due, reading) { start = nil }
             if isInterrupted(), !wasCancelled {
                 wasCancelled = true
-                display.note("cancelling the migration")
-                try client.execute("migrate_cancel")
+                if reading.status.hasPrefix("postcopy-") {
+                    display.note("too late to cancel: the guest moved, and nobody has all of its memory yet")
+                } else {
+                    display.note("cancelling the migration")
+                    try client.execute("migrate_cancel")
+                }
             }
             do throws(QMPClientError) {
                 try client.waitForEvent("MIGRATION", deadline: .after(milliseconds: Self.intervalMilliseconds))

@@ -9,6 +9,10 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `avail-switchover-bandwidth`, bytes per second to count on for the last part; 0: what was measured.
     public var availableSwitchoverBytesPerSecond: UInt64 = 0
 
+    /// `max-postcopy-bandwidth`, bytes per second of pages that a guest which moved did not ask for; those that it did never wait. 0: as
+    /// fast as the transport goes.
+    public var maxPostcopyBandwidthBytesPerSecond: UInt64 = 0
+
     /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
     public var xbzrleCacheBytes: UInt64 = 64 << 20
     /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.

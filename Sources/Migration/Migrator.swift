@@ -168,12 +168,8 @@ public final class Migrator: Sendable {
                 throw MigrationError("migrate: the guest cannot run on (\(machine.runState.rawValue))")
             default: break
             }
-            guard !state.capabilities.contains(.postcopyRAM) else {
-                throw MigrationError(
-                    "migrate: this Godwit can take a postcopy migration and cannot begin one yet; turn the capability "
-                        + "'postcopy-ram' off")
-            }
             let multifd = state.multifd
+            if let reason = Self.postcopyRefusal(address, state) { throw MigrationError("migrate: \(reason)") }
             let isMapped = state.capabilities.contains(.mappedRAM)
             if isMapped { try Self.checkMappedRAM(address, state) }
             guard multifd == nil || isMapped || address.canReconnect else {
@@ -215,6 +211,24 @@ public final class Migrator: Sendable {
             throw MigrationError(
                 "migrate: pages that have places in a file (mapped-ram) are not compressed; turn that off")
         }
+    }
+
+    /// Why the guest cannot move before its memory to there, if it may be told to.
+    private static func postcopyRefusal(_ address: MigrationAddress, _ state: State) -> String? {
+        guard state.capabilities.contains(.postcopyRAM) else { return nil }
+        switch address {
+        case .file, .exec:
+            return "memory that follows its guest (postcopy-ram) is asked for by the destination, which \(address) cannot; "
+                + "turn the capability off"
+        case .descriptor where state.capabilities.contains(.postcopyPreempt):
+            return "requested pages go over a second connection (postcopy-preempt), which needs tcp: or unix:, not \(address)"
+        default: break
+        }
+        guard state.multifd?.mode != .eachSection else {
+            return "a QEMU that wants x-multifd-flush-after-each-section takes several channels (multifd) or postcopy-ram, not "
+                + "both; turn one of them off"
+        }
+        return nil
     }
 
     /// What a dry run takes instead of what is set; `nil`: what is set.
@@ -283,7 +297,13 @@ public final class Migrator: Sendable {
 
     /// Goes on with a migration whose connection was lost (`migrate` with `resume`), over a new one to `address`.
     public func resume(to address: MigrationAddress) throws(MigrationError) {
-        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isPaused else {
+        let outgoing = state.withLock { $0.outgoing }
+        guard outgoing?.info().status != .postcopyPaused else {
+            throw MigrationError(
+                "migrate: a migration whose guest moved first (postcopy) is not taken up again by this version; its guest runs at "
+                    + "the destination as far as its memory got there")
+        }
+        guard let outgoing, outgoing.isPaused else {
             throw MigrationError("migrate: there is no paused migration to resume")
         }
         guard address.canReconnect else {
@@ -299,6 +319,19 @@ public final class Migrator: Sendable {
         incoming?.discard()
         guard let outgoing, outgoing.isUnderWay else { return }
         try outgoing.cancel()
+    }
+
+    /// Has the guest of a migration under way move now, and its memory follow (`migrate-start-postcopy`).
+    public func startPostcopy() throws(MigrationError) {
+        let (isOn, outgoing) = state.withLock { ($0.capabilities.contains(.postcopyRAM), $0.outgoing) }
+        // Both sentences are QEMU's.
+        guard isOn else {
+            throw MigrationError("Enable postcopy with migrate_set_capability before the start of migration")
+        }
+        guard let outgoing, outgoing.isUnderWay else {
+            throw MigrationError("Postcopy must be started after migration has been started")
+        }
+        try outgoing.startPostcopy()
     }
 
     /// Goes on from `pre-switchover` (`migrate-continue`).

@@ -150,6 +150,9 @@ public struct StreamWriter: Sendable {
     /// The mark by which what the other channels brought is complete.
     public mutating func multifdFlush() { be64(RAMFlags.multifdFlush.rawValue) }
 
+    /// The last word of a channel for requested pages.
+    public mutating func endOfRecords() { be64(RAMFlags.endOfSection.rawValue) }
+
     /// EOS and the footer of a section of RAM.
     public mutating func ramSectionEnd(id: UInt32) {
         be64(RAMFlags.endOfSection.rawValue)

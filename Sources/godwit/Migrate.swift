@@ -61,6 +61,16 @@ struct Migrate: ParsableCommand {
     @Flag(help: "Stop before the switchover, until 'godwit migrate NAME --proceed'.")
     var hold = false
 
+    @Option(
+        help: ArgumentHelp(
+            "Move the guest before its memory: after=N rounds (0: at once), or once the migration is stalled.",
+            valueName: "when"),
+        transform: { try PostcopyStart($0) })
+    var postcopy: PostcopyStart?
+
+    @Flag(help: "With --postcopy: pages that the guest asks for come over a connection of their own; set it there, too.")
+    var preempt = false
+
     @Flag(help: "Watch the guest for 2 s, predict the migration, move nothing; status 3 if it would not converge.")
     var dryRun = false
 
@@ -88,10 +98,12 @@ struct Migrate: ParsableCommand {
             throw ValidationError("Give one of: where to migrate to, --dry-run, --proceed, --cancel, --settle.")
         }
         if dryRun, uri == nil { throw ValidationError("--dry-run goes with an address or alone.") }
+        if preempt, postcopy == nil { throw ValidationError("--preempt goes with --postcopy.") }
         if resume, uri == nil { throw ValidationError("--resume goes with an address.") }
         guard let uri else { return }
         let others = [
             resumable, hold, channels != nil, compress != nil, autoConverge, tls != nil, tlsHostname != nil, dryRun,
+            postcopy != nil,
         ]
         if resume, others.contains(true) {
             throw ValidationError("--resume goes on as the migration began: leave other settings out.")
@@ -160,6 +172,8 @@ struct Migrate: ParsableCommand {
         settings.compression = compress?.rawValue
         settings.isResumable = resumable
         settings.resumes = resume
+        settings.postcopy = postcopy
+        settings.preempts = preempt
         var session = MigrationSession(client: client, display: MigrationDisplay(on: .error)) { interruption.isRaised }
         let answer: JSON
         do {

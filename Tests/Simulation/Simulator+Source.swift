@@ -72,6 +72,8 @@ extension Simulator {
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
+        // No guest of these moves before its memory.
+        case .openUrgentChannel, .sendDiscards, .sendPackage, .servePages: break
         }
     }
 

@@ -101,6 +101,9 @@ final class OutgoingMigration: Sendable {
         }
         configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
         if capabilities.contains(.verify) { configuration.features.insert(.verification) }
+        if capabilities.contains(.postcopyRAM) {
+            configuration.postcopy = PostcopyTerms(usesUrgentChannel: capabilities.contains(.postcopyPreempt))
+        }
         self.configuration = configuration
         usesDirectIO = parameters.usesDirectIO
         usesReturnPath = capabilities.contains(.returnPath)
@@ -116,10 +119,16 @@ final class OutgoingMigration: Sendable {
             // A machine without vCPUs has no tracker: what is allocated is sent once.
             let bitmaps: [any DirtyPages] =
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
+            let postcopy =
+                configuration.postcopy == nil
+                ? nil
+                : try PostcopySource(
+                    machine.memory, blocks: blocks, statistics: statistics,
+                    bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
                 mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,
-                xbzrleCacheBytes: cacheBytes, verification: verification)
+                xbzrleCacheBytes: cacheBytes, verification: verification, postcopy: postcopy)
         } catch { throw MigrationError("\(error)") }
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
     }
@@ -148,6 +157,7 @@ final class OutgoingMigration: Sendable {
     func update(_ parameters: MigrationParameters) {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
+        sender.postcopy?.pacer.bytesPerSecond = parameters.maxPostcopyBandwidthBytesPerSecond
         convergence.update(parameters)
         let available = parameters.availableSwitchoverBytesPerSecond
         post(.setAvailableBandwidth(bytesPerSecond: available > 0 ? available : nil))
@@ -167,7 +177,7 @@ final class OutgoingMigration: Sendable {
     func settle(_ settlement: Settlement) throws(MigrationError) { try command(.settle(settlement)) }
 
     /// Posts an operator's command and waits until the core has taken it.
-    private func command(_ event: SourceEvent) throws(MigrationError) {
+    func command(_ event: SourceEvent) throws(MigrationError) {
         refusal.withLock { $0 = nil }
         let turn = post(event)
         inbox.wait(deadline: .after(seconds: 10)) { $0.taken >= turn || $0.isOver ? () : nil }
@@ -254,6 +264,13 @@ final class OutgoingMigration: Sendable {
         case .sendRoot: sender.enqueue(.root)
         case .sendDigests(let range): sender.enqueue(.digests(range))
         case .interruptRound: sender.interruptRound()
+        case .openUrgentChannel: openUrgentChannel()
+        case .sendDiscards: sender.enqueue(.discards)
+        case .sendPackage(let bytes): sendPackage(bytes)
+        case .servePages:
+            // The guest does not run here any more: nothing of it needs to be slowed down.
+            convergence.end()
+            sender.enqueue(.servePages)
         case .stopGuest:
             statistics.beginDowntime()
             do throws(MachineError) {
@@ -266,7 +283,8 @@ final class OutgoingMigration: Sendable {
             machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
             statistics.endDowntime(completed: false)
         case .giveUpRightToRun:
-            statistics.mark(.load)
+            // A package is loaded where it arrives, and that it was is told when the guest starts.
+            if phase != .packageLeaving { statistics.mark(.load) }
             machine.handOver()
         case .regainRightToRun: break
         case .brokeOff(let broken):
@@ -281,7 +299,7 @@ final class OutgoingMigration: Sendable {
         case .cancelTimer(let kind): inbox.withLock { $0.timers[kind] = nil }
         case .report(let status):
             // Whoever sees "completed" sees the whole report.
-            if status == .completed { statistics.endDowntime(completed: true) }
+            if [.completed, .postcopyActive].contains(status) { statistics.endDowntime(completed: true) }
             statistics.enter(status)
             report(.status(status))
         case .agreed(let rule, let features):
@@ -305,11 +323,12 @@ final class OutgoingMigration: Sendable {
 
     func readAnswers(_ channel: Channel, _ attempt: UInt64) {
         _ = HostThread.runBeforeOthers()
-        var decoder = ReturnPathDecoder()
+        var decoder = ReturnPathDecoder(postcopyOf: sender.postcopy == nil ? [] : blocks)
         var buffer = ReceiveBuffer(capacity: 4096)
         do {
             while true {
                 while let message = try decoder.next(from: &buffer) {
+                    if try tookRequest(message) { continue }
                     guard waitForRoom(), isCurrent(attempt) else { return }
                     if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
                         sender.acknowledged(mark)

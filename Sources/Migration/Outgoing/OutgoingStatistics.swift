@@ -34,6 +34,7 @@ final class OutgoingStatistics: Sendable {
         var bytesAtCollect: UInt64 = 0
         var pagesAtCollect: UInt64 = 0
         var remainingPages: UInt64 = 0
+        var isPostcopy = false
         /// Of the round under way.
         var deltas = XBZRLECounts()
     }
@@ -97,12 +98,15 @@ final class OutgoingStatistics: Sendable {
     // MARK: Sending
 
     /// Counts a batch of page records, or a packet of a channel besides the main one.
-    func sent(bytes: UInt64, normal: UInt64 = 0, duplicate: UInt64 = 0, overChannels: Bool = false) {
+    /// - Parameter holes: zero pages that were not known to need sending.
+    func sent(
+        bytes: UInt64, normal: UInt64 = 0, duplicate: UInt64 = 0, holes: UInt64 = 0, overChannels: Bool = false
+    ) {
         state.withLock { state in
             count(&state, bytes)
             if overChannels { state.info.ram?.multifdBytes += bytes }
             state.info.ram?.normal += normal
-            state.info.ram?.duplicate += duplicate
+            state.info.ram?.duplicate += duplicate + holes
             state.remainingPages -= min(state.remainingPages, normal + duplicate)
             state.info.ram?.remaining = state.remainingPages * 4096
         }
@@ -110,12 +114,20 @@ final class OutgoingStatistics: Sendable {
 
     private func count(_ state: inout State, _ bytes: UInt64) {
         state.info.ram?.transferred += bytes
-        if state.lastMark == nil {
+        if state.isPostcopy {
+            state.info.ram?.postcopyBytes += bytes
+        } else if state.lastMark == nil {
             state.info.ram?.precopyBytes += bytes
         } else {
             state.info.ram?.downtimeBytes += bytes
         }
     }
+
+    /// What is sent from here on follows a guest that moved.
+    func beginPostcopy() { state.withLock { $0.isPostcopy = true } }
+
+    /// Counts a request of the destination.
+    func requested() { state.withLock { $0.info.ram?.postcopyRequests += 1 } }
 
     /// Counts what delta compression did with a batch; `bytes` of it are in the batch's already.
     func encoded(_ counts: XBZRLECounts) {

@@ -35,6 +35,8 @@ struct RoundSender: ~Copyable {
     private let memory: GuestMemory
     private let bitmaps: [any DirtyPages]
     private var records: RecordWriter
+    /// With the capability `postcopy-ram`: has to know what was ever dirty.
+    private let postcopy: PostcopySource?
     private var firstCollect = true
     private var unacknowledged = UnacknowledgedPages()
     /// Of the round under way, what its report has of the bytes that went over the group.
@@ -48,13 +50,14 @@ struct RoundSender: ~Copyable {
     /// - Parameter bitmaps: empty records of dirty pages, one per block.
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], bitmaps: sending [any DirtyPages],
-        xbzrleCacheBytes: UInt64? = nil, verification: OutgoingVerification? = nil
+        xbzrleCacheBytes: UInt64? = nil, verification: OutgoingVerification? = nil, postcopy: PostcopySource? = nil
     ) throws(SystemError) {
         let records = try RecordWriter(
             memory, blocks: blocks, xbzrleCacheBytes: xbzrleCacheBytes, verification: verification)
         self.memory = memory
         self.bitmaps = bitmaps
         self.records = records
+        self.postcopy = postcopy
     }
 
     /// - Returns: the pages to be sent.
@@ -65,10 +68,16 @@ struct RoundSender: ~Copyable {
             try markAllocated()
         }
         firstCollect = false
+        postcopy?.collected(bitmaps)
         let pages = bitmaps.reduce(0) { $0 + $1.count }
         records.deltas?.roundBegins(pages: pages)
         return pages
     }
+
+    /// Hands everything that is dirty over to what follows the guest. - Parameter sent: told of the bytes of each write.
+    func discard(
+        _ postcopy: PostcopySource, over channel: Channel, sent: (UInt64) -> Void
+    ) throws(ChannelError) { try postcopy.discard(bitmaps, over: channel, sent: sent) }
 
     /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether this is the last round, whose pages need not be kept.
     mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {

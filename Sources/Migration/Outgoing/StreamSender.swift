@@ -18,6 +18,10 @@ final class StreamSender: Sendable {
         /// ROOT, and DIGESTS: what `x-verify` has to say.
         case root
         case digests(DigestRange)
+        /// Postcopy: what is to be forgotten, the guest's state, and the pages that follow it.
+        case discards
+        case package([UInt8])
+        case servePages
         case stopTracking
         case close
     }
@@ -26,9 +30,9 @@ final class StreamSender: Sendable {
         var jobs: [Job] = []
     }
     private let queue = Monitor(Queue())
-    private let round: Mutex<RoundSender>
+    let round: Mutex<RoundSender>
     private let tracker: (any DirtyTracker)?
-    private let statistics: OutgoingStatistics
+    let statistics: OutgoingStatistics
     private let interrupted = Atomic<Bool>(false)
     private let waiting = Atomic<Bool>(false)
     /// Of all rounds but the last one; also for channels beside this one.
@@ -43,6 +47,8 @@ final class StreamSender: Sendable {
     /// What the operator wants; `nil`: what the peer is known to understand.
     private let zeroPages: ZeroPageDetection?
     private let verification: OutgoingVerification?
+    /// With the capability `postcopy-ram`.
+    let postcopy: PostcopySource?
     private let peerIsGodwit = Atomic<Bool>(false)
     private let isResumable = Atomic<Bool>(false)
     private let marks = MarkBoard()
@@ -53,9 +59,10 @@ final class StreamSender: Sendable {
         _ memory: GuestMemory, blocks: [RAMBlockDescription], tracker: (any DirtyTracker)?,
         bitmaps: sending [any DirtyPages], statistics: OutgoingStatistics, mode: MultifdMode? = nil,
         zeroPages: ZeroPageDetection? = nil, xbzrleCacheBytes: UInt64? = nil,
-        verification: OutgoingVerification? = nil
+        verification: OutgoingVerification? = nil, postcopy: PostcopySource? = nil
     ) throws(SystemError) {
         self.verification = verification
+        self.postcopy = postcopy
         self.mode = mode
         self.zeroPages = zeroPages
         self.tracker = tracker
@@ -63,8 +70,10 @@ final class StreamSender: Sendable {
         round = Mutex(
             try RoundSender(
                 memory, blocks: blocks, bitmaps: bitmaps, xbzrleCacheBytes: xbzrleCacheBytes,
-                verification: verification))
+                verification: verification, postcopy: postcopy))
     }
+
+    var isInterrupted: Bool { interrupted.load(ordering: .relaxed) }
 
     /// Events wait for the core: a round that is not the last one ends at the next batch.
     var eventsWait: Bool {
@@ -95,6 +104,7 @@ final class StreamSender: Sendable {
     func endChannels() {
         group.withLock { $0.take() }?.end()
         file.withLock { $0.take() }?.end()
+        postcopy?.end()
     }
 
     func setBandwidth(_ bytesPerSecond: UInt64) {
@@ -107,7 +117,10 @@ final class StreamSender: Sendable {
 
     func enqueue(_ job: Job) {
         // Not when the round begins: it may be ended while it still waits behind bytes that the peer does not take.
-        if case .round = job { interrupted.store(false, ordering: .relaxed) }
+        switch job {
+        case .round, .servePages: interrupted.store(false, ordering: .relaxed)
+        default: break
+        }
         queue.withLock { $0.jobs.append(job) }
     }
 
@@ -159,6 +172,9 @@ final class StreamSender: Sendable {
                 case .flush:
                     try file.withLock { $0 }?.seal { post(.progressed) }
                     post(.flushed)
+                case .discards: try sendDiscards(to: channel, post)
+                case .package(let bytes): try sendPackage(bytes, to: channel, post)
+                case .servePages: try servePages(over: channel, post)
                 case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
                 case .stopTracking: tracker?.stop()
                 case .close:
@@ -173,7 +189,7 @@ final class StreamSender: Sendable {
         }
     }
 
-    private func send(_ bytes: [UInt8], to channel: Channel) throws(ChannelError) {
+    func send(_ bytes: [UInt8], to channel: Channel) throws(ChannelError) {
         try channel.send(bytes)
         statistics.sent(bytes: UInt64(bytes.count))
     }
@@ -265,7 +281,8 @@ final class StreamSender: Sendable {
             switch job {
             case .bytes, .skip: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
-            case .flush, .synchronize, .root, .digests: break
+            case .flush, .synchronize, .root, .digests, .discards, .servePages: break
+            case .package: post(.packageCut("the connection was lost"))
             case .stopTracking: tracker?.stop()
             case .close:
                 channel.cancel()

@@ -102,6 +102,8 @@ public struct SourceConfiguration: Sendable {
     public var verifies: Bool { features.contains(.verification) }
     /// Pages go to places of their own in a file, one-way; `nil`: they go into the stream.
     public var mapped: MappedRAMSetup?
+    /// The guest may be told to move before its memory (`postcopy-ram`); `nil`: it never does.
+    public var postcopy: PostcopyTerms?
 
     public init(
         migration: MigrationIdentifier, machineName: String, blocks: [RAMBlockDescription],
@@ -118,6 +120,14 @@ public struct SourceConfiguration: Sendable {
         self.features = features
         self.deadlines = deadlines
     }
+}
+
+/// How memory follows a guest that moved first.
+public struct PostcopyTerms: Hashable, Sendable {
+    /// Requested pages go over a channel of their own (QEMU's capability `postcopy-preempt`).
+    public var usesUrgentChannel: Bool
+
+    public init(usesUrgentChannel: Bool = false) { self.usesUrgentChannel = usesUrgentChannel }
 }
 
 /// Whether the connection carries answers.
@@ -189,6 +199,17 @@ public enum SourceEvent: Hashable, Sendable {
     /// The operator's `migrate` with `resume`, in `paused`.
     case resume
     case settle(Settlement)
+    /// The operator's `migrate-start-postcopy`.
+    case startPostcopy
+    case urgentChannelOpened
+    case urgentChannelFailed(String)
+    /// DISCARD of all that is still to come is in the kernel's hands.
+    case discardsSent
+    /// All of the package is in the kernel's hands; or not all: its last bytes never left.
+    case packageSent
+    case packageCut(String)
+    /// No page is left here that the destination does not have, or has on its way.
+    case pagesServed
     /// The operator changed the limit while the migration runs.
     case setDowntimeLimit(nanoseconds: UInt64)
     /// The operator changed what the last round can count on; `nil`: what was measured.
@@ -241,6 +262,16 @@ public enum SourceAction: Hashable, Sendable {
     case regainRightToRun
     /// -> `stateSaved`, `stateFailed`.
     case saveState
+    /// Open the channel for requested pages; nothing is said on it yet. -> `urgentChannelOpened`, `urgentChannelFailed`.
+    case openUrgentChannel
+    /// Say DISCARD for all that `collect` found, which from here on is sent by `servePages` alone. -> `discardsSent`, `trackingFailed`,
+    /// or `disconnected`.
+    case sendDiscards
+    /// These bytes, behind all sent before. Requests for pages count from here on. -> `packageSent`, `packageCut`; also when the
+    /// connection is lost, before or after `disconnected`.
+    case sendPackage([UInt8])
+    /// Send what is asked for, and between that everything else, once each. Tracking is over. -> `pagesServed`, or `disconnected`.
+    case servePages
     /// -> `flushed`, or `disconnected`.
     case flush
     /// Close once what is queued has left, without waiting for a peer that takes nothing. -> `closed`.

@@ -29,7 +29,7 @@ extension SourceCore {
     }
 
     private mutating func beginSwitch(_ actions: inout [SourceAction]) {
-        report(.device, &actions)
+        report(isPostcopy ? .postcopyDevice : .device, &actions)
         actions.append(.collect(final: true))
         enter(.finalCollecting, deadline: configuration.deadlines.localWork, &actions)
     }
@@ -59,6 +59,7 @@ extension SourceCore {
 
     mutating func stateSaved(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
         if phase == .breakingOff { return settleOwed(.state, &actions) }
+        if phase == .discarding { return stateSavedForPackage(saved, &actions) }
         guard phase == .savingState else { return answeredLate(.state) }
         endPart(.state)
         if isTooLate() { return breakOff("saving the state took too long", &actions) }
@@ -91,12 +92,12 @@ extension SourceCore {
         }
     }
 
-    private var describedSections: [(section: DeviceSection, layout: SectionLayout)] {
+    var describedSections: [(section: DeviceSection, layout: SectionLayout)] {
         sections.map { ($0, configuration.catalogue.layout(of: $0.name) ?? .lengthPrefixed()) }
     }
 
     /// Why the state cannot be written as the catalogue says.
-    private var unsendable: String? {
+    var unsendable: String? {
         for section in sections {
             guard let layout = configuration.catalogue.layout(of: section.name),
                 configuration.catalogue.version(of: section.name) == section.version
@@ -174,6 +175,7 @@ extension SourceCore {
             }
         case .committed: answered(message, &actions)
         case .acknowledged: complete(&actions)
+        case .packageLeaving...SourcePhase.pulledWhole: receivedInPostcopy(message, &actions)
         case .asking: judged(message, &actions)
         case .startingTracking..<SourcePhase.preparing, .narrowing: outOfTurn(message, &actions)
         default: break

@@ -83,7 +83,7 @@ extension SourceCore {
 
     /// Why the destination cannot do what this migration was begun with.
     private func unusable(_ rule: HandoverRule, _ features: FeatureSet) -> String? {
-        unverifiable(rule, features) ?? unresumable(rule, features)
+        unverifiable(rule, features) ?? unresumable(rule, features) ?? unmovable(rule, features)
     }
 
     private mutating func agree(on rule: HandoverRule, features: FeatureSet, _ actions: inout [SourceAction]) {
@@ -91,6 +91,7 @@ extension SourceCore {
         self.rule = rule
         self.features = features
         actions.append(.agreed(rule, features: features))
+        openUrgentChannel(&actions)
         isTracking = true
         actions.append(.startTracking)
         enter(.startingTracking, deadline: configuration.deadlines.localWork, &actions)
@@ -98,6 +99,7 @@ extension SourceCore {
 
     mutating func trackingStarted(_ actions: inout [SourceAction]) {
         guard phase == .startingTracking else { return }
+        advise(&actions)
         beginRAM(&actions)
         collect(&actions)
     }
@@ -114,7 +116,11 @@ extension SourceCore {
             report(.active, &actions)
             return collect(&actions)
         }
-        send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels) }
+        let advised = configuration.postcopy != nil
+        send(&actions) {
+            $0.ramSetup(
+                id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels, postcopyIsAdvised: advised)
+        }
         if configuration.multifd != nil { actions.append(.synchronizeChannels) }
         report(.active, &actions)
     }
@@ -126,6 +132,7 @@ extension SourceCore {
 
     mutating func collected(_ pages: UInt64, _ actions: inout [SourceAction]) {
         switch phase {
+        case .collecting where postcopyIsWanted && !mustAwaitAcknowledgement: switchToPostcopy(&actions)
         case .collecting:
             switch configuration.switchover.decide(remainingPages: pages) {
             case .iterate: sendRound(final: false, &actions)
@@ -139,6 +146,9 @@ extension SourceCore {
                 beginStandstill(&actions)
                 enter(.stoppingGuest, deadline: configuration.deadlines.localWork, &actions)
             }
+        case .finalCollecting where isPostcopy:
+            endPart(.collect)
+            beginDiscarding(&actions)
         case .finalCollecting:
             endPart(.collect)
             if isTooMuch(pages) { return breakOff("the last collection found too many pages", &actions) }
@@ -156,7 +166,7 @@ extension SourceCore {
     private static let acknowledgementLookNanoseconds: UInt64 = 5_000_000
 
     /// The kernel took the last round, but the destination may be megabytes behind: the guest need not stand still for those.
-    private mutating func drain(_ actions: inout [SourceAction]) {
+    mutating func drain(_ actions: inout [SourceAction]) {
         send(&actions) { $0.command(.ping(Self.drainPing)) }
         enter(.draining, deadline: configuration.deadlines.stall, &actions)
     }

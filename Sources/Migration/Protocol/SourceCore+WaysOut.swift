@@ -22,6 +22,7 @@ extension SourceCore {
         case .committed where rule == .qemu: takeBack("\(reason), before the destination acknowledged", &actions)
         case .committed, .handingOver, .closing, .asking: doubt(reason, &actions)
         case .acknowledged: complete(&actions)
+        case .packageLeaving, .pulled, .pulledWhole: postcopyLost(reason, &actions)
         case .retreating:
             roundIsUnderWay = false
             leave(farewell: nil, &actions)
@@ -45,6 +46,9 @@ extension SourceCore {
             retreat(.failed(reason), farewell: peerListens ? reason : nil, &actions)
         case .committed, .handingOver, .closing, .reconnecting, .asking: doubt(reason, &actions)
         case .acknowledged: complete(&actions)
+        // Its sender is stuck: whether RUN left will not be known.
+        case .packageLeaving: doubt(reason, &actions)
+        case .pulled, .pulledWhole: postcopyLost(reason, &actions)
         case .retreating: leave(farewell: nil, &actions)
         default: break
         }
@@ -57,6 +61,9 @@ extension SourceCore {
             retreat(.cancelled, farewell: "the operator cancelled the migration", &actions)
         case .committed, .handingOver, .closing, .acknowledged:
             actions.append(.refused("too late to cancel: the destination was told to start the guest"))
+        case .packageLeaving, .pulled, .pulledWhole, .postcopyPaused:
+            actions.append(
+                .refused("too late to cancel: the guest moved (postcopy), and nobody has all of its memory before the end"))
         default:
             actions.append(.refused("too late to cancel: settle whether the destination runs the guest"))
         }
@@ -131,6 +138,8 @@ extension SourceCore {
         switch settlement {
         case .startedThere:
             stopAsking(&actions)
+            // It moved, and not all of its memory did.
+            if isPostcopy { return pausePostcopy("the operator settled that the guest runs at the destination", &actions) }
             complete(&actions)
         case .resumeHere:
             stopAsking(&actions)

@@ -19,6 +19,8 @@ public enum SourcePhase: Int, Comparable, Sendable {
     case draining
     /// A switchover is not worth trying just now: the guest runs, a moment is let pass.
     case resting
+    /// Postcopy: the channel for requested pages is not open yet, the guest runs.
+    case openingUrgentChannel
     /// A switchover was broken off and the guest runs again; what was under way then is to end.
     case breakingOff
     /// RETRACT was said, RETRACTED is awaited.
@@ -31,6 +33,8 @@ public enum SourcePhase: Int, Comparable, Sendable {
     /// QEMU's rule: PING was said behind the last pages, PONG is awaited. There is no way back once END was said.
     case confirming
     case savingState
+    /// Postcopy: what the destination must forget leaves, while the state is saved.
+    case discarding
     /// One-way: all but EOF leaves.
     case flushingState
     /// Two-phase: PREPARE was said, READY is awaited.
@@ -46,6 +50,14 @@ public enum SourcePhase: Int, Comparable, Sendable {
     case closing
     /// STARTED was heard, SHUT is awaited.
     case acknowledged
+    /// Postcopy: the package with the guest's state is being handed over.
+    case packageLeaving
+    /// Postcopy: the guest runs there, its memory follows.
+    case pulled
+    /// Postcopy: all memory and EOF were sent, SHUT is awaited.
+    case pulledWhole
+    /// Postcopy: the connection was lost, the guest moved, what is missing of its memory is here.
+    case postcopyPaused
     // Ways out.
     /// The migration failed or was cancelled; the round under way ends, then CANCEL is said.
     case retreating
@@ -120,6 +132,18 @@ public struct SourceCore: Sendable {
     var greetedAt: UInt64 = 0
     /// How often the destination asked for digests.
     var digestQuestions = 0
+    /// The operator said that the guest shall move before its memory.
+    var postcopyIsWanted = false
+    /// The guest was stopped for that.
+    var isPostcopy = false
+    var urgentChannelIsOpen = false
+    var discardsAreSent = false
+    /// What the package will hold.
+    var packagedState: [UInt8]?
+    /// The destination has the package.
+    var packageArrived = false
+    /// Why the connection is gone, while it is not known yet whether the package had left.
+    var lossDuringPackage: String?
     /// How the migration will end once it has retreated, and what the destination hears of it.
     var ending: SourceOutcome?
     var farewell: String?
@@ -153,6 +177,13 @@ public struct SourceCore: Sendable {
         case .roundSent(let report): roundSent(report, &actions)
         case .guestStopped: guestStopped(event, &actions)
         case .stateSaved(let sections): stateSaved(sections, &actions)
+        case .urgentChannelOpened: urgentChannelOpened(&actions)
+        case .urgentChannelFailed(let reason): urgentChannelFailed(reason, &actions)
+        case .discardsSent: discardsSent(&actions)
+        case .packageSent: packageSent(&actions)
+        case .packageCut(let reason): packageCut(reason, &actions)
+        case .pagesServed: pagesServed(&actions)
+        case .startPostcopy: startPostcopy(&actions)
         case .trackingFailed(let reason), .stopFailed(let reason), .stateFailed(let reason):
             if phase < .committed { retreat(.failed(reason), farewell: reason, &actions) }
         case .flushed: flushed(&actions)
@@ -197,7 +228,7 @@ public struct SourceCore: Sendable {
 
     private mutating func progressed(_ actions: inout [SourceAction]) {
         switch phase {
-        case .sendingRound, .finalSending, .breakingOff, .flushingState, .handingOver:
+        case .sendingRound, .finalSending, .breakingOff, .discarding, .flushingState, .handingOver:
             enter(phase, deadline: configuration.deadlines.stall, &actions)
         default: break
         }
@@ -206,13 +237,16 @@ public struct SourceCore: Sendable {
     /// What a deadline that passed means: one sentence per phase.
     var missedDeadline: String {
         switch phase {
+        case .openingUrgentChannel: "the channel for requested pages was not opened in time (postcopy-preempt)"
+        case .pulled: "the destination did not say in time that it has the guest's state"
+        case .pulledWhole: "the destination did not say in time that all memory is there"
         case .connecting, .reconnecting, .reopening: "the connection to the destination was not made in time"
         case .greeting where configuration.multifd != nil:
             "the destination does not answer; a QEMU waits for as many channels as its multifd-channels says"
         case .greeting, .resuming, .asking: "the destination does not answer"
         case .startingTracking: "dirty page tracking did not start in time"
         case .collecting, .finalCollecting: "the dirty pages were not collected in time"
-        case .sendingRound, .finalSending, .breakingOff, .flushingState, .handingOver:
+        case .sendingRound, .finalSending, .breakingOff, .discarding, .flushingState, .handingOver, .packageLeaving:
             "the destination takes no more data"
         case .draining, .confirming: "the destination does not take what was sent"
         case .retracting: "the destination did not take the switchover back in time"

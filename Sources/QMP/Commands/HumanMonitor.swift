@@ -63,6 +63,7 @@ struct HumanMonitor: Sendable {
         ("migrate_cancel", "cancel the current VM migration"),
         ("migrate_continue state", "continue a migration that waits in the given state"),
         ("migrate_incoming uri", "wait for a migration at URI"),
+        ("migrate_start_postcopy", "let the guest of a migration under way move now, and its memory follow"),
         ("object_add type,id=id[,property=value,...]", "make an object, such as TLS credentials"),
         ("object_del id", "delete an object"),
         ("pmemsave addr size file", "save guest physical memory from 'addr' on, of size 'size', to a file"),
@@ -104,6 +105,9 @@ struct HumanMonitor: Sendable {
             try perform(first, ["uri": .string(operands(rest.filter { $0 != "-d" }, 1, of: first)[0])])
         case "migrate_incoming": try perform("migrate-incoming", ["uri": .string(operands(rest, 1, of: first)[0])])
         case "migrate_continue": try perform("migrate-continue", ["state": .string(operands(rest, 1, of: first)[0])])
+        case "migrate_start_postcopy":
+            _ = try operands(rest, 0, of: first)
+            try perform("migrate-start-postcopy", [:])
         case "object_add":
             try perform("object-add", ObjectOptions(parsing: operands(rest, 1, of: first)[0]).arguments)
         case "object_del": try perform("object-del", ["id": .string(operands(rest, 1, of: first)[0])])

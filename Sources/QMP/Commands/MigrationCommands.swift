@@ -20,6 +20,10 @@ struct MigrationCommands: Sendable {
                 try migrator.cancel()
                 return [:]
             },
+            Command("migrate-start-postcopy") { [migrator] _ in
+                try migrator.startPostcopy()
+                return [:]
+            },
             Command("migrate-continue", [.required("state", .enumeration(Self.states))], handler: proceed),
             Command("query-migrate") { [migrator] _ in
                 migrator.info().json(downtimeLimitMilliseconds: migrator.parameters.downtimeLimitMilliseconds)

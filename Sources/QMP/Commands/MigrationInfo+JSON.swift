@@ -84,9 +84,9 @@ extension MigrationInfo.RAM {
             "transferred": JSON(transferred), "remaining": JSON(remaining), "total": JSON(total),
             "duplicate": JSON(duplicate), "skipped": 0, "normal": JSON(normal), "normal-bytes": JSON(normalBytes),
             "dirty-pages-rate": JSON(dirtyPagesRate), "mbps": .double(mbps), "dirty-sync-count": JSON(dirtySyncCount),
-            "postcopy-requests": 0, "page-size": 4096, "multifd-bytes": JSON(multifdBytes),
+            "postcopy-requests": JSON(postcopyRequests), "page-size": 4096, "multifd-bytes": JSON(multifdBytes),
             "pages-per-second": JSON(pagesPerSecond),
-            "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes), "postcopy-bytes": 0,
+            "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes), "postcopy-bytes": JSON(postcopyBytes),
             "dirty-sync-missed-zero-copy": 0, "x-hole": JSON(hole),
         ]
     }

@@ -36,6 +36,8 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry("downtime-limit", .unsigned(bits: 64), .setting(\.downtimeLimitMilliseconds)),
         MigrationParameterEntry("max-bandwidth", .unsigned(bits: 64), .setting(\.maxBandwidthBytesPerSecond)),
         MigrationParameterEntry(
+            "max-postcopy-bandwidth", .unsigned(bits: 64), .setting(\.maxPostcopyBandwidthBytesPerSecond)),
+        MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
         MigrationParameterEntry("multifd-channels", .unsigned(bits: 8), .setting(\.multifdChannels)),
         MigrationParameterEntry(
@@ -93,8 +95,7 @@ struct MigrationParameterEntry: Sendable {
         ]
 
     private static let rest =
-        numbers("postcopy", [("max-postcopy-bandwidth", 64, 0)])
-        + numbers("COLO", [("x-checkpoint-delay", 32, 20000)])
+        numbers("COLO", [("x-checkpoint-delay", 32, 20000)])
         + [
             MigrationParameterEntry("block-incremental", .bool, .off(false, "copying disks")),
             MigrationParameterEntry("direct-io", .bool, .flag(\.usesDirectIO)),

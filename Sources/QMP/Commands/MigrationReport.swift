@@ -68,6 +68,8 @@ struct MigrationReport {
         ]
         if ram.dirtyPagesRate > 0 { lines.append("dirty pages rate: \(ram.dirtyPagesRate) pages") }
         if ram.precopyBytes > 0 { lines.append("precopy ram: \(ram.precopyBytes >> 10) kbytes") }
+        if ram.postcopyRequests > 0 { lines.append("postcopy request count: \(ram.postcopyRequests)") }
+        if ram.postcopyBytes > 0 { lines.append("postcopy ram: \(ram.postcopyBytes >> 10) kbytes") }
         if ram.downtimeBytes > 0 { lines.append("downtime ram: \(ram.downtimeBytes >> 10) kbytes") }
         return lines
     }

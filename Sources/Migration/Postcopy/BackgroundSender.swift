@@ -1,0 +1,70 @@
+import GuestMemory
+import Host
+import Transport
+
+/// Sends all that nobody asked for, behind what was asked for last; and, where there is no channel for that, what is asked for. One
+/// screen: `run`.
+struct BackgroundSender: ~Copyable {
+    let pages: OutgoingPages
+    let requests: PageRequests
+    var records: RecordWriter
+    let pacer: Pacer
+    /// Requested pages go over the same channel, each before the next batch.
+    let servesRequests: Bool
+    private var place = OutgoingPages.Place()
+
+    /// What stands before a requested page in a channel's way is little.
+    private static let batchPages: UInt64 = 16
+    private static let lookNanoseconds: UInt64 = 10_000_000
+
+    init(
+        _ pages: OutgoingPages, _ requests: PageRequests, _ records: consuming RecordWriter, _ pacer: Pacer,
+        servesRequests: Bool
+    ) {
+        self.pages = pages
+        self.requests = requests
+        self.records = records
+        self.pacer = pacer
+        self.servesRequests = servesRequests
+    }
+
+    /// - Parameters:
+    ///   - sent: told of every write.
+    ///   - mustEnd: asked before each.
+    /// - Returns: whether all pages are on their way, those too that others send.
+    mutating func run(
+        over channel: Channel, sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) -> Bool {
+        while !mustEnd() {
+            if servesRequests { try serve(over: channel, sent) }
+            // What was asked for was paid for as well, but did not wait: the rest does.
+            let due = pacer.sent(0, at: Clock.monotonicNanoseconds)
+            guard due == 0 else {
+                requests.pause(nanoseconds: min(due, Self.lookNanoseconds), forPiece: servesRequests)
+                continue
+            }
+            if let latest = requests.takePlace() { place = latest }
+            let limit = UInt64(pacer.batchBytes(most: Int(Self.batchPages) * 4096) / 4096)
+            let batch = pages.take(from: &place, limit: limit)
+            guard let first = batch.first else {
+                if requests.settle(nanoseconds: Self.lookNanoseconds), pages.count == 0 { return true }
+                continue
+            }
+            let written = try records.send(batch, to: channel)
+            _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
+            sent(written, first)
+        }
+        return false
+    }
+
+    private mutating func serve(
+        over channel: Channel, _ sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void
+    ) throws(ChannelError) {
+        while let piece = requests.nextNow() {
+            let written = try records.send([piece], to: channel)
+            _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
+            sent(written, piece)
+            requests.sent()
+        }
+    }
+}

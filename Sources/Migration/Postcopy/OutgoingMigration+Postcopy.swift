@@ -1,0 +1,86 @@
+import Host
+import MigrationStream
+import Synchronization
+import Transport
+
+// What the core of a source asks of its shell for postcopy.
+
+extension OutgoingMigration {
+    /// The guest moves now; its memory follows (`migrate-start-postcopy`).
+    func startPostcopy() throws(MigrationError) { try command(.startPostcopy) }
+
+    /// Connects once more to where the destination listens. Nothing is said there: the first requested page is its first word.
+    func openUrgentChannel() {
+        guard let postcopy = sender.postcopy else { return }
+        let attempt = attempts.withLock { $0 }
+        do throws(SystemError) {
+            let token = try CancelToken()
+            connecting.withLock { $0 = token }
+            _ = try HostThread(name: "migration-conn") { [self] in
+                do throws(ChannelError) {
+                    let connector = Connector(tls: tls, descriptors: descriptors)
+                    let channel = try connector.connect(to: target.withLock { $0 }, cancel: token)
+                    try hold(channel, attempt, postcopy)
+                } catch {
+                    if isCurrent(attempt) { post(.urgentChannelFailed(error.description)) }
+                }
+            }
+        } catch { post(.urgentChannelFailed(error.description)) }
+    }
+
+    private func hold(_ channel: Channel, _ attempt: UInt64, _ postcopy: PostcopySource) throws(ChannelError) {
+        do throws(SystemError) {
+            try postcopy.open(channel) { [self] error in
+                // What the main connection says tells more, where it says something.
+                if isLost(attempt, answers: true) {
+                    post(.disconnected("the channel for requested pages: \(error.description)"))
+                }
+            }
+        } catch {
+            channel.cancel()
+            throw .system(error)
+        }
+        // The migration may have ended meanwhile.
+        guard isCurrent(attempt), open.withLock({ $0 != nil }) else { return postcopy.end() }
+        post(.urgentChannelOpened)
+    }
+
+    /// The guest's state goes, and from here on pages may be asked for.
+    func sendPackage(_ bytes: [UInt8]) {
+        sender.postcopy?.openForRequests()
+        sender.enqueue(.package(bytes))
+    }
+
+    /// A request needs no decision: it goes to who sends pages. - Returns: whether the message was one.
+    func tookRequest(_ message: ReturnPathMessage) throws(PageRequests.Refusal) -> Bool {
+        guard case .postcopy(.requestPages(let request)) = message, let postcopy = sender.postcopy else { return false }
+        try postcopy.add(request)
+        return true
+    }
+}
+
+extension StreamSender {
+    /// - Throws: `ChannelError`, and then its last bytes did not leave.
+    func sendPackage(
+        _ bytes: [UInt8], to channel: Channel, _ post: @Sendable (SourceEvent) -> Void
+    ) throws(ChannelError) {
+        do throws(ChannelError) { try send(bytes, to: channel) } catch {
+            post(.packageCut(error.description))
+            throw error
+        }
+        post(.packageSent)
+    }
+
+    func sendDiscards(to channel: Channel, _ post: @Sendable (SourceEvent) -> Void) throws(ChannelError) {
+        guard let postcopy else { return }
+        try round.withLock { (round) throws(ChannelError) in
+            try round.discard(postcopy, over: channel) { statistics.sent(bytes: $0) }
+        }
+        post(.discardsSent)
+    }
+
+    func servePages(over channel: Channel, _ post: @Sendable (SourceEvent) -> Void) throws(ChannelError) {
+        guard let postcopy else { return }
+        if try postcopy.serve(over: channel, mustEnd: { isInterrupted }) { post(.pagesServed) }
+    }
+}

@@ -1,0 +1,124 @@
+import GuestMemory
+import Host
+import MigrationStream
+import Synchronization
+
+/// What a destination whose guest runs does not have. Whoever takes a page out of it sends it; nobody else ever does: a QEMU gives up over
+/// a page that comes twice.
+final class OutgoingPages: Sendable {
+    /// Pages side by side, all of one kind.
+    struct Piece: Sendable, Equatable {
+        let block: Int
+        let pages: Range<PageIndex>
+        /// Never written and never sent: zeros, which only come when they are asked for.
+        var isHole = false
+
+        var pageCount: UInt64 { pages.upperBound.value - pages.lowerBound.value }
+    }
+
+    /// Where the walk goes on.
+    struct Place: Sendable, Equatable {
+        var block = 0
+        var page = PageIndex(0)
+    }
+
+    private let indices: [String: Int]
+    /// To be sent, asked for or not.
+    private let wanted: [AtomicPages]
+    /// All that was ever found to be written, and holes that were asked for.
+    private let known: [AtomicPages]
+    private let left = Atomic<UInt64>(0)
+
+    /// Takes over what is dirty in `bitmaps`. The guest stands still.
+    /// - Parameter known: what was dirty at any time, this included.
+    init(
+        of blocks: [RAMBlockDescription], taking bitmaps: [any DirtyPages], known: [AtomicPages]
+    ) throws(SystemError) {
+        var indices: [String: Int] = [:]
+        for (index, block) in blocks.enumerated() { indices[block.name] = index }
+        self.indices = indices
+        self.known = known
+        var wanted: [AtomicPages] = []
+        var count: UInt64 = 0
+        for bitmap in bitmaps {
+            let pages = try AtomicPages(pageCount: bitmap.pageCount)
+            var position = PageIndex(0)
+            while let run = bitmap.nextRun(from: position, limit: .max) {
+                count += pages.insert(run)
+                position = run.upperBound
+            }
+            bitmap.removeAll()
+            wanted.append(pages)
+        }
+        self.wanted = wanted
+        left.store(count, ordering: .relaxed)
+    }
+
+    /// Pages that nobody has taken.
+    var count: UInt64 { left.load(ordering: .acquiring) }
+
+    /// All that is to be sent, run by run.
+    func forEachRun<E: Error>(_ body: (_ block: Int, _ pages: Range<PageIndex>) throws(E) -> Void) throws(E) {
+        for block in wanted.indices {
+            var position = PageIndex(0)
+            while let run = wanted[block].nextRun(from: position) {
+                try body(block, run)
+                position = run.upperBound
+            }
+        }
+    }
+
+    /// Takes what is asked for, as far as nobody took it before. Pages that the destination has, or has on its way, are in no piece.
+    /// - Parameter request: of a known block, inside it.
+    func take(_ request: PageRequest) -> [Piece] {
+        guard let block = indices[request.block] else { return [] }
+        let start = RAMOffset(request.offset).page
+        var pieces: [Piece] = []
+        for page in start..<start.advanced(by: Int(request.length) / Wire.pageSize) {
+            let isData = wanted[block].remove(page)
+            guard isData || known[block].insert(page) else { continue }
+            if isData { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+            if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
+                pieces[pieces.count - 1] = Piece(
+                    block: block, pages: last.pages.lowerBound..<page.advanced(by: 1), isHole: !isData)
+            } else {
+                pieces.append(Piece(block: block, pages: page..<page.advanced(by: 1), isHole: !isData))
+            }
+        }
+        return pieces
+    }
+
+    /// Takes the next pages from `place` on, round all blocks: of one block, at most `limit`. - Returns: empty: there is nothing left.
+    func take(from place: inout Place, limit: UInt64) -> [Piece] {
+        for step in 0...wanted.count {
+            let block = (place.block + step) % wanted.count
+            let pieces = take(of: block, from: step == 0 ? place.page : PageIndex(0), limit: limit)
+            guard let last = pieces.last else { continue }
+            place = Place(block: block, page: last.pages.upperBound)
+            return pieces
+        }
+        return []
+    }
+
+    private func take(of block: Int, from start: PageIndex, limit: UInt64) -> [Piece] {
+        var pieces: [Piece] = []
+        var room = limit
+        var position = start
+        while room > 0, position.value < wanted[block].pageCount,
+            let run = wanted[block].nextRun(from: position, limit: room)
+        {
+            // Somebody may be taking the same pages one by one.
+            var first = run.lowerBound
+            for page in run {
+                if wanted[block].remove(page) { continue }
+                if first < page { pieces.append(Piece(block: block, pages: first..<page)) }
+                first = page.advanced(by: 1)
+            }
+            if first < run.upperBound { pieces.append(Piece(block: block, pages: first..<run.upperBound)) }
+            position = run.upperBound
+            room = limit - pieces.reduce(0) { $0 + $1.pageCount }
+        }
+        left.wrappingSubtract(limit - room, ordering: .acquiringAndReleasing)
+        return pieces
+    }
+}

@@ -1,0 +1,132 @@
+import GuestMemory
+import Host
+import MigrationStream
+
+/// What a destination asked for and nobody has sent: the thread that reads its answers fills it, one thread empties it.
+///
+/// Pages in it were taken out of `OutgoingPages`, so none is in it twice however often it is asked for; and there are so many pieces at most:
+/// who asks faster than pages go waits in its socket.
+final class PageRequests: Sendable {
+    typealias Piece = OutgoingPages.Piece
+
+    private struct State {
+        /// `nil`: nobody may ask yet.
+        var pages: OutgoingPages?
+        var pieces: [Piece] = []
+        /// How many of them were taken.
+        var taken = 0
+        /// Pieces taken by the one who sends, and not told as sent.
+        var underWay = 0
+        var isOver = false
+        /// Requests for nothing but what was sent, or asked for, before.
+        var vain: UInt64 = 0
+        /// What was asked for last, as long as the walk over the rest has not gone there.
+        var latest: OutgoingPages.Place?
+
+        var isEmpty: Bool { taken == pieces.count }
+
+        mutating func removeFirst() -> Piece? {
+            guard taken < pieces.count else { return nil }
+            defer {
+                taken += 1
+                underWay += 1
+                // The front is given up now and then, not each time.
+                if taken == pieces.count || taken >= PageRequests.mostPieces {
+                    pieces.removeFirst(taken)
+                    taken = 0
+                }
+            }
+            return pieces[taken]
+        }
+    }
+    private let state = Monitor(State())
+
+    /// So many pieces wait at most.
+    private static let mostPieces = 4096
+    /// A destination asks once for each page; it may ask again for some after it lost patience.
+    static let mostVain: UInt64 = 1 << 19
+
+    enum Refusal: Error, CustomStringConvertible {
+        case tooEarly(PageRequest)
+        case endless
+
+        var description: String {
+            switch self {
+            case .tooEarly(let request):
+                "the destination asks for a page at offset \(RAMOffset(request.offset)) of RAM block '\(request.block)' before it "
+                    + "has the guest"
+            case .endless: "the destination asks without end for pages that it was sent"
+            }
+        }
+    }
+
+    /// Requests may come.
+    func open(_ pages: OutgoingPages) { state.withLock { $0.pages = pages } }
+
+    // MARK: The thread that reads answers
+
+    /// Takes a request up. Waits while too many are waiting. - Throws: what is wrong with it; the connection is of no use then.
+    func add(_ request: PageRequest) throws(Refusal) {
+        guard let pages = state.wait(until: { .some($0.pages) }) ?? nil else { throw .tooEarly(request) }
+        let pieces = pages.take(request)
+        guard !pieces.isEmpty else {
+            let vain = state.withLock { state in
+                state.vain += 1
+                return state.vain
+            }
+            guard vain <= Self.mostVain else { throw .endless }
+            return
+        }
+        for piece in pieces {
+            state.wait { $0.isOver || $0.pieces.count - $0.taken < Self.mostPieces ? () : nil }
+            state.withLock { state in
+                guard !state.isOver else { return }
+                state.pieces.append(piece)
+                state.latest = OutgoingPages.Place(block: piece.block, page: piece.pages.upperBound)
+            }
+        }
+    }
+
+    // MARK: The thread that sends them
+
+    /// The next piece, waiting for it. - Returns: `nil`: there will be none.
+    func next() -> Piece? {
+        state.wait { state -> Piece?? in
+            if let piece = state.removeFirst() { return .some(piece) }
+            return state.isOver ? .some(nil) : nil
+        } ?? nil
+    }
+
+    /// The next piece, if there is one.
+    func nextNow() -> Piece? { state.wait { .some($0.removeFirst()) } ?? nil }
+
+    /// The piece taken last is on its way.
+    func sent() { state.withLock { $0.underWay -= 1 } }
+
+    // MARK: The thread that sends the rest
+
+    /// Where a request was since this was asked before.
+    func takePlace() -> OutgoingPages.Place? {
+        state.wait { state in
+            defer { state.latest = nil }
+            return .some(state.latest)
+        } ?? nil
+    }
+
+    /// Waits that long, or until the end; or, where `forPiece`, until something is asked for.
+    func pause(nanoseconds: UInt64, forPiece: Bool) {
+        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
+            state.isOver || forPiece && !state.isEmpty ? () : nil
+        }
+    }
+
+    /// Waits until all that was asked for is on its way, at most that long. - Returns: whether it is.
+    func settle(nanoseconds: UInt64) -> Bool {
+        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
+            state.isOver || state.isEmpty && state.underWay == 0 ? state.isEmpty && state.underWay == 0 : nil
+        } ?? false
+    }
+
+    /// Nothing is taken up any more, and who waits goes on. What waits is sent before ``next()`` says that it was all.
+    func close() { state.withLock { $0.isOver = true } }
+}

@@ -1,0 +1,167 @@
+//! Postcopy at the source, in the order in which it is met:
+//!
+//! `OutgoingPages` is what the destination does not have when its guest starts, in bits that are taken one by one. `PageRequests` is what it
+//! asked for and waits for. `BackgroundSender` sends the rest, beginning behind what was asked for last, and, where there is one channel
+//! alone, also what is asked for; else `UrgentSender` does that, on a thread and a channel of its own. When what happens is decided
+//! by `Protocol/SourceCore+Postcopy`.
+
+import GuestMemory
+import Host
+import MigrationStream
+import Synchronization
+import Transport
+
+/// What the threads of an outgoing migration share once its guest may move before its memory.
+final class PostcopySource: Sendable {
+    let requests = PageRequests()
+    /// Of all pages that nobody asked for (`max-postcopy-bandwidth`).
+    let pacer: Pacer
+    private let memory: GuestMemory
+    private let blocks: [RAMBlockDescription]
+    private let statistics: OutgoingStatistics
+    /// All pages that were found to be written so far, in any round.
+    private let known: [AtomicPages]
+    private let pages = Mutex<OutgoingPages?>(nil)
+    private let urgent = Mutex<UrgentSender?>(nil)
+
+    /// Ranges of one DISCARD, and bytes of one write of them.
+    private static let discardRanges = 1024
+    private static let writeBytes = 256 << 10
+
+    init(
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics, bytesPerSecond: UInt64
+    ) throws(SystemError) {
+        self.memory = memory
+        self.blocks = blocks
+        self.statistics = statistics
+        pacer = Pacer(bytesPerSecond: bytesPerSecond)
+        var known: [AtomicPages] = []
+        for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
+        self.known = known
+    }
+
+    /// Before the first round, and after each collect.
+    func collected(_ bitmaps: [any DirtyPages]) {
+        for (bitmap, known) in zip(bitmaps, known) {
+            var position = PageIndex(0)
+            while let run = bitmap.nextRun(from: position, limit: .max) {
+                known.insert(run)
+                position = run.upperBound
+            }
+        }
+    }
+
+    // MARK: The thread that sends
+
+    /// Takes over what is dirty, and has the destination forget it.
+    /// - Parameter sent: told of the bytes of each write.
+    func discard(
+        _ bitmaps: [any DirtyPages], over channel: Channel, sent: (UInt64) -> Void
+    ) throws(ChannelError) {
+        let outgoing: OutgoingPages
+        do throws(SystemError) {
+            outgoing = try OutgoingPages(of: blocks, taking: bitmaps, known: known)
+        } catch { throw .system(error) }
+        pages.withLock { $0 = outgoing }
+        var list = DiscardList(channel, blocks)
+        try outgoing.forEachRun { (block, run) throws(ChannelError) in sent(try list.add(run, of: block)) }
+        sent(try list.flush())
+    }
+
+    /// DISCARD commands, many ranges to a command and many commands to a write.
+    private struct DiscardList {
+        private let channel: Channel
+        private let blocks: [RAMBlockDescription]
+        private var writer = StreamWriter()
+        private var block = 0
+        private var ranges: [RAMDiscard.ByteRange] = []
+
+        init(_ channel: Channel, _ blocks: [RAMBlockDescription]) {
+            self.channel = channel
+            self.blocks = blocks
+        }
+
+        mutating func add(_ run: Range<PageIndex>, of index: Int) throws(ChannelError) -> UInt64 {
+            if index != block || ranges.count == PostcopySource.discardRanges { encode() }
+            block = index
+            let start = run.lowerBound.offset.value
+            ranges.append(.init(offset: start, length: run.upperBound.offset.value - start))
+            return writer.bytes.count >= PostcopySource.writeBytes ? try send() : 0
+        }
+
+        mutating func flush() throws(ChannelError) -> UInt64 {
+            encode()
+            return try send()
+        }
+
+        private mutating func encode() {
+            guard !ranges.isEmpty else { return }
+            writer.command(.postcopy(.discard(RAMDiscard(block: blocks[block].name, ranges: ranges))))
+            ranges = []
+        }
+
+        private mutating func send() throws(ChannelError) -> UInt64 {
+            let bytes = writer.take()
+            if !bytes.isEmpty { try channel.send(bytes) }
+            return UInt64(bytes.count)
+        }
+    }
+
+    /// Sends all that the destination does not have. - Returns: whether it was all; false: `mustEnd` said so.
+    func serve(over channel: Channel, mustEnd: () -> Bool) throws(ChannelError) -> Bool {
+        guard let pages = pages.withLock({ $0 }) else { return false }
+        let urgent = urgent.withLock { $0 }
+        let records: RecordWriter
+        do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
+        var rest = BackgroundSender(pages, requests, records, pacer, servesRequests: urgent == nil)
+        let all = try rest.run(over: channel, sent: count, mustEnd: mustEnd)
+        if all {
+            requests.close()
+            urgent?.finish()
+        }
+        return all
+    }
+
+    private func count(_ sent: RecordWriter.Sent, _ piece: OutgoingPages.Piece) {
+        statistics.sent(
+            bytes: sent.bytes, normal: sent.normal, duplicate: piece.isHole ? 0 : sent.zero,
+            holes: piece.isHole ? sent.zero : 0)
+    }
+
+    // MARK: Other threads
+
+    /// Requests count from here on: the package leaves.
+    func openForRequests() {
+        guard let pages = pages.withLock({ $0 }) else { return }
+        statistics.beginPostcopy()
+        requests.open(pages)
+    }
+
+    /// What the destination asked for. - Throws: why the connection is of no use any more.
+    func add(_ request: PageRequest) throws(PageRequests.Refusal) {
+        try requests.add(request)
+        statistics.requested()
+    }
+
+    /// The channel for requested pages is there. Its thread waits for requests.
+    /// - Parameter failed: told why it is of no use any more.
+    func open(_ channel: Channel, failed: @escaping @Sendable (ChannelError) -> Void) throws(SystemError) {
+        let sender = UrgentSender(channel, requests, memory: memory, blocks: blocks)
+        let (pacer, statistics) = (pacer, statistics)
+        try sender.start(
+            sent: { sent, piece in
+                // Paid for by the pages that nobody waits for.
+                _ = pacer.sent(sent.bytes, at: Clock.monotonicNanoseconds)
+                statistics.sent(
+                    bytes: sent.bytes, normal: sent.normal, duplicate: piece.isHole ? 0 : sent.zero,
+                    holes: piece.isHole ? sent.zero : 0)
+            }, failed: failed)
+        urgent.withLock { $0 = sender }
+    }
+
+    /// The connection is gone, or the migration over: whoever waits here goes on.
+    func end() {
+        requests.close()
+        urgent.withLock { $0 }?.end()
+    }
+}

@@ -1,0 +1,207 @@
+import MigrationStream
+
+// Postcopy at the source: the guest moves first, its memory follows as it is asked for.
+//
+// Rounds go on, or none is sent, until `startPostcopy`. Then the guest stops, the destination forgets what is out of date (DISCARD), and gets
+// all device state in one package whose last word is RUN. The right to run is given up before a byte of the package is handed over. A
+// destination reads a package whole before it looks into it: so as long as RUN did not leave, the guest cannot run there, and a failure
+// has it run on here. Afterwards it never runs here again, whatever happens: half of its memory may be newer there.
+
+extension SourceCore {
+    /// The PING behind DISCARD, as QEMU says it; nobody waits for its PONG.
+    private static let discardPing: UInt32 = 2
+    /// The PING right before RUN: its PONG says that the package arrived.
+    private static let packagePing: UInt32 = 3
+
+    /// Why the guest cannot move before its memory, if it is to.
+    func unmovable(_ rule: HandoverRule, _ features: FeatureSet) -> String? {
+        guard configuration.postcopy != nil else { return nil }
+        switch rule {
+        case .qemu: return nil
+        case .oneWay:
+            return "postcopy-ram: nobody answers on this transport, so pages could not be asked for; turn the capability off"
+        // The one place to change once a Godwit takes what this one sends.
+        case .twoPhase:
+            return "postcopy-ram: the destination is a Godwit, and between two Godwits memory cannot follow its guest yet; "
+                + "turn the capability off"
+        }
+    }
+
+    /// What a destination hears before RAM begins.
+    mutating func advise(_ actions: inout [SourceAction]) {
+        guard configuration.postcopy != nil else { return }
+        let advice = PostcopyAdvice(blockPageSizes: configuration.blocks.reduce(0) { $0 | $1.pageSize })
+        send(&actions) { $0.command(.postcopy(.advise(advice))) }
+    }
+
+    /// The channel for requested pages, which QEMU listens for once its main channel is there. No byte is said on it before a page is.
+    mutating func openUrgentChannel(_ actions: inout [SourceAction]) {
+        guard configuration.postcopy?.usesUrgentChannel == true else { return }
+        actions.append(.openUrgentChannel)
+    }
+
+    mutating func urgentChannelOpened(_ actions: inout [SourceAction]) {
+        guard configuration.postcopy?.usesUrgentChannel == true, phase < .committed else { return }
+        urgentChannelIsOpen = true
+        if phase == .openingUrgentChannel { collect(&actions) }
+    }
+
+    /// It was asked for, so without it the migration would not be what was asked for.
+    mutating func urgentChannelFailed(_ reason: String, _ actions: inout [SourceAction]) {
+        let sentence = "postcopy-preempt: the channel for requested pages could not be opened: \(reason)"
+        retreat(.failed(sentence), farewell: nil, &actions)
+    }
+
+    // MARK: The operator's word
+
+    mutating func startPostcopy(_ actions: inout [SourceAction]) {
+        guard configuration.postcopy != nil else {
+            actions.append(.refused("Enable postcopy with migrate_set_capability before the start of migration"))
+            return
+        }
+        guard phase > .idle, ![.retreating, .finished].contains(phase) else {
+            actions.append(.refused("Postcopy must be started after migration has been started"))
+            return
+        }
+        // A switchover that is under way goes on; this counts should it be broken off.
+        postcopyIsWanted = true
+        if phase == .resting { collect(&actions) }
+    }
+
+    /// After a collect, instead of a decision: the guest stops as soon as it can, however much is left.
+    mutating func switchToPostcopy(_ actions: inout [SourceAction]) {
+        if configuration.postcopy?.usesUrgentChannel == true, !urgentChannelIsOpen {
+            return enter(.openingUrgentChannel, deadline: configuration.deadlines.connect, &actions)
+        }
+        // What stands in socket buffers would stand before the package.
+        if undrainedBytes > Self.drainLimitBytes { return drain(&actions) }
+        isPostcopy = true
+        stopWasAsked = true
+        actions.append(.stopGuest)
+        beginStandstill(&actions)
+        // Another attempt would find the same: what is left of RAM does not count, and device state is what it is.
+        suspendContract(&actions)
+        enter(.stoppingGuest, deadline: configuration.deadlines.localWork, &actions)
+    }
+
+    // MARK: The package
+
+    /// The last dirty pages are known.
+    mutating func beginDiscarding(_ actions: inout [SourceAction]) {
+        actions.append(.sendDiscards)
+        actions.append(.saveState)
+        discardsAreSent = false
+        packagedState = nil
+        enter(.discarding, deadline: configuration.deadlines.stall, &actions)
+    }
+
+    mutating func discardsSent(_ actions: inout [SourceAction]) {
+        guard phase == .discarding else { return }
+        discardsAreSent = true
+        sendPackage(&actions)
+    }
+
+    mutating func stateSavedForPackage(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
+        endPart(.state)
+        sections = saved + [GlobalState(runState: guestWasRunning ? "running" : "paused").section]
+        if let reason = unsendable { return retreat(.failed(reason), farewell: nil, &actions) }
+        var package = StreamWriter()
+        package.command(.postcopy(.listen))
+        for (index, entry) in describedSections.enumerated() {
+            package.deviceSection(entry.section, id: Self.ramSectionID + 1 + UInt32(index), layout: entry.layout)
+        }
+        package.command(.ping(Self.packagePing))
+        package.command(.postcopy(.run))
+        guard package.bytes.count <= StreamLimit.packageBytes else {
+            let reason =
+                "the device state has \(package.bytes.count) bytes, more than the \(StreamLimit.packageBytes) that fit into one "
+                + "package; migrate without postcopy"
+            return retreat(.failed(reason), farewell: nil, &actions)
+        }
+        packagedState = package.bytes
+        sendPackage(&actions)
+    }
+
+    /// DISCARD is in the kernel's hands, and the state is known: the one place where a guest is let go before its memory.
+    private mutating func sendPackage(_ actions: inout [SourceAction]) {
+        guard discardsAreSent, let state = packagedState else { return }
+        packagedState = nil
+        send(&actions) { $0.command(.ping(Self.discardPing)) }
+        mayRun = false
+        actions.append(.giveUpRightToRun)
+        var writer = StreamWriter()
+        writer.command(.postcopy(.packaged(byteCount: UInt32(state.count))))
+        actions.append(.sendPackage(writer.bytes + state))
+        // The guest may ask for pages at once.
+        ramSectionIsOpen = true
+        send(&actions) { $0.ramRound(final: false, id: Self.ramSectionID) }
+        actions.append(.servePages)
+        enter(.packageLeaving, deadline: configuration.deadlines.acknowledgement, &actions)
+    }
+
+    mutating func packageSent(_ actions: inout [SourceAction]) {
+        guard phase == .packageLeaving else { return }
+        enter(.pulled, deadline: packageArrived ? nil : configuration.deadlines.acknowledgement, &actions)
+        if let reason = lossDuringPackage { return postcopyLost(reason, &actions) }
+        if packageArrived { report(.postcopyActive, &actions) }
+    }
+
+    /// RUN did not leave: the destination cannot start the guest, ever.
+    mutating func packageCut(_ reason: String, _ actions: inout [SourceAction]) {
+        guard phase == .packageLeaving else { return }
+        takeBack("\(reason), before the destination had all of the guest's state", &actions)
+    }
+
+    // MARK: The guest runs there
+
+    mutating func receivedInPostcopy(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        switch message {
+        case .pong(Self.packagePing) where !packageArrived:
+            packageArrived = true
+            guard phase > .packageLeaving else { return }
+            if phase == .pulled { enter(.pulled, deadline: nil, &actions) }
+            report(.postcopyActive, &actions)
+        case .pong: break
+        case .shut(0) where phase == .pulledWhole: complete(&actions)
+        // What it answers comes in order: it did not carry out RUN.
+        case .shut(let value) where value != 0 && !packageArrived && phase > .packageLeaving:
+            takeBack("the destination could not run the guest (SHUT \(value))", &actions)
+        case .shut(let value):
+            postcopyLost("the destination ended the migration before all memory was there (SHUT \(value))", &actions)
+        default: postcopyLost("the destination sent a message out of turn", &actions)
+        }
+    }
+
+    mutating func pagesServed(_ actions: inout [SourceAction]) {
+        guard phase == .pulled else { return }
+        closeRAMSection(&actions)
+        send(&actions) { writer in
+            writer.ramRound(final: true, id: Self.ramSectionID)
+            writer.ramSectionEnd(id: Self.ramSectionID)
+            writer.endOfStream()
+        }
+        enter(.pulledWhole, deadline: configuration.deadlines.acknowledgement, &actions)
+    }
+
+    /// The connection is gone, or of no use. Memory stays as it is: nobody else has all of it.
+    mutating func postcopyLost(_ reason: String, _ actions: inout [SourceAction]) {
+        switch phase {
+        // How it ended for the package decides, and its sender says so.
+        case .packageLeaving: lossDuringPackage = lossDuringPackage ?? reason
+        case .pulled, .pulledWhole:
+            guard packageArrived else { return doubt(reason, &actions) }
+            pausePostcopy(reason, &actions)
+        default: break
+        }
+    }
+
+    /// The guest is known to have moved.
+    mutating func pausePostcopy(_ reason: String, _ actions: inout [SourceAction]) {
+        actions.append(.abandon)
+        isConnected = false
+        ramSectionIsOpen = false
+        enter(.postcopyPaused, deadline: nil, &actions)
+        actions.append(.paused("\(reason); the guest moved, and what is missing of its memory stays here"))
+        report(.postcopyPaused, &actions)
+    }
+}

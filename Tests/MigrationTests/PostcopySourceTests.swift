@@ -1,0 +1,242 @@
+import Glibc
+import GuestMemory
+import Host
+import Machine
+import MigrationStream
+import Testing
+import Transport
+
+@testable import Migration
+
+@Suite("The source of postcopy, before a destination that follows a script", .serialized, .timeLimit(.minutes(10)))
+struct PostcopySourceTests {
+    private static let byteCount: UInt64 = 8 << 20
+    /// Every fourth page was never touched, and every other fourth holds zeros that were written.
+    private static func kind(_ page: UInt64) -> Int { Int(page % 4) }
+
+    /// A machine without a guest, and the other end of its migration, which has got as far as the package.
+    private final class Trial {
+        let source: Migrator
+        let destination: ScriptedDestination
+        var urgent: Descriptor?
+
+        /// - Parameters:
+        ///   - rate: of what nobody asks for, bytes per second.
+        ///   - starts: say at once that the guest shall move.
+        init(rate: UInt64 = 0, preempts: Bool = false, starts: Bool = true) throws {
+            let machine = try VirtualMachine(
+                MachineConfiguration(kind: .none, memoryByteCount: byteCount), serial: SerialPort(.none))
+            for page in 0..<byteCount / 4096 where PostcopySourceTests.kind(page) != 0 {
+                let isZero = PostcopySourceTests.kind(page) == 1
+                machine.memory.blocks[0].mapping.store(isZero ? 0 : page | 1 << 40, at: Int(page) * 4096 + 8)
+            }
+            try machine.resume()
+            source = Migrator(machine)
+            try source.set(.postcopyRAM, true)
+            if preempts { try source.set(.postcopyPreempt, true) }
+            var parameters = MigrationParameters()
+            // Precopy is to be under way still when the guest is told to move.
+            parameters.maxBandwidthBytesPerSecond = 64 << 10
+            parameters.maxPostcopyBandwidthBytesPerSecond = rate
+            try source.set(parameters)
+            let listener = try Socket.listen(host: "127.0.0.1", port: "0")
+            try source.migrate(to: .tcp(host: "127.0.0.1", port: "\(Socket.localPort(of: listener) ?? 0)"))
+            destination = ScriptedDestination(try Socket.accept(listener), byteCount: byteCount)
+            try destination.read { $0 == .command(.ping(Wire.godwitPing)) }
+            if preempts { urgent = try Socket.accept(listener) }
+            if starts { try source.startPostcopy() }
+        }
+
+        var status: MigrationStatus { source.info().status }
+
+        func awaitStatus(_ wanted: MigrationStatus) throws {
+            let deadline = Deadline.after(seconds: 20)
+            while status != wanted {
+                guard !deadline.hasPassed else {
+                    throw ScriptedDestination.Obstacle(
+                        "the migration is \(status), not \(wanted): \(source.info().errorDescription ?? "")")
+                }
+                Clock.sleep(nanoseconds: 1_000_000)
+            }
+        }
+
+        /// Waits for a page that was asked for.
+        func await(_ offset: UInt64) throws {
+            while destination.pages[offset] == nil { guard try destination.next() != nil else { return } }
+        }
+
+        func finish() throws {
+            try destination.read { $0 == .endOfStream }
+            try destination.say(.shut(0))
+            try awaitStatus(.completed)
+        }
+
+        /// Every page that was to come came once, as it is here.
+        func expectWhole() {
+            var wrong: [UInt64] = []
+            for page in 0..<byteCount / 4096 {
+                let arrival = destination.pages[page * 4096]
+                let own = source.machine.memory.blocks[0].mapping.read(at: Int(page) * 4096, count: 4096)
+                let isAsItShouldBe =
+                    PostcopySourceTests.kind(page) == 0
+                    ? arrival == nil || arrival == .init(times: 1, bytes: own) : arrival == .init(times: 1, bytes: own)
+                if !isAsItShouldBe { wrong.append(page) }
+            }
+            #expect(wrong.isEmpty, "pages \(wrong.prefix(10)) of \(wrong.count)")
+        }
+    }
+
+    @Test("nothing was sent before: the destination forgets all that comes, gets the state in one package, and each page once")
+    func wholeStream() throws {
+        let trial = try Trial()
+        try trial.destination.readToPackage()
+        // What precopy sent came before DISCARD, and is forgotten only where it is still to come.
+        let early = trial.destination.pages
+        trial.destination.pages = [:]
+        try trial.finish()
+        let commands = trial.destination.items.compactMap { item -> PostcopyCommand? in
+            if case .command(.postcopy(let command)) = item { command } else { nil }
+        }
+        #expect(commands.first == .advise(PostcopyAdvice(blockPageSizes: 4096)))
+        #expect(trial.destination.package.first == .command(.postcopy(.listen)))
+        #expect(trial.destination.package.suffix(2) == [.command(.ping(3)), .command(.postcopy(.run))])
+        #expect(trial.destination.package.contains { if case .device = $0 { true } else { false } })
+        let forgotten = Set(
+            trial.destination.discarded.flatMap { range in
+                stride(from: range.offset, to: range.offset + range.length, by: 4096)
+            })
+        #expect(forgotten == Set(trial.destination.pages.keys))
+        #expect(forgotten.isDisjoint(with: early.keys) && !forgotten.isEmpty)
+        trial.destination.pages.merge(early) { after, _ in after }
+        trial.expectWhole()
+        #expect(trial.source.machine.runState == .postMigrate)
+        #expect(!trial.destination.items.contains { if case .vmDescription = $0 { true } else { false } })
+    }
+
+    @Test("a requested page does not wait for the limit, comes once however often it is asked for, and the walk goes on behind it")
+    func requested() throws {
+        // A page takes two seconds.
+        let trial = try Trial(rate: 2048)
+        try trial.destination.readToPackage()
+        let began = Clock.monotonicNanoseconds
+        for page in [1023, 514, 514, 514, 1023] as [UInt64] { try trial.destination.ask(page * 4096) }
+        for page in [1023, 514] as [UInt64] { try trial.await(page * 4096) }
+        // Of holes, too.
+        try trial.destination.ask(1000 * 4096)
+        try trial.destination.ask(1000 * 4096, length: 4 * 4096)
+        for page in 1000...1003 as ClosedRange<UInt64> { try trial.await(page * 4096) }
+        #expect(Clock.monotonicNanoseconds - began < 2_000_000_000)
+        let requests = trial.source.info().ram?.postcopyRequests
+        #expect(requests == 7)
+        try trial.source.change { $0.maxPostcopyBandwidthBytesPerSecond = 0 }
+        let before = trial.destination.pages.count
+        var behind: [UInt64] = []
+        while behind.count < 4 {
+            guard case .page(_, let offset)? = try trial.destination.next() else { continue }
+            behind.append(offset / 4096)
+        }
+        #expect(before < 20)
+        #expect(behind.allSatisfy { $0 > 1003 } || behind.first! < 4, "\(behind)")
+        try trial.finish()
+        trial.expectWhole()
+    }
+
+    @Test("with a channel of their own, requested pages come there, from its first byte on, and the rest beside them")
+    func preempts() throws {
+        let trial = try Trial(rate: 2048, preempts: true)
+        let urgent = try #require(trial.urgent)
+        try trial.destination.readToPackage()
+        var decoder = trial.destination.urgentDecoder()
+        var buffer = ReceiveBuffer()
+        for page in [7, 2000, 6, 4] as [UInt64] {
+            try trial.destination.ask(page * 4096)
+            try trial.destination.readPage(urgent, &decoder, &buffer)
+            #expect(trial.destination.pages[page * 4096]?.times == 1)
+        }
+        try trial.source.change { $0.maxPostcopyBandwidthBytesPerSecond = 0 }
+        try trial.finish()
+        trial.expectWhole()
+        #expect(try decoder.next(from: &buffer) == nil)
+        try trial.destination.readPage(urgent, &decoder, &buffer)
+    }
+
+    @Test(
+        "requests that no destination of sound mind makes end in a sentence; the source keeps what it has",
+        arguments: [
+            "outside", "across the end", "unaligned", "empty", "unknown block", "no block", "endless", "unknown message",
+        ])
+    func hostile(what: String) throws {
+        let trial = try Trial(rate: 4096)
+        try trial.destination.readToPackage()
+        try trial.awaitStatus(.postcopyActive)
+        let end = Self.byteCount
+        var writer = StreamWriter()
+        func add(_ block: String, _ offset: UInt64, _ length: UInt32) {
+            writer.message(.postcopy(.requestPages(PageRequest(block: block, offset: offset, length: length))))
+        }
+        var words = "RAM block"
+        switch what {
+        case "outside": add("ram", end, 4096)
+        case "across the end": add("ram", end - 4096, 8192)
+        case "unaligned": add("ram", 17, 4096)
+        case "empty": add("ram", 0, 0)
+        case "unknown block": add("rom", 0, 4096)
+        case "no block":
+            // REQ_PAGES, which names none.
+            writer.append([0, 4, 0, 12] + [UInt8](repeating: 0, count: 8) + [0, 0, 16, 0])
+            words = "requested last"
+        case "unknown message":
+            writer.append([0x77, 0x77, 0, 0])
+            words = "0x7777"
+        default:
+            for _ in 0..<1000 { add("ram", 8 * 4096, 4096) }
+            words = "without end"
+        }
+        let memory = Self.residentBytes()
+        let bytes = writer.take()
+        for _ in 0..<(what == "endless" ? 1000 : 1) {
+            // The source may have had enough.
+            guard (try? trial.destination.main.writeAll(bytes)) != nil else { break }
+        }
+        try trial.awaitStatus(.postcopyPaused)
+        let sentence = trial.source.info().errorDescription ?? ""
+        #expect(sentence.contains(words) && sentence.contains("stays here"), "\(sentence)")
+        #expect(Self.residentBytes() < memory + (64 << 20))
+        #expect(trial.source.machine.runState == .postMigrate)
+        #expect(throws: MigrationError.self) { try trial.source.cancel() }
+        #expect(throws: MigrationError.self) { try trial.source.migrate(to: .unix(path: "/nowhere")) }
+        trial.source.shutDown()
+    }
+
+    @Test("who asks for pages before the guest moved ends the migration, and the guest goes on here")
+    func tooEarly() throws {
+        let trial = try Trial(starts: false)
+        try trial.awaitStatus(.active)
+        try trial.destination.ask(0)
+        try trial.awaitStatus(.failed)
+        #expect(trial.source.info().errorDescription?.contains("before it has the guest") == true)
+        #expect(trial.source.machine.runState == .running)
+    }
+
+    @Test("a connection that ends before the state arrived leaves doubt, which an operator settles one way or the other", arguments: [false, true])
+    func doubt(settlesHere: Bool) throws {
+        let trial = try Trial(rate: 4096, starts: false)
+        trial.destination.deafFrom = 3
+        try trial.source.startPostcopy()
+        try trial.destination.readToPackage()
+        #expect(trial.status == .postcopyDevice)
+        Socket.shutdown(trial.destination.main)
+        try trial.awaitStatus(.unsettled)
+        #expect(trial.source.machine.runState == .postMigrate)
+        try trial.source.settle(settlesHere ? .resumeHere : .startedThere)
+        try trial.awaitStatus(settlesHere ? .failed : .postcopyPaused)
+        #expect(trial.source.machine.runState == (settlesHere ? .running : .postMigrate))
+    }
+
+    /// Of this process.
+    private static func residentBytes() -> UInt64 {
+        let text = String(decoding: (try? Descriptor.contents(of: "/proc/self/statm")) ?? [], as: UTF8.self)
+        let fields = text.split(separator: " ")
+        return fields.count > 1 ? (UInt64(fields[1]) ?? 0) * 4096 : 0
+    }
+}

@@ -1,0 +1,216 @@
+import Migration
+import MigrationStream
+import Testing
+
+/// A source core whose guest may move before its memory, with what it said so far.
+private struct Driver {
+    var core: SourceCore
+    var actions: [SourceAction] = []
+
+    init(preempts: Bool = false) {
+        var catalogue = SectionCatalogue()
+        catalogue.add("cpu", version: 1)
+        var configuration = SourceConfiguration(
+            migration: MigrationIdentifier(high: 1, low: 2), machineName: "m",
+            blocks: [RAMBlockDescription(name: "ram", length: 1 << 20)], catalogue: catalogue)
+        configuration.postcopy = PostcopyTerms(usesUrgentChannel: preempts)
+        core = SourceCore(configuration)
+    }
+
+    @discardableResult
+    mutating func feed(_ events: SourceEvent...) -> [SourceAction] {
+        var all: [SourceAction] = []
+        for event in events { all += core.handle(event) }
+        actions += all
+        return all
+    }
+
+    static let pong = SourceEvent.received(.pong(Wire.godwitPing))
+    static let arrived = SourceEvent.received(.pong(3))
+    static let cpu = DeviceSection(name: "cpu", version: 1, body: [1, 2, 3])
+    static let round = SourceEvent.roundSent(
+        RoundReport(pages: 16, bytes: 6000, nanoseconds: 1_000_000, interrupted: true))
+
+    /// The first round is under way.
+    mutating func reachRound() { feed(.start, .connected(.bothWays), Self.pong, .trackingStarted, .collected(remainingPages: 256)) }
+
+    /// The guest stands still, DISCARD is on its way.
+    mutating func reachDiscarding() {
+        reachRound()
+        feed(.startPostcopy, Self.round, .collected(remainingPages: 240), .guestStopped(wasRunning: true))
+        feed(.collected(remainingPages: 241))
+    }
+
+    mutating func reachPackage() {
+        reachDiscarding()
+        feed(.stateSaved([Self.cpu]), .discardsSent)
+    }
+
+    var outcome: SourceOutcome? {
+        actions.compactMap { if case .finished(let outcome) = $0 { outcome } else { nil } }.last
+    }
+
+    var package: [UInt8]? {
+        actions.compactMap { if case .sendPackage(let bytes) = $0 { bytes } else { nil } }.last
+    }
+
+    var reports: [MigrationStatus] {
+        actions.compactMap { if case .report(let status) = $0 { status } else { nil } }
+    }
+
+    var deadline: SourceEvent {
+        let timers = actions.compactMap { action -> ProtocolTimer? in
+            if case .setTimer(let timer, _) = action, timer.kind == .deadline { timer } else { nil }
+        }
+        return .timer(timers.last ?? ProtocolTimer(kind: .deadline, generation: 0))
+    }
+}
+
+@Suite("Source core of postcopy")
+struct ProtocolPostcopyTests {
+    @Test("the guest stops after the round under way, however much is left, and its right to run goes before the package")
+    func order() throws {
+        var driver = Driver()
+        driver.reachPackage()
+        let actions = driver.actions
+        let stop = try #require(actions.firstIndex(of: .stopGuest))
+        let discards = try #require(actions.firstIndex(of: .sendDiscards))
+        let right = try #require(actions.firstIndex(of: .giveUpRightToRun))
+        let package = try #require(actions.firstIndex { if case .sendPackage = $0 { true } else { false } })
+        let serve = try #require(actions.firstIndex(of: .servePages))
+        #expect(stop < discards && discards < right && right < package && package < serve)
+        #expect(!actions.contains { if case .sendRound(true, _) = $0 { true } else { false } })
+        #expect(!driver.core.mayRun)
+        driver.feed(.packageSent, Driver.arrived, .pagesServed)
+        #expect(driver.feed(.received(.shut(0))).contains(.finished(.completed)))
+        #expect(driver.reports == [.setup, .active, .postcopyDevice, .postcopyActive, .completed])
+    }
+
+    @Test("without a word of the operator's it stays precopy")
+    func staysPrecopy() {
+        var driver = Driver()
+        driver.reachRound()
+        driver.feed(.roundSent(RoundReport(pages: 256, bytes: 6000, nanoseconds: 1_000_000)))
+        driver.feed(.collected(remainingPages: 0), .guestStopped(wasRunning: true), .collected(remainingPages: 0))
+        driver.feed(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 10)), .stateSaved([Driver.cpu]))
+        driver.feed(.received(.shut(0)))
+        #expect(driver.outcome == .completed)
+        #expect(!driver.actions.contains(.sendDiscards))
+    }
+
+    @Test("both the state and DISCARD are awaited before the guest is let go, in whatever order they come", arguments: [false, true])
+    func awaitsBoth(stateFirst: Bool) {
+        var driver = Driver()
+        driver.reachDiscarding()
+        driver.feed(stateFirst ? .stateSaved([Driver.cpu]) : .discardsSent)
+        #expect(driver.core.mayRun && driver.package == nil)
+        driver.feed(stateFirst ? .discardsSent : .stateSaved([Driver.cpu]))
+        #expect(!driver.core.mayRun && driver.package != nil)
+    }
+
+    @Test("whatever goes wrong before the package has left, the guest runs on here")
+    func failsEarly() {
+        let failures: [(reach: (inout Driver) -> Void, event: SourceEvent)] = [
+            ({ $0.reachDiscarding() }, .disconnected("reset")), ({ $0.reachDiscarding() }, .stateFailed("no state")),
+            ({ $0.reachDiscarding() }, .trackingFailed("no memory")), ({ $0.reachDiscarding() }, .cancel),
+            ({ $0.reachDiscarding() }, .received(.shut(1))), ({ $0.reachPackage() }, .packageCut("reset")),
+        ]
+        for failure in failures {
+            var driver = Driver()
+            failure.reach(&driver)
+            driver.feed(failure.event)
+            #expect(driver.actions.contains(.resumeGuest) && driver.core.mayRun, "\(failure.event)")
+            #expect([.failed, .cancelled].contains(driver.core.status), "\(failure.event)")
+        }
+    }
+
+    @Test("a loss while the package leaves is judged by whether its end left", arguments: [false, true])
+    func lossDuringPackage(left: Bool) {
+        var driver = Driver()
+        driver.reachPackage()
+        #expect(driver.feed(.disconnected("reset")).isEmpty)
+        let then = driver.feed(left ? .packageSent : .packageCut("broken pipe"))
+        #expect(then.contains(.resumeGuest) == !left)
+        #expect(driver.core.status == (left ? .unsettled : .failed))
+    }
+
+    @Test("once the destination has the state, nothing brings the guest back; a loss pauses")
+    func lossAfterwards() {
+        let losses: [SourceEvent] = [
+            .disconnected("reset"), .received(.shut(1)), .received(.ready(nanoseconds: 1)), .received(.shut(0)),
+        ]
+        for loss in losses {
+            var driver = Driver()
+            driver.reachPackage()
+            driver.feed(Driver.arrived, .packageSent)
+            #expect(driver.core.status == .postcopyActive)
+            driver.feed(loss)
+            #expect(driver.core.status == .postcopyPaused, "\(loss)")
+            #expect(driver.feed(.cancel).contains { if case .refused = $0 { true } else { false } })
+            #expect(driver.feed(.resume).contains { if case .refused = $0 { true } else { false } })
+            #expect(!driver.actions.contains(.resumeGuest) && !driver.core.mayRun && driver.outcome == nil)
+        }
+        var driver = Driver()
+        driver.reachPackage()
+        driver.feed(Driver.arrived, .packageSent, .pagesServed)
+        driver.feed(driver.deadline)
+        #expect(driver.core.status == .postcopyPaused)
+    }
+
+    @Test("a destination that says it could not run the guest gives it back, but not one that had its state")
+    func shutOne() {
+        var driver = Driver()
+        driver.reachPackage()
+        driver.feed(.packageSent)
+        #expect(driver.feed(.received(.shut(1))).contains(.resumeGuest))
+        #expect(driver.core.status == .failed)
+    }
+
+    @Test("the guest does not stop before the channel for requested pages is there")
+    func awaitsChannel() {
+        var driver = Driver(preempts: true)
+        driver.reachRound()
+        #expect(driver.actions.contains(.openUrgentChannel))
+        driver.feed(.startPostcopy, Driver.round, .collected(remainingPages: 240))
+        #expect(!driver.actions.contains(.stopGuest))
+        #expect(driver.feed(.urgentChannelOpened).contains(.collect(final: false)))
+        #expect(driver.feed(.collected(remainingPages: 240)).contains(.stopGuest))
+
+        var failing = Driver(preempts: true)
+        failing.reachRound()
+        failing.feed(.startPostcopy, Driver.round, .collected(remainingPages: 240))
+        failing.feed(.urgentChannelFailed("connection refused"))
+        #expect(failing.core.status == .failed && !failing.actions.contains(.stopGuest))
+    }
+
+    @Test("where it cannot be done, the migration ends before anything moves, in a sentence", arguments: ["godwit", "one-way"])
+    func refused(where what: String) {
+        var driver = Driver()
+        driver.feed(.start)
+        if what == "godwit" {
+            driver.feed(
+                .connected(.bothWays),
+                .received(.hello(version: 1, features: .all, instance: MigrationIdentifier(high: 3, low: 4))), Driver.pong)
+        } else {
+            driver.feed(.connected(.oneWay))
+        }
+        guard case .failed(let reason)? = driver.outcome else { return #expect(Bool(false), "\(driver.core.phase)") }
+        #expect(reason.hasPrefix("postcopy-ram: ") && !driver.actions.contains(.startTracking))
+    }
+
+    @Test("migrate-start-postcopy is refused in QEMU's words where there is nothing to start")
+    func refusals() {
+        var core = SourceCore(
+            SourceConfiguration(migration: MigrationIdentifier(high: 1, low: 2), machineName: "m", blocks: []))
+        #expect(
+            core.handle(.startPostcopy) == [
+                .refused("Enable postcopy with migrate_set_capability before the start of migration")
+            ])
+        var driver = Driver()
+        let words = SourceAction.refused("Postcopy must be started after migration has been started")
+        #expect(driver.feed(.startPostcopy) == [words])
+        driver.reachRound()
+        driver.feed(.cancel)
+        #expect(driver.feed(.startPostcopy) == [words])
+    }
+}
