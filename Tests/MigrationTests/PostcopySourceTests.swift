@@ -25,7 +25,7 @@ struct PostcopySourceTests {
         ///   - starts: say at once that the guest shall move.
         init(rate: UInt64 = 0, preempts: Bool = false, starts: Bool = true) throws {
             let machine = try VirtualMachine(
-                MachineConfiguration(kind: .none, memoryByteCount: byteCount), serial: SerialPort(.none))
+                MachineConfiguration(kind: .none, memoryByteCount: byteCount, backing: .memfd), serial: SerialPort(.none))
             for page in 0..<byteCount / 4096 where PostcopySourceTests.kind(page) != 0 {
                 let isZero = PostcopySourceTests.kind(page) == 1
                 machine.memory.blocks[0].mapping.store(isZero ? 0 : page | 1 << 40, at: Int(page) * 4096 + 8)
@@ -41,7 +41,7 @@ struct PostcopySourceTests {
             try source.set(parameters)
             let listener = try Socket.listen(host: "127.0.0.1", port: "0")
             try source.migrate(to: .tcp(host: "127.0.0.1", port: "\(Socket.localPort(of: listener) ?? 0)"))
-            destination = ScriptedDestination(try Socket.accept(listener), byteCount: byteCount)
+            destination = ScriptedDestination(try #require(try Socket.accept(listener)), byteCount: byteCount)
             try destination.read { $0 == .command(.ping(Wire.godwitPing)) }
             if preempts { urgent = try Socket.accept(listener) }
             if starts { try source.startPostcopy() }

@@ -1,8 +1,9 @@
 import Host
-import MigrationStream
+
 import Testing
 
 @testable import Migration
+@testable import MigrationStream
 
 /// A destination of postcopy by QEMU's rules, as a script: it reads one connection, answers PING, and asks for what the test says.
 final class ScriptedDestination {

@@ -37,6 +37,10 @@ struct BackgroundSender: ~Copyable {
     ) throws(ChannelError) -> Bool {
         while !mustEnd() {
             if servesRequests { try serve(over: channel, sent) }
+            if pages.count == 0 {
+                if requests.settle(nanoseconds: Self.lookNanoseconds) { return true }
+                continue
+            }
             // What was asked for was paid for as well, but did not wait: the rest does.
             let due = pacer.sent(0, at: Clock.monotonicNanoseconds)
             guard due == 0 else {
@@ -46,10 +50,8 @@ struct BackgroundSender: ~Copyable {
             if let latest = requests.takePlace() { place = latest }
             let limit = UInt64(pacer.batchBytes(most: Int(Self.batchPages) * 4096) / 4096)
             let batch = pages.take(from: &place, limit: limit)
-            guard let first = batch.first else {
-                if requests.settle(nanoseconds: Self.lookNanoseconds), pages.count == 0 { return true }
-                continue
-            }
+            // Others may have taken the last ones just now.
+            guard let first = batch.first else { continue }
             let written = try records.send(batch, to: channel)
             _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
             sent(written, first)

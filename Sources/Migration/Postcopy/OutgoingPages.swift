@@ -50,6 +50,11 @@ final class OutgoingPages: Sendable {
             bitmap.removeAll()
             wanted.append(pages)
         }
+        // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
+        if count == 0, let first = wanted.first {
+            count += first.insert(PageIndex(0)..<PageIndex(1))
+            known.first?.insert(PageIndex(0))
+        }
         self.wanted = wanted
         left.store(count, ordering: .relaxed)
     }

@@ -23,6 +23,8 @@ public struct ProtocolTimer: Hashable, Sendable {
         case keepAlive
         /// By then the destination must have been told to start, or the guest runs on at the source.
         case contract
+        /// The wait for the first PONG before the channel for requested pages is opened.
+        case urgentChannel
         /// The wait for a further connection to say what it wants.
         case visitor(ConnectionID)
         /// The wait for all channels of a multifd migration.

@@ -249,6 +249,7 @@ extension SourceCore {
     /// Everything stops: timers, tracking, the connection.
     mutating func wind(up actions: inout [SourceAction]) {
         cancelTimer(.keepAlive, &actions)
+        cancelTimer(.urgentChannel, &actions)
         endStandstill(&actions)
         enter(.finished, deadline: nil, &actions)
         if isTracking { actions.append(.stopTracking) }

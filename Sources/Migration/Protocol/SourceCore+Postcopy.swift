@@ -34,9 +34,20 @@ extension SourceCore {
         send(&actions) { $0.command(.postcopy(.advise(advice))) }
     }
 
-    /// The channel for requested pages, which QEMU listens for once its main channel is there. No byte is said on it before a page is.
-    mutating func openUrgentChannel(_ actions: inout [SourceAction]) {
+    /// So long is the first PONG awaited before the channel for requested pages is opened all the same.
+    private static let firstPongNanoseconds: UInt64 = 300_000_000
+
+    /// No byte is said on that channel before a page is: what keeps it from being taken for the main one is that it comes later. A PONG
+    /// shows that the main one is known. But QEMU 7.1 and 7.2 say none, and nothing else, before they have both.
+    mutating func expectUrgentChannel(_ actions: inout [SourceAction]) {
         guard configuration.postcopy?.usesUrgentChannel == true else { return }
+        actions.append(.setTimer(timers.set(.urgentChannel), nanoseconds: Self.firstPongNanoseconds))
+    }
+
+    mutating func openUrgentChannel(_ actions: inout [SourceAction]) {
+        cancelTimer(.urgentChannel, &actions)
+        guard configuration.postcopy?.usesUrgentChannel == true, !urgentChannelIsAsked else { return }
+        urgentChannelIsAsked = true
         actions.append(.openUrgentChannel)
     }
 
@@ -65,7 +76,11 @@ extension SourceCore {
         }
         // A switchover that is under way goes on; this counts should it be broken off.
         postcopyIsWanted = true
-        if phase == .resting { collect(&actions) }
+        switch phase {
+        case .resting: collect(&actions)
+        case .sendingRound: actions.append(.interruptRound)
+        default: break
+        }
     }
 
     /// After a collect, instead of a decision: the guest stops as soon as it can, however much is left.

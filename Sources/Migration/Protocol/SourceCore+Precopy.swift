@@ -37,6 +37,7 @@ extension SourceCore {
         }
         if direction == .bothWays {
             enter(.greeting, deadline: configuration.deadlines.greeting, &actions)
+            expectUrgentChannel(&actions)
         } else {
             agree(on: .oneWay, features: [], &actions)
         }

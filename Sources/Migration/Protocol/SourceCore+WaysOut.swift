@@ -35,6 +35,7 @@ extension SourceCore {
         switch timer.kind {
         case .keepAlive: return keepAlive(&actions)
         case .contract: return contractExpired(&actions)
+        case .urgentChannel: return openUrgentChannel(&actions)
         case .deadline where phase == .resting: return collect(&actions)
         default: break
         }

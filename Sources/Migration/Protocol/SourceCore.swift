@@ -136,6 +136,7 @@ public struct SourceCore: Sendable {
     var postcopyIsWanted = false
     /// The guest was stopped for that.
     var isPostcopy = false
+    var urgentChannelIsAsked = false
     var urgentChannelIsOpen = false
     var discardsAreSent = false
     /// What the package will hold.
