@@ -66,7 +66,8 @@ public struct MigrationProgress: Sendable {
             dirtyBytesPerSecond: dirtyRate,
             expectedDowntimeNanoseconds: reading.expectedDowntimeMilliseconds.map { $0 &* 1_000_000 },
             nanosecondsLeft: Self.timeLeft(remaining: reading.remainingBytes, at: rate - dirtyRate),
-            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage, requests: reading.postcopyRequests)
+            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage, requests: reading.postcopyRequests
+        )
     }
 
     private func bytesPerSecond(fallback: Double) -> Double {

@@ -222,6 +222,12 @@ extension Socket {
         for (level, name, value) in options { try? setOption(socket, level, name, CInt(value)) }
     }
 
+    /// Acknowledges what was received up to now; the kernel otherwise waits a moment for data to send along (tcp(7), TCP_QUICKACK, which
+    /// does not last). Nothing happens to a socket that is not TCP.
+    public static func acknowledgeAtOnce(_ socket: Descriptor) {
+        try? setOption(socket, CInt(IPPROTO_TCP), TCP_QUICKACK, 1)
+    }
+
     private static func open(_ family: CInt, _ name: String) throws(SystemError) -> Descriptor {
         let type = CInt(SOCK_STREAM.rawValue | SOCK_CLOEXEC.rawValue | SOCK_NONBLOCK.rawValue)
         let number = socket(family, type, 0)

@@ -218,14 +218,17 @@ public final class Migrator: Sendable {
         guard state.capabilities.contains(.postcopyRAM) else { return nil }
         switch address {
         case .file, .exec:
-            return "memory that follows its guest (postcopy-ram) is asked for by the destination, which \(address) cannot; "
+            return
+                "memory that follows its guest (postcopy-ram) is asked for by the destination, which \(address) cannot; "
                 + "turn the capability off"
         case .descriptor where state.capabilities.contains(.postcopyPreempt):
-            return "requested pages go over a second connection (postcopy-preempt), which needs tcp: or unix:, not \(address)"
+            return
+                "requested pages go over a second connection (postcopy-preempt), which needs tcp: or unix:, not \(address)"
         default: break
         }
         guard state.multifd?.mode != .eachSection else {
-            return "a QEMU that wants x-multifd-flush-after-each-section takes several channels (multifd) or postcopy-ram, not "
+            return
+                "a QEMU that wants x-multifd-flush-after-each-section takes several channels (multifd) or postcopy-ram, not "
                 + "both; turn one of them off"
         }
         return nil

@@ -212,6 +212,12 @@ public final class Channel: Sendable {
         }
     }
 
+    /// Has the kernel acknowledge what was just received, instead of a moment later: a peer whose socket gathers small messages (QEMU's)
+    /// sends the next one only then. Counts for what was received up to now.
+    public func acknowledgeAtOnce() {
+        if kind == .socket, let input { Socket.acknowledgeAtOnce(input) }
+    }
+
     // MARK: Waiting
 
     /// After a call that moved nothing: waits for a pipe; counts the timeouts of a socket, which has waited already.

@@ -68,7 +68,8 @@ struct Migrate: ParsableCommand {
         transform: { try PostcopyStart($0) })
     var postcopy: PostcopyStart?
 
-    @Flag(help: "With --postcopy: pages that the guest asks for come over a connection of their own; set it there, too.")
+    @Flag(
+        help: "With --postcopy: pages that the guest asks for come over a connection of their own; set it there, too.")
     var preempt = false
 
     @Flag(help: "Watch the guest for 2 s, predict the migration, move nothing; status 3 if it would not converge.")

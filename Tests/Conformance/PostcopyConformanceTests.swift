@@ -56,9 +56,10 @@ struct PostcopyConformanceTests {
         let seconds = Double(Clock.monotonicNanoseconds - began) / 1e9
         let during = try source.migration()
         let ram = try #require(during["ram"])
-        #expect(during["status"] == "postcopy-active")
-        // The background alone would have taken a minute.
-        #expect(number(ram, "postcopy-requests") > 1000 && seconds < 40)
+        // All of it was asked for, or hardly anything is left.
+        #expect(["postcopy-active", "completed"].contains(during["status"]?.stringValue))
+        // The background alone would have taken longer than a minute.
+        #expect(number(ram, "postcopy-requests") > 1000 && seconds < 20)
         print(
             "conformance: postcopy to QEMU \(QEMU.version ?? "?"), \(trip.testDescription): \(number(ram, "postcopy-requests")) "
                 + "requests in \(Int(seconds * 1000)) ms")
@@ -105,7 +106,9 @@ struct PostcopyConformanceTests {
         try expectEqual(source)
     }
 
-    @Test("the destination dies while memory follows: the source keeps what it has, stays stopped and still ends", arguments: [false, true])
+    @Test(
+        "the destination dies while memory follows: the source keeps what it has, stays stopped and still ends",
+        arguments: [false, true])
     func lost(preempts: Bool) throws {
         let trip = Case(preempts: preempts, sendsRounds: false)
         guard try knows(trip) else { return }

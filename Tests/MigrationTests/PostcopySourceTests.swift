@@ -25,7 +25,8 @@ struct PostcopySourceTests {
         ///   - starts: say at once that the guest shall move.
         init(rate: UInt64 = 0, preempts: Bool = false, starts: Bool = true) throws {
             let machine = try VirtualMachine(
-                MachineConfiguration(kind: .none, memoryByteCount: byteCount, backing: .memfd), serial: SerialPort(.none))
+                MachineConfiguration(kind: .none, memoryByteCount: byteCount, backing: .memfd),
+                serial: SerialPort(.none))
             for page in 0..<byteCount / 4096 where PostcopySourceTests.kind(page) != 0 {
                 let isZero = PostcopySourceTests.kind(page) == 1
                 machine.memory.blocks[0].mapping.store(isZero ? 0 : page | 1 << 40, at: Int(page) * 4096 + 8)
@@ -86,7 +87,9 @@ struct PostcopySourceTests {
         }
     }
 
-    @Test("nothing was sent before: the destination forgets all that comes, gets the state in one package, and each page once")
+    @Test(
+        "nothing was sent before: the destination forgets all that comes, gets the state in one package, and each page once"
+    )
     func wholeStream() throws {
         let trial = try Trial()
         try trial.destination.readToPackage()
@@ -113,7 +116,9 @@ struct PostcopySourceTests {
         #expect(!trial.destination.items.contains { if case .vmDescription = $0 { true } else { false } })
     }
 
-    @Test("a requested page does not wait for the limit, comes once however often it is asked for, and the walk goes on behind it")
+    @Test(
+        "a requested page does not wait for the limit, comes once however often it is asked for, and the walk goes on behind it"
+    )
     func requested() throws {
         // A page takes two seconds.
         let trial = try Trial(rate: 2048)
@@ -163,7 +168,8 @@ struct PostcopySourceTests {
     @Test(
         "requests that no destination of sound mind makes end in a sentence; the source keeps what it has",
         arguments: [
-            "outside", "across the end", "unaligned", "empty", "unknown block", "no block", "endless", "unknown message",
+            "outside", "across the end", "unaligned", "empty", "unknown block", "no block", "endless",
+            "unknown message",
         ])
     func hostile(what: String) throws {
         let trial = try Trial(rate: 4096)
@@ -218,7 +224,9 @@ struct PostcopySourceTests {
         #expect(trial.source.machine.runState == .running)
     }
 
-    @Test("a connection that ends before the state arrived leaves doubt, which an operator settles one way or the other", arguments: [false, true])
+    @Test(
+        "a connection that ends before the state arrived leaves doubt, which an operator settles one way or the other",
+        arguments: [false, true])
     func doubt(settlesHere: Bool) throws {
         let trial = try Trial(rate: 4096, starts: false)
         trial.destination.deafFrom = 3

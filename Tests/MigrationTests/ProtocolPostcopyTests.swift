@@ -32,7 +32,9 @@ private struct Driver {
         RoundReport(pages: 16, bytes: 6000, nanoseconds: 1_000_000, interrupted: true))
 
     /// The first round is under way.
-    mutating func reachRound() { feed(.start, .connected(.bothWays), Self.pong, .trackingStarted, .collected(remainingPages: 256)) }
+    mutating func reachRound() {
+        feed(.start, .connected(.bothWays), Self.pong, .trackingStarted, .collected(remainingPages: 256))
+    }
 
     /// The guest stands still, DISCARD is on its way.
     mutating func reachDiscarding() {
@@ -68,7 +70,8 @@ private struct Driver {
 
 @Suite("Source core of postcopy")
 struct ProtocolPostcopyTests {
-    @Test("the guest stops after the round under way, however much is left, and its right to run goes before the package")
+    @Test(
+        "the guest stops after the round under way, however much is left, and its right to run goes before the package")
     func order() throws {
         var driver = Driver()
         driver.reachPackage()
@@ -98,7 +101,9 @@ struct ProtocolPostcopyTests {
         #expect(!driver.actions.contains(.sendDiscards))
     }
 
-    @Test("both the state and DISCARD are awaited before the guest is let go, in whatever order they come", arguments: [false, true])
+    @Test(
+        "both the state and DISCARD are awaited before the guest is let go, in whatever order they come",
+        arguments: [false, true])
     func awaitsBoth(stateFirst: Bool) {
         var driver = Driver()
         driver.reachDiscarding()
@@ -183,14 +188,17 @@ struct ProtocolPostcopyTests {
         #expect(failing.core.status == .failed && !failing.actions.contains(.stopGuest))
     }
 
-    @Test("where it cannot be done, the migration ends before anything moves, in a sentence", arguments: ["godwit", "one-way"])
+    @Test(
+        "where it cannot be done, the migration ends before anything moves, in a sentence",
+        arguments: ["godwit", "one-way"])
     func refused(where what: String) {
         var driver = Driver()
         driver.feed(.start)
         if what == "godwit" {
             driver.feed(
                 .connected(.bothWays),
-                .received(.hello(version: 1, features: .all, instance: MigrationIdentifier(high: 3, low: 4))), Driver.pong)
+                .received(.hello(version: 1, features: .all, instance: MigrationIdentifier(high: 3, low: 4))),
+                Driver.pong)
         } else {
             driver.feed(.connected(.oneWay))
         }

@@ -1,5 +1,4 @@
 import Host
-
 import Testing
 
 @testable import Migration

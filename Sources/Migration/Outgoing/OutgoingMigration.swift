@@ -343,6 +343,8 @@ final class OutgoingMigration: Sendable {
                     if isCurrent(attempt) { post(.disconnected("the destination closed the connection")) }
                     return
                 }
+                // A page that goes over another connection takes no acknowledgement of its request along.
+                if configuration.postcopy?.usesUrgentChannel == true { channel.acknowledgeAtOnce() }
             }
         } catch {
             if isCurrent(attempt) { post(.disconnected("\(error)")) }

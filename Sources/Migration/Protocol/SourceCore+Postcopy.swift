@@ -19,10 +19,12 @@ extension SourceCore {
         switch rule {
         case .qemu: return nil
         case .oneWay:
-            return "postcopy-ram: nobody answers on this transport, so pages could not be asked for; turn the capability off"
+            return
+                "postcopy-ram: nobody answers on this transport, so pages could not be asked for; turn the capability off"
         // The one place to change once a Godwit takes what this one sends.
         case .twoPhase:
-            return "postcopy-ram: the destination is a Godwit, and between two Godwits memory cannot follow its guest yet; "
+            return
+                "postcopy-ram: the destination is a Godwit, and between two Godwits memory cannot follow its guest yet; "
                 + "turn the capability off"
         }
     }

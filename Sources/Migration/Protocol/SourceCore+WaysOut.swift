@@ -64,7 +64,8 @@ extension SourceCore {
             actions.append(.refused("too late to cancel: the destination was told to start the guest"))
         case .packageLeaving, .pulled, .pulledWhole, .postcopyPaused:
             actions.append(
-                .refused("too late to cancel: the guest moved (postcopy), and nobody has all of its memory before the end"))
+                .refused(
+                    "too late to cancel: the guest moved (postcopy), and nobody has all of its memory before the end"))
         default:
             actions.append(.refused("too late to cancel: settle whether the destination runs the guest"))
         }
@@ -140,7 +141,9 @@ extension SourceCore {
         case .startedThere:
             stopAsking(&actions)
             // It moved, and not all of its memory did.
-            if isPostcopy { return pausePostcopy("the operator settled that the guest runs at the destination", &actions) }
+            if isPostcopy {
+                return pausePostcopy("the operator settled that the guest runs at the destination", &actions)
+            }
             complete(&actions)
         case .resumeHere:
             stopAsking(&actions)

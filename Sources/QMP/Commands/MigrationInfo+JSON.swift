@@ -86,7 +86,8 @@ extension MigrationInfo.RAM {
             "dirty-pages-rate": JSON(dirtyPagesRate), "mbps": .double(mbps), "dirty-sync-count": JSON(dirtySyncCount),
             "postcopy-requests": JSON(postcopyRequests), "page-size": 4096, "multifd-bytes": JSON(multifdBytes),
             "pages-per-second": JSON(pagesPerSecond),
-            "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes), "postcopy-bytes": JSON(postcopyBytes),
+            "precopy-bytes": JSON(precopyBytes), "downtime-bytes": JSON(downtimeBytes),
+            "postcopy-bytes": JSON(postcopyBytes),
             "dirty-sync-missed-zero-copy": 0, "x-hole": JSON(hole),
         ]
     }
