@@ -1,3 +1,4 @@
+import QMP
 import Testing
 
 @testable import CommandLineKit
@@ -74,5 +75,26 @@ struct QuantityTests {
         #expect(Amount.decimal(12, digits: 0) == "12")
         #expect(Amount.decimal(.infinity, digits: 2) == "?")
         #expect(Amount.decimal(.nan, digits: 2) == "?")
+    }
+
+    @Test("when a guest moves before its memory: after so many rounds, or once the migration is stalled")
+    func postcopy() throws {
+        #expect(try PostcopyStart("after=3") == .afterRounds(3))
+        #expect(try PostcopyStart("stalled") == .whenStalled)
+        for text in ["", "after", "after=", "after=-1", "after=x", "now"] {
+            #expect(throws: QuantityError.self) { try PostcopyStart(text) }
+        }
+        func reading(_ status: String, _ round: Int, _ verdict: String = "converging") -> MigrationReading {
+            MigrationReading([
+                "status": .string(status), "ram": ["dirty-sync-count": JSON(round)],
+                "x-verdict": ["state": .string(verdict), "sentence": "s"],
+            ])
+        }
+        #expect(PostcopyStart.afterRounds(0).isDue(reading("setup", 0)))
+        #expect(!PostcopyStart.afterRounds(2).isDue(reading("active", 2)))
+        #expect(PostcopyStart.afterRounds(2).isDue(reading("active", 3)))
+        #expect(!PostcopyStart.afterRounds(0).isDue(reading("device", 9)))
+        #expect(!PostcopyStart.whenStalled.isDue(reading("active", 9)))
+        #expect(PostcopyStart.whenStalled.isDue(reading("active", 9, "not-converging")))
     }
 }

@@ -23,15 +23,20 @@ struct PostcopyConformanceTests {
         /// Some of RAM goes before the guest.
         let sendsRounds: Bool
         var transport = "tcp"
+        /// Every channel is TLS.
+        var encrypts = false
 
         var testDescription: String {
             "\(preempts ? "preempt" : "one channel"), \(sendsRounds ? "rounds before" : "at once"), \(transport)"
+                + (encrypts ? ", TLS" : "")
         }
     }
 
     private static let cases = [
         Case(preempts: false, sendsRounds: false), Case(preempts: false, sendsRounds: true, transport: "unix"),
         Case(preempts: true, sendsRounds: false, transport: "unix"), Case(preempts: true, sendsRounds: true),
+        Case(preempts: false, sendsRounds: true, encrypts: true),
+        Case(preempts: true, sendsRounds: true, encrypts: true),
     ]
 
     @Test("QEMU reads memory that is still here: every page comes when it is asked for, and once", arguments: cases)
@@ -39,6 +44,7 @@ struct PostcopyConformanceTests {
         guard try knows(trip) else { return }
         let source = try filledGodwit()
         let destination = try startQEMU("destination", trip)
+        if trip.encrypts { try encrypt(source) }
         // So slow that what is read there must be asked for.
         try limit(source, precopy: 8 << 20, postcopy: 512 << 10)
         try turnOn(source, trip)
@@ -90,6 +96,25 @@ struct PostcopyConformanceTests {
         try source.waitForMigration("completed")
         try destination.waitForMigration("completed")
         try expectEqual(destination)
+    }
+
+    @Test("the command line moves the guest at once, and says how often it asked", arguments: [false, true])
+    func commandLine(preempts: Bool) throws {
+        let trip = Case(preempts: preempts, sendsRounds: false)
+        guard try knows(trip) else { return }
+        let source = try filledGodwit()
+        let destination = try startQEMU("destination", trip)
+        // Precopy alone would take longer than anybody waits.
+        let outcome = try bench.run(
+            ["migrate", source.name, address(destination, trip), "--bandwidth", "64K", "--postcopy", "after=0"]
+                + (preempts ? ["--preempt"] : []))
+        #expect(outcome.status == .exited(0), "\(outcome)")
+        #expect(outcome.errors.contains("the guest moves now"), "\(outcome)")
+        #expect(outcome.output.contains("postcopy ram: "), "\(outcome)")
+        try destination.waitForMigration("completed")
+        try expectEqual(destination)
+        let capabilities = try source.client.execute("query-migrate-capabilities").arrayValue ?? []
+        #expect(capabilities.contains { $0["capability"] == "postcopy-ram" && $0["state"] == false })
     }
 
     @Test("a QEMU that was not told of postcopy refuses it, and the guest goes on here")
@@ -177,8 +202,23 @@ struct PostcopyConformanceTests {
             "migrate-set-parameters", ["max-bandwidth": JSON(precopy), "max-postcopy-bandwidth": JSON(postcopy)])
     }
 
+    private var keys: String { "\(bench.folder)/psk" }
+
+    private func encrypt(_ source: VM) throws {
+        try source.client.execute(
+            "object-add", ["qom-type": "tls-creds-psk", "id": "tls0", "dir": .string(keys), "endpoint": "client"])
+        try source.client.execute("migrate-set-parameters", ["tls-creds": "tls0"])
+    }
+
     private func startQEMU(_ name: String, _ trip: Case) throws -> VM {
-        let vm = try bench.startQEMU(name, byteCount: byteCount, ["-incoming", "defer"])
+        var options = ["-incoming", "defer"]
+        if trip.encrypts {
+            try CertificateAuthority.writeKeys(
+                ["qemu": "9f5e4d3c2b1a00112233445566778899aabbccddeeff00112233445566778899"], to: keys)
+            options += ["-object", "tls-creds-psk,id=tls0,dir=\(keys),endpoint=server"]
+        }
+        let vm = try bench.startQEMU(name, byteCount: byteCount, options)
+        if trip.encrypts { try vm.client.execute("migrate-set-parameters", ["tls-creds": "tls0"]) }
         try turnOn(vm, trip)
         return vm
     }

@@ -1,5 +1,7 @@
+import Accelerator
 import Glibc
 import GuestMemory
+import GuestPrograms
 import Host
 import Machine
 import MigrationStream
@@ -239,6 +241,58 @@ struct PostcopySourceTests {
         try trial.source.settle(settlesHere ? .resumeHere : .startedThere)
         try trial.awaitStatus(settlesHere ? .failed : .postcopyPaused)
         #expect(trial.source.machine.runState == (settlesHere ? .running : .postMigrate))
+    }
+
+    @Test(
+        "a guest that writes all the time moves between two rounds: what the destination has in the end is what the guest left",
+        .enabled(if: hasKVM, needsKVM), arguments: ["log", "ring"])
+    func running(tracking: String) async {
+        await #expect(processExitsWith: .success) { [tracking] in
+            Child.run(seconds: 60) {
+                let byteCount: UInt64 = 16 << 20
+                let machine = try VirtualMachine(
+                    MachineConfiguration(
+                        memoryByteCount: byteCount, cpuCount: 2,
+                        boot: .guest(try GuestProgram(parsing: "dirty,working-set=2M,fill=8M,random")),
+                        dirtyTracking: tracking == "ring" ? .ring(entryCount: 4096) : .log),
+                    serial: SerialPort(.none))
+                try machine.resume()
+                try waitFor("the guest to be ready") { try machine.guestStatus().isReady }
+                let source = Migrator(machine)
+                try source.set(.postcopyRAM, true)
+                try source.change { $0.maxBandwidthBytesPerSecond = 20 << 20 }
+                let listener = try Socket.listen(host: "127.0.0.1", port: "0")
+                try source.migrate(to: .tcp(host: "127.0.0.1", port: "\(Socket.localPort(of: listener) ?? 0)"))
+                guard let main = try Socket.accept(listener) else { Child.fail("nobody came") }
+                let destination = ScriptedDestination(
+                    main, byteCount: byteCount, catalogue: machine.sectionCatalogue)
+                destination.forgets = true
+                var rounds = 0
+                try destination.read {
+                    if $0 == .ramRound(final: false) { rounds += 1 }
+                    return rounds == 3
+                }
+                try source.startPostcopy()
+                try destination.readToPackage()
+                // Asked for all over, while the rest comes.
+                for page in stride(from: 0, to: byteCount / 4096, by: 37) {
+                    if destination.pages[page * 4096] == nil { try destination.ask(page * 4096) }
+                }
+                try destination.read { $0 == .endOfStream }
+                try destination.say(.shut(0))
+                try source.awaitEnd()
+                claim(machine.runState == .postMigrate, "the source is \(machine.runState)")
+                claim(destination.repeated.isEmpty, "\(destination.repeated.count) pages came twice")
+                claim(!destination.discarded.isEmpty, "nothing was left to follow")
+                let mapping = machine.memory.blocks[0].mapping
+                let zeros = [UInt8](repeating: 0, count: 4096)
+                for page in 0..<Int(byteCount) / 4096 {
+                    let there = destination.pages[UInt64(page) * 4096]?.bytes ?? zeros
+                    claim(
+                        there == mapping.read(at: page * 4096, count: 4096), "page \(page) is not as the guest left it")
+                }
+            }
+        }
     }
 
     /// Of this process.

@@ -21,13 +21,19 @@ final class ScriptedDestination {
     var discarded: [RAMDiscard.ByteRange] = []
     var package: [StreamItem] = []
     var items: [StreamItem] = []
+    /// Whether DISCARD has its effect on `pages`.
+    var forgets = false
     /// PINGs from this number on are heard and not answered.
     var deafFrom: UInt32 = .max
 
-    init(_ main: Descriptor, byteCount: UInt64) {
+    /// Pages that came although they were there: a QEMU gives up over one.
+    private(set) var repeated: [UInt64] = []
+    private var hasPackage = false
+
+    init(_ main: Descriptor, byteCount: UInt64, catalogue: SectionCatalogue = SectionCatalogue()) {
         self.main = main
         blocks = [RAMBlockDescription(name: "ram", length: byteCount)]
-        decoder = StreamDecoder(.load(blocks: blocks, catalogue: SectionCatalogue()))
+        decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
         decoder.allowsPostcopy = true
     }
 
@@ -38,12 +44,21 @@ final class ScriptedDestination {
         items.append(item)
         switch item {
         case .command(.ping(let value)): try pong(value)
-        case .command(.postcopy(.discard(let discard))): discarded += discard.ranges
+        case .command(.postcopy(.discard(let discard))):
+            discarded += discard.ranges
+            if forgets {
+                for range in discard.ranges {
+                    for offset in stride(from: range.offset, to: range.offset + range.length, by: 4096) {
+                        pages[offset] = nil
+                    }
+                }
+            }
         case .command(.postcopy(.packaged(let count))):
             var inner = decoder.packageDecoder()
             var content = ReceiveBuffer()
             content.append(try take(Int(count)))
             decoder.payloadConsumed(Int(count))
+            hasPackage = true
             while let item = try inner.next(from: &content) {
                 package.append(item)
                 if case .command(.ping(let value)) = item { try pong(value) }
@@ -121,6 +136,7 @@ final class ScriptedDestination {
     }
 
     private func arrived(_ offset: UInt64, _ bytes: [UInt8]) {
+        if hasPackage, pages[offset] != nil { repeated.append(offset) }
         pages[offset, default: Arrival()].times += 1
         pages[offset]?.bytes = bytes
     }
