@@ -22,11 +22,11 @@ public struct MigrationInfo: Sendable, Equatable {
         /// Bytes sent while the guest ran, and while it stood still.
         public var precopyBytes: UInt64 = 0
         public var downtimeBytes: UInt64 = 0
-        /// Bytes sent after the guest moved, and how often it asked for pages.
-        public var postcopyBytes: UInt64 = 0
-        public var postcopyRequests: UInt64 = 0
         /// Of `transferred`, what went over the channels besides the main one.
         public var multifdBytes: UInt64 = 0
+        /// Pages that the destination asked for, each once, and bytes of pages that went after the guest did (postcopy).
+        public var postcopyRequests: UInt64 = 0
+        public var postcopyBytes: UInt64 = 0
         /// Never-touched pages of RAM: neither read nor sent.
         public var hole: UInt64 = 0
 

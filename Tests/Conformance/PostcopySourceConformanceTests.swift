@@ -7,7 +7,7 @@ import Testing
 @Suite(
     "Memory follows its guest from Godwit to QEMU, equal page by page", .serialized, .timeLimit(.minutes(10)),
     .enabled(if: QEMU.isInstalled, "needs qemu-system-x86_64"))
-struct PostcopyConformanceTests {
+struct PostcopySourceConformanceTests {
     private let bench: Workbench
     private let byteCount: UInt64 = 48 << 20
     private let image: MemoryImage

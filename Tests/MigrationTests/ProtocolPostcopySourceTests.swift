@@ -69,7 +69,7 @@ private struct Driver {
 }
 
 @Suite("Source core of postcopy")
-struct ProtocolPostcopyTests {
+struct ProtocolPostcopySourceTests {
     @Test(
         "the guest stops after the round under way, however much is left, and its right to run goes before the package")
     func order() throws {
