@@ -32,13 +32,19 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// the source.
     case resumable = "x-resumable"
 
+    /// The guest may move before its memory. A destination needs it set before it listens, for whatever source.
+    case postcopyRAM = "postcopy-ram"
+    /// In postcopy, pages that the guest waits for come over a channel of their own; to be set on both sides.
+    case postcopyPreempt = "postcopy-preempt"
+    /// Measure how long each vCPU waits for pages (at the destination).
+    case postcopyBlocktime = "postcopy-blocktime"
+
     var isOnByDefault: Bool { [.events, .returnPath].contains(self) }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
     public static let unsupported = [
-        "rdma-pin-all", "postcopy-ram", "x-colo", "dirty-bitmaps", "postcopy-blocktime",
-        "late-block-activate", "x-ignore-shared", "background-snapshot", "zero-copy-send",
-        "postcopy-preempt",
+        "rdma-pin-all", "x-colo", "dirty-bitmaps", "late-block-activate", "x-ignore-shared", "background-snapshot",
+        "zero-copy-send",
     ]
 }
 
@@ -52,7 +58,13 @@ extension Set<MigrationCapability> {
             return "dirty-limit: this machine has no dirty ring, by which vCPUs could be limited; "
                 + "start it with --accel kvm,dirty-ring-size=65536, or use auto-converge"
         }
-        let needsAnswers: [MigrationCapability] = [.switchoverAck, .resumable, .verify]
+        if contains(.postcopyPreempt), !contains(.postcopyRAM) {
+            return "Postcopy preempt requires postcopy-ram"
+        }
+        for other in [MigrationCapability.mappedRAM, .verify] where contains(.postcopyRAM) && contains(other) {
+            return "postcopy-ram and \(other.rawValue) do not go together; turn one of them off first"
+        }
+        let needsAnswers: [MigrationCapability] = [.switchoverAck, .resumable, .verify, .postcopyRAM]
         if !contains(.returnPath), let one = needsAnswers.first(where: contains) {
             return "Capability '\(one.rawValue)' requires capability 'return-path'"
         }

@@ -85,6 +85,13 @@ public final class Migrator: Sendable {
             if let reason = wanted.contradiction(limitsDirtyRate: limits) {
                 throw MigrationError("migrate-set-capabilities: \(reason)")
             }
+            // Only who waits for memory needs it; a source must not be refused for what it will not use.
+            if machine.runState == .inMigrate, wanted.contains(.postcopyRAM), !state.capabilities.contains(.postcopyRAM)
+            {
+                do throws(SystemError) { _ = try UserFault.supportedFeatures() } catch {
+                    throw MigrationError("migrate-set-capabilities: Postcopy is not supported: \(error)")
+                }
+            }
             state.capabilities = wanted
         }
     }
@@ -160,6 +167,11 @@ public final class Migrator: Sendable {
             case .internalError, .shutdown:
                 throw MigrationError("migrate: the guest cannot run on (\(machine.runState.rawValue))")
             default: break
+            }
+            guard !state.capabilities.contains(.postcopyRAM) else {
+                throw MigrationError(
+                    "migrate: this Godwit can take a postcopy migration and cannot begin one yet; turn the capability "
+                        + "'postcopy-ram' off")
             }
             let multifd = state.multifd
             let isMapped = state.capabilities.contains(.mappedRAM)
