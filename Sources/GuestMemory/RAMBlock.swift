@@ -10,6 +10,12 @@ public enum RAMBacking: String, Sendable, CaseIterable {
     case memfd
 }
 
+/// Pages of a block that are on their way to it: who touches one waits until it is there (postcopy).
+public protocol AwaitedPages: Sendable {
+    /// Runs of such pages inside a range, in order. Those that arrive meanwhile may be among them.
+    func awaitedRuns(in pages: Range<PageIndex>) -> [Range<PageIndex>]
+}
+
 /// One block of guest RAM. The migration stream names it; guest-physical ranges show parts of it.
 public final class RAMBlock: Sendable {
     /// The name by which both sides of a migration know the block, 1 to 255 bytes.
@@ -21,6 +27,8 @@ public final class RAMBlock: Sendable {
     private let pageMap: PageMap
     /// Pages that show a file until they are written, in order: allocated, whether or not somebody touched them.
     private let shown = Mutex<[Range<PageIndex>]>([])
+    private let awaited = Mutex<(any AwaitedPages)?>(nil)
+    private let wantsHugePages: Bool
 
     /// Allocates a block of holes. - Throws: `SystemError` when the host has no address space or descriptor left.
     public init(name: String, byteCount: UInt64, backing: RAMBacking = .anonymous) throws(SystemError) {
@@ -33,8 +41,10 @@ public final class RAMBlock: Sendable {
             file = nil
             mapping = try Mapping(anonymousByteCount: Int(byteCount))
             // Only where all of it could be backed: a guest that touches a page here and there costs 2 MiB for each.
-            if byteCount <= HostMemory.byteCount { try? mapping.advise(.hugePages) }
+            wantsHugePages = byteCount <= HostMemory.byteCount
+            if wantsHugePages { try? mapping.advise(.hugePages) }
         case .memfd:
+            wantsHugePages = false
             let file = try MemoryFile(name: "godwit-\(name)", byteCount: byteCount)
             self.file = file
             mapping = try Mapping(file.descriptor, byteCount: Int(byteCount))
@@ -49,8 +59,15 @@ public final class RAMBlock: Sendable {
 
     /// The runs of allocated pages inside a range, in order; never-touched pages are in none.
     ///
-    /// Costs what was touched, and nothing for what is outside the range.
+    /// Costs what was touched, and nothing for what is outside the range. Awaited pages are allocated: their contents exist elsewhere.
     public func allocatedRuns(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
+        // Asked first: a page that arrives meanwhile is in one of both.
+        let coming = awaited.withLock { $0 }?.awaitedRuns(in: pages) ?? []
+        let here = try runsHere(in: pages)
+        return coming.isEmpty ? here : Self.union(coming, here)
+    }
+
+    private func runsHere(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
         guard file == nil else { return try runsOfFile(in: pages) }
         let touched = try touchedRuns(in: pages)
         let shown = shown.withLock { $0 }
@@ -121,6 +138,7 @@ public final class RAMBlock: Sendable {
 
     /// Whether anything inside a range is allocated.
     public func isAllocated(in pages: Range<PageIndex>) throws(SystemError) -> Bool {
+        if awaited.withLock({ $0 })?.awaitedRuns(in: pages).isEmpty == false { return true }
         guard let file else {
             if shown.withLock({ $0.contains { $0.overlaps(pages) } }) { return true }
             let range = Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value)
@@ -144,6 +162,23 @@ public final class RAMBlock: Sendable {
         }
     }
 
+    // MARK: Pages that come later
+
+    /// From now on these pages are on their way; `nil`: all are here.
+    public func expect(_ pages: (any AwaitedPages)?) { awaited.withLock { $0 = pages } }
+
+    /// Gives a range back to the host: it is a hole, and its contents are gone. - Throws: `SystemError`.
+    public func discard(_ pages: Range<PageIndex>) throws(SystemError) {
+        let (start, end) = (Int(pages.lowerBound.offset.value), Int(pages.upperBound.offset.value))
+        try mapping.advise(file == nil ? .forget : .forgetShared, at: start, count: end - start)
+    }
+
+    /// Whether the kernel may back the block with huge pages, where it would else: it fills what is missing of one with zeroes.
+    public func allowHugePages(_ allowed: Bool) {
+        // Refused only by a host that has no huge pages at all.
+        if !allowed { try? mapping.advise(.noHugePages) } else if wantsHugePages { try? mapping.advise(.hugePages) }
+    }
+
     /// Gives all memory back to the host: the block is a hole, and its contents are gone. - Throws: `SystemError`.
     public func release() throws(SystemError) { try mapping.advise(file == nil ? .forget : .forgetShared) }
 
@@ -165,14 +200,15 @@ public final class RAMBlock: Sendable {
         return runs
     }
 
-    /// Copies bytes out; holes read as zeroes and stay holes.
+    /// Copies bytes out; holes read as zeroes and stay holes, and awaited pages are waited for.
     @unsafe public func copy(at offset: Int, into buffer: UnsafeMutableRawBufferPointer) throws(SystemError) {
-        if let file { return try unsafe file.read(at: UInt64(offset), into: buffer) }
+        // A file knows nothing of pages on their way.
+        if let file, awaited.withLock({ $0 }) == nil { return try unsafe file.read(at: UInt64(offset), into: buffer) }
         // Reading private memory maps the kernel's zero page and allocates nothing.
         unsafe mapping.withBytes(at: offset, count: buffer.count) { unsafe buffer.copyMemory(from: $0) }
     }
 
-    /// Bytes of the block; holes read as zeroes and stay holes.
+    /// Bytes of the block; holes read as zeroes and stay holes, and awaited pages are waited for.
     public func read(at offset: Int, count: Int) -> [UInt8] {
         var bytes = [UInt8](repeating: 0, count: count)
         // SAFETY: the buffer is the array's own storage.

@@ -179,6 +179,8 @@ import Glibc
     public enum Advice: Sendable {
         /// Back with huge pages on first touch where the host allows it.
         case hugePages
+        /// Never: neither on first touch nor later.
+        case noHugePages
         /// Keep out of core dumps.
         case dontDump
         /// Allocate now, for writing.
@@ -196,6 +198,7 @@ import Glibc
         let value: CInt
         switch advice {
         case .hugePages: value = CInt(MADV_HUGEPAGE)
+        case .noHugePages: value = CInt(MADV_NOHUGEPAGE)
         case .dontDump: value = CInt(MADV_DONTDUMP)
         case .populate: value = CInt(MADV_POPULATE_WRITE)
         case .forget: value = CInt(MADV_DONTNEED)

@@ -117,6 +117,7 @@ public enum PostcopyFault: Hashable, Sendable {
     case rangeEmpty(block: String, offset: UInt64)
     case rangeUnaligned(block: String, offset: UInt64, length: UInt64)
     case rangeOutside(block: String, offset: UInt64, length: UInt64, blockLength: UInt64)
+    case blockPageSize(block: String, got: UInt64, expected: UInt64)
     case packageLength(UInt32)
     case commandInPackage(CommandType)
     case sectionInPackage(SectionType)
@@ -143,6 +144,9 @@ public enum PostcopyFault: Hashable, Sendable {
         case .rangeOutside(let block, let offset, let length, let blockLength):
             "a range of 0x\(hexadecimal(length)) bytes at offset 0x\(hexadecimal(offset)) reaches outside RAM block '\(block)' "
                 + "of 0x\(hexadecimal(blockLength)) bytes"
+        case .blockPageSize(let block, let got, let expected):
+            "RAM block '\(block)' has pages of 0x\(hexadecimal(got)) bytes at the source and of 0x\(hexadecimal(expected)) bytes on "
+                + "this machine; postcopy needs the same on both sides"
         case .packageLength(let count): "a package has \(count) bytes, not 1 to \(StreamLimit.packageBytes)"
         case .commandInPackage(let type): "command \(type.name) stands in a package, where it has no place"
         case .sectionInPackage(let type):

@@ -21,6 +21,7 @@ extension StreamDecoder {
         // The device sections before it may be void: those of the next attempt have the same numbers.
         case .retract, .commitWithin: forgetDeviceSections()
         // Who describes a stream reads on: the package's sections are like any others.
+        case .postcopy(.advise(let advice?)): advisedPageSizes = advice.blockPageSizes
         case .postcopy(.packaged(let byteCount)) where !describes: payloadBytes = Int(byteCount)
         case .postcopy(.run) where isPackage: state = .ended
         default: break

@@ -30,6 +30,25 @@ extension StreamDecoder {
         if state != .ended { state = hasRecordsOnly ? .records : .betweenSections }
     }
 
+    /// The size of a block's pages, which stands behind its length where postcopy was advised and it is not the stream's own: each side
+    /// knows from its own memory whether it does. Who describes a stream sees it: a name's length is not zero, nor are a record's flags.
+    /// - Returns: nil when bytes are missing.
+    func pageSize(of name: String, at index: Int, _ buffer: ReceiveBuffer) throws(StreamError) -> UInt64? {
+        let usual = UInt64(Wire.pageSize)
+        guard let advisedPageSizes else { return usual }
+        let own = describes ? advisedPageSizes : blocks.first { $0.name == name }?.pageSize ?? usual
+        guard own != usual else { return usual }
+        guard buffer.count >= index + 8 else { return nil }
+        let got = buffer.be64(index)
+        if describes {
+            return got > usual && got.nonzeroBitCount == 1 && got & advisedPageSizes != 0 ? got : usual
+        }
+        guard got == own else {
+            throw error(.postcopy(.blockPageSize(block: name, got: got, expected: own)))
+        }
+        return got
+    }
+
     // MARK: Commands
 
     /// - Returns: nil when the length does not fit.

@@ -18,16 +18,19 @@ extension StreamDecoder {
             guard buffer.count >= 1, buffer.count >= 9 + Int(buffer[0]) else { return .needMore }
             let nameLength = Int(buffer[0])
             let name = try name(buffer, at: 1, count: nameLength, of: "a RAM block")
-            let block = RAMBlockDescription(name: name, length: buffer.be64(1 + nameLength))
-            try checkListed(name, length: block.length)
+            let length = buffer.be64(1 + nameLength)
+            try checkListed(name, length: length)
+            guard let pageSize = try pageSize(of: name, at: 9 + nameLength, buffer) else { return .needMore }
+            let block = RAMBlockDescription(name: name, length: length, pageSize: pageSize)
+            let headEnd = 9 + nameLength + (pageSize == Wire.pageSize ? 0 : 8)
             var region: MappedRegion?
             if isMapped {
-                region = try mappedRAMHeader(of: block, headEnd: 9 + nameLength, &buffer)
+                region = try mappedRAMHeader(of: block, headEnd: headEnd, &buffer)
                 guard region != nil else { return .needMore }
             }
             listed.append(block)
             listRemaining -= block.length
-            advance(9 + nameLength + (isMapped ? Int(MappedRAM.headerBytes) : 0), in: &buffer)
+            advance(headEnd + (isMapped ? Int(MappedRAM.headerBytes) : 0), in: &buffer)
             if let region { return .item(.mappedBlock(region)) }
         }
         if describes {
@@ -36,7 +39,7 @@ extension StreamDecoder {
             blockLengths = listed.map(\.length)
             currentBlock = -1
         } else {
-            let missing = blocks.filter { !listed.contains($0) }.map(\.name)
+            let missing = blocks.filter { block in !listed.contains { $0.name == block.name } }.map(\.name)
             guard missing.isEmpty else { throw error(.missingBlocks(missing)) }
         }
         state = .records

@@ -53,6 +53,8 @@ public struct StreamDecoder: Sendable {
     public var inputHasEnded = false
     /// Whether EOS is an item of its own, ``StreamItem/ramRecordsEnded``.
     public var tellsEndOfRecords = false
+    /// What ADVISE said of the source's page sizes: then blocks with pages of another size than the stream's tell it.
+    var advisedPageSizes: UInt64?
     /// The commands of postcopy are items instead of errors.
     public var allowsPostcopy = false
 

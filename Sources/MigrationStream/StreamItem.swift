@@ -20,10 +20,14 @@ public struct RAMBlockDescription: Hashable, Sendable {
     public let name: String
     /// Bytes, a multiple of ``Wire/pageSize``.
     public let length: UInt64
+    /// Bytes of a page of the memory behind it, a power of two. On the wire only where postcopy was advised and it is not
+    /// ``Wire/pageSize``.
+    public let pageSize: UInt64
 
-    public init(name: String, length: UInt64) {
+    public init(name: String, length: UInt64, pageSize: UInt64 = UInt64(Wire.pageSize)) {
         self.name = name
         self.length = length
+        self.pageSize = pageSize
     }
 }
 

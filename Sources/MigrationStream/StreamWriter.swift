@@ -115,9 +115,16 @@ public struct StreamWriter: Sendable {
     }
 
     /// The whole START section of RAM: the block list, and with multifd the first ``RAMFlags/multifdFlush``.
-    public mutating func ramSetup(id: UInt32, blocks: [RAMBlockDescription], flushesChannels: Bool = false) {
+    /// - Parameter advised: ``PostcopyCommand/advise(_:)`` was said before: then blocks tell page sizes other than the stream's.
+    public mutating func ramSetup(
+        id: UInt32, blocks: [RAMBlockDescription], flushesChannels: Bool = false,
+        postcopyIsAdvised advised: Bool = false
+    ) {
         ramSetupHead(id: id, blocks: blocks)
-        for block in blocks { self.block(block) }
+        for block in blocks {
+            self.block(block)
+            if advised, block.pageSize != Wire.pageSize { be64(block.pageSize) }
+        }
         if flushesChannels { multifdFlush() }
         ramSectionEnd(id: id)
     }

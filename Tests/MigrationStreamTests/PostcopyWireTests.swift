@@ -281,4 +281,40 @@ struct PostcopyWireTests {
             #expect(summary.text.contains(words), "\(words)")
         }
     }
+
+    @Test("behind ADVISE a block of huge pages tells their size, and only there; one of another size is refused")
+    func pageSizes() throws {
+        let huge = RAMBlockDescription(name: "huge", length: 4 << 21, pageSize: 1 << 21)
+        let blocks = [Sample.low, huge]
+        func stream(advised: Bool, _ blocks: [RAMBlockDescription]) -> [UInt8] {
+            var writer = Sample.opening()
+            if advised { writer.command(.postcopy(.advise(PostcopyAdvice(blockPageSizes: 0x20_1000)))) }
+            writer.ramSetup(id: 2, blocks: blocks, postcopyIsAdvised: advised)
+            return writer.bytes
+        }
+        func setup(_ bytes: [UInt8], _ decoder: StreamDecoder, piece: Int) throws(StreamError) -> StreamItem? {
+            var (decoder, buffer) = (decoder, ReceiveBuffer())
+            decoder.allowsPostcopy = true
+            for start in stride(from: 0, to: bytes.count, by: piece) {
+                buffer.append(bytes[start..<min(start + piece, bytes.count)])
+                while let item = try decoder.next(from: &buffer) { if case .ramSetup = item { return item } }
+            }
+            return nil
+        }
+        let loading = StreamDecoder(.load(blocks: blocks, catalogue: Sample.catalogue))
+        let describing = StreamDecoder(.describe(catalogue: Sample.catalogue))
+        let (plain, advised) = (stream(advised: false, blocks), stream(advised: true, blocks))
+        #expect(advised.count == plain.count + 21 + 8)
+        for piece in [1, 7, .max / 2] {
+            #expect(try setup(advised, loading, piece: piece) == .ramSetup(blocks))
+            #expect(try setup(advised, describing, piece: piece) == .ramSetup(blocks))
+        }
+        #expect(
+            try setup(plain, describing, piece: 5) == .ramSetup(blocks.map { .init(name: $0.name, length: $0.length) }))
+        let other = stream(advised: true, [Sample.low, .init(name: "huge", length: huge.length, pageSize: 1 << 30)])
+        let refusal = #expect(throws: StreamError.self) { try setup(other, loading, piece: 3) }
+        #expect(
+            refusal?.description.contains("'huge' has pages of 0x40000000 bytes") == true,
+            "\(String(describing: refusal))")
+    }
 }
