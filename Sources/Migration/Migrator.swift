@@ -161,6 +161,10 @@ public final class Migrator: Sendable {
                         ? "migrate: the last migration is unsettled; settle it first (x-migrate-settle)"
                         : "migrate: there's a migration process in progress")
             }
+            guard state.incoming?.isPulling != true else {
+                throw MigrationError(
+                    "migrate: memory of the guest is still on its way here (postcopy); wait until that has completed")
+            }
             switch machine.runState {
             case .inMigrate: throw MigrationError("migrate: the machine is itself waiting for an incoming migration")
             case .postMigrate: throw MigrationError("migrate: the guest was already handed over and may run elsewhere")
