@@ -60,12 +60,12 @@ final class ScriptedPostcopySource: Sendable {
     var requests: [PageRequest] { heard.withLock { $0.requests } }
 
     func waitToHear(_ message: ReturnPathMessage) {
-        let came = heard.wait(deadline: .after(seconds: 20)) { $0.messages.contains(message) ? () : nil }
+        let came = heard.wait(deadline: .after(seconds: 20)) { $0.messages.contains(message) ? true : nil }
         claim(came != nil, "the source did not hear \(message), but \(messages)")
     }
 
     func awaitEnd() {
-        let came = heard.wait(deadline: .after(seconds: 20)) { $0.hasEnded ? () : nil }
+        let came = heard.wait(deadline: .after(seconds: 20)) { $0.hasEnded ? true : nil }
         claim(came != nil, "the destination does not close the connection; it said \(messages)")
     }
 
