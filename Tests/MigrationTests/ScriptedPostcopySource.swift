@@ -93,28 +93,36 @@ final class ScriptedPostcopySource: Sendable {
 
     /// A PART, or the END, with those pages of a block.
     func pages(_ runs: [Range<PageIndex>], of block: Int = 0, final: Bool = false) throws {
-        try say { $0.ramRound(final: final, id: Self.ramID) }
-        try records(of: runs, block, on: channel)
-        try say { $0.ramSectionEnd(id: Self.ramID) }
+        var writer = StreamWriter()
+        writer.ramRound(final: final, id: Self.ramID)
+        let head = writer.take()
+        writer.ramSectionEnd(id: Self.ramID)
+        try records(of: runs, block, on: channel, between: head, and: writer.take())
     }
 
     /// Page records, as they stand on any channel.
-    func records(of runs: [Range<PageIndex>], _ block: Int = 0, on channel: Channel) throws {
+    func records(
+        of runs: [Range<PageIndex>], _ block: Int = 0, on channel: Channel, between head: [UInt8] = [],
+        and foot: [UInt8] = []
+    ) throws {
         var encoder = RAMRecordEncoder(blocks: blocks)
         let memory = machine.memory.blocks[block]
+        var bytes = head
         for run in runs {
             for page in run {
-                var bytes: [UInt8] = []
-                let contents = memory.read(at: Int(page.offset.value), count: 4096)
-                if contents.allSatisfy({ $0 == 0 }) {
+                let offset = Int(page.offset.value)
+                if memory.mapping.isZero(at: offset, count: 4096) {
                     encoder.zeroPage(block: block, offset: page.offset.value, into: &bytes)
                 } else {
                     encoder.page(block: block, offset: page.offset.value, into: &bytes)
-                    bytes += contents
+                    bytes += memory.mapping.read(at: offset, count: 4096)
                 }
+                guard bytes.count > 1 << 20 else { continue }
                 try channel.send(bytes)
+                bytes.removeAll(keepingCapacity: true)
             }
         }
+        try channel.send(bytes + foot)
     }
 
     func discard(_ runs: [Range<PageIndex>], of block: Int = 0) throws {

@@ -1,6 +1,7 @@
 import Glibc
 import GuestMemory
 import Host
+import Machine
 import MigrationStream
 import Synchronization
 
@@ -46,6 +47,15 @@ final class IncomingPostcopy: Sendable {
                 "watch", "a memory file for missing pages", code: ENOSYS, remedy: "use --memory-backing anonymous")
         }
         server = try FaultServer(faults, memory, pending, request: request)
+    }
+
+    /// Why a machine cannot wait for its memory, with the remedy; `nil`: it can.
+    static func obstacle(of machine: VirtualMachine) -> String? {
+        do throws(SystemError) { _ = try UserFault.supportedFeatures() } catch { return error.description }
+        // KVM's slots show a file through mappings of their own (`SlotWindows`), whose holes would be filled with zeroes unnoticed.
+        guard machine.accelerator != nil, machine.memory.blocks.contains(where: { $0.file != nil }) else { return nil }
+        return "vCPUs see a memory file in places that are not watched for missing pages; "
+            + "start this machine with --memory-backing anonymous"
     }
 
     /// Forgets pages that will come again.
