@@ -301,7 +301,10 @@ final class IncomingMigration: Sendable {
             toldSecurity.withLock { $0 = [] }
             // What comes next may come without digests.
             if outcome != .completed { verifications.withLock { $0 = nil } }
-            if outcome == .completed { stopListeningLater() }
+            if outcome == .completed {
+                postcopies.withLock { $0 = nil }
+                stopListeningLater()
+            }
         }
         return nil
     }

@@ -28,14 +28,16 @@ final class IncomingStatistics: Sendable {
             let now = Clock.monotonicNanoseconds
             if let began = state.began { info.totalNanoseconds = (state.ended ?? now) - began }
             if let end = state.keptUntil, info.status == .paused { info.keptNanoseconds = end - min(end, now) }
-            if let postcopy = state.postcopy {
-                let histogram = postcopy.latency.histogram
-                info.pageLatency = histogram.count > 0 ? histogram : nil
-                info.blockTime = postcopy.blockTime?.figures
-                info.ram?.remaining = postcopy.missingPages * 4096
-            }
+            if let postcopy = state.postcopy { Self.add(postcopy, to: &info) }
             return info
         }
+    }
+
+    private static func add(_ postcopy: PendingPages, to info: inout MigrationInfo) {
+        let histogram = postcopy.latency.histogram
+        info.pageLatency = histogram.count > 0 ? histogram : nil
+        info.blockTime = postcopy.blockTime?.figures
+        info.ram?.remaining = postcopy.missingPages * 4096
     }
 
     func enter(_ status: MigrationStatus) {
@@ -53,9 +55,14 @@ final class IncomingStatistics: Sendable {
                 state.info.ram?.total = total ?? 0
                 state.info.errorDescription = nil
                 state.postcopy = nil
+                (state.info.pageLatency, state.info.blockTime) = (nil, nil)
                 (state.began, state.ended) = (nil, nil)
             case .active where state.began == nil: state.began = Clock.monotonicNanoseconds
-            case .completed, .failed: state.ended = Clock.monotonicNanoseconds
+            case .completed, .failed:
+                state.ended = Clock.monotonicNanoseconds
+                // The figures stay, the record of every page is of no use any more.
+                if let postcopy = state.postcopy { Self.add(postcopy, to: &state.info) }
+                state.postcopy = nil
             default: break
             }
         }
