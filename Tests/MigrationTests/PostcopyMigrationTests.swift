@@ -47,6 +47,75 @@ private func pages(_ range: Range<UInt64>) -> Range<PageIndex> {
     PageIndex(range.lowerBound)..<PageIndex(range.upperBound)
 }
 
+/// What a source says before RUN, and words of the refusal.
+private let nonsenseBeforeRun: [(String, @Sendable (ScriptedPostcopySource) throws -> Void)] = [
+    ("outside", { try $0.discard([pages(200..<300)]) }),
+    (
+        "whole pages",
+        { try $0.command(.discard(.init(block: "ram", ranges: [.init(offset: 1, length: 4096)]))) }
+    ),
+    (
+        "does not exist",
+        { try $0.command(.discard(.init(block: "rom", ranges: [.init(offset: 0, length: 4096)]))) }
+    ),
+    ("bytes, not 1 to", { try $0.say { $0.append([8, 0, 7, 0, 4, 0x7f, 0xff, 0xff, 0xff]) } }),
+    (
+        "stands in a package",
+        {
+            var package = try $0.package()
+            package = Array(package.dropLast(5)) + [8, 0, 9, 0, 0] + package.suffix(5)
+            try $0.send(package: package)
+        }
+    ),
+    ("out of turn", { try $0.command(.listen) }),
+    ("out of turn", { try $0.command(.run) }),
+    (
+        "out of turn",
+        {
+            try $0.discard([pages(0..<1)])
+            try $0.pages([pages(0..<1)])
+        }
+    ),
+    ("out of turn", { try $0.send(package: Array($0.package().dropFirst(5))) }),
+    (
+        "ended inside a package",
+        {
+            try $0.send(package: Array($0.package().dropLast(5)))
+        }
+    ),
+]
+
+/// What a source does behind RUN, and its name.
+private let nonsenseBehindRun: [(String, @Sendable (ScriptedPostcopySource) throws -> Void)] = [
+    (
+        "a page outside",
+        {
+            try $0.say {
+                $0.ramRound(final: false, id: 2); $0.be64(0xfff_f000 | 0x28)
+            }
+        }
+    ),
+    ("a command of a recovery", { try $0.command(.resume) }),
+    (
+        "RAM that ends too early",
+        {
+            try $0.pages([], final: true); try $0.end()
+        }
+    ),
+    ("the end without RAM", { try $0.end() }),
+    (
+        "a page cut off",
+        {
+            try $0.say {
+                $0.ramRound(final: false, id: 2); $0.be64(0x3000 | 8); $0.name("ram");
+                $0.append([1, 2, 3])
+            }
+            try $0.channel.finish()
+        }
+    ),
+    ("the connection lost", { $0.channel.cancel() }),
+]
+
 @Suite("postcopy, destination", .serialized)
 struct PostcopyMigrationTests {
     @Test(
@@ -166,50 +235,13 @@ struct PostcopyMigrationTests {
     }
 
     @Test(
-        "nonsense is refused in a sentence before RUN, and leaves a guest that waits behind it",
+        "nonsense before RUN is refused in a sentence, and starts nothing",
         .timeLimit(.minutes(10)))
     func nonsense() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 90) {
                 let source = try Migrator.memoryAlone(mebibytes: 1)
-                typealias Act = (ScriptedPostcopySource) throws -> Void
-                let before: [(String, Act)] = [
-                    ("outside", { try $0.discard([pages(200..<300)]) }),
-                    (
-                        "whole pages",
-                        { try $0.command(.discard(.init(block: "ram", ranges: [.init(offset: 1, length: 4096)]))) }
-                    ),
-                    (
-                        "does not exist",
-                        { try $0.command(.discard(.init(block: "rom", ranges: [.init(offset: 0, length: 4096)]))) }
-                    ),
-                    ("bytes, not 1 to", { try $0.say { $0.append([8, 0, 7, 0, 4, 0x7f, 0xff, 0xff, 0xff]) } }),
-                    (
-                        "stands in a package",
-                        {
-                            var package = try $0.package()
-                            package = Array(package.dropLast(5)) + [8, 0, 9, 0, 0] + package.suffix(5)
-                            try $0.send(package: package)
-                        }
-                    ),
-                    ("out of turn", { try $0.command(.listen) }),
-                    ("out of turn", { try $0.command(.run) }),
-                    (
-                        "out of turn",
-                        {
-                            try $0.discard([pages(0..<1)])
-                            try $0.pages([pages(0..<1)])
-                        }
-                    ),
-                    ("out of turn", { try $0.send(package: Array($0.package().dropFirst(5))) }),
-                    (
-                        "ended inside a package",
-                        {
-                            try $0.send(package: Array($0.package().dropLast(5)))
-                        }
-                    ),
-                ]
-                for (words, act) in before {
+                for (words, act) in nonsenseBeforeRun {
                     let destination = try source.postcopyDestination()
                     let script = try ScriptedPostcopySource(of: source.machine, to: try destination.listen())
                     try script.open()
@@ -225,36 +257,16 @@ struct PostcopyMigrationTests {
                         reason.contains(words) || words == "ended inside a package", "'\(words)' is not in: \(reason)")
                     claim(destination.machine.runState == .inMigrate, "\(words): \(destination.machine.runState)")
                 }
-                let behind: [(String, Act)] = [
-                    (
-                        "a page outside",
-                        {
-                            try $0.say {
-                                $0.ramRound(final: false, id: 2); $0.be64(0xfff_f000 | 0x28)
-                            }
-                        }
-                    ),
-                    ("a command of a recovery", { try $0.command(.resume) }),
-                    (
-                        "RAM that ends too early",
-                        {
-                            try $0.pages([], final: true); try $0.end()
-                        }
-                    ),
-                    ("the end without RAM", { try $0.end() }),
-                    (
-                        "a page cut off",
-                        {
-                            try $0.say {
-                                $0.ramRound(final: false, id: 2); $0.be64(0x3000 | 8); $0.name("ram");
-                                $0.append([1, 2, 3])
-                            }
-                            try $0.channel.finish()
-                        }
-                    ),
-                    ("the connection lost", { $0.channel.cancel() }),
-                ]
-                for (name, act) in behind {
+            }
+        }
+    }
+
+    @Test("nonsense behind RUN leaves a guest that runs on, and waits for what is missing", .timeLimit(.minutes(10)))
+    func nonsenseBehind() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 90) {
+                let source = try Migrator.memoryAlone(mebibytes: 1)
+                for (name, act) in nonsenseBehindRun {
                     let destination = try source.postcopyDestination()
                     let script = try ScriptedPostcopySource(of: source.machine, to: try destination.listen())
                     try script.open()

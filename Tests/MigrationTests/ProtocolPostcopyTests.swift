@@ -85,6 +85,118 @@ private struct Driver {
     var reported: [MigrationStatus] { actions.compactMap { if case .report(let status) = $0 { status } else { nil } } }
 }
 
+/// What has no place where it comes.
+private let outOfTurnCases: [(String, @Sendable (inout Driver) -> Void)] = [
+    (
+        "ADVISE twice",
+        {
+            $0.advise(); $0.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
+        }
+    ),
+    (
+        "ADVISE behind the blocks",
+        {
+            $0.receive(); $0.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
+        }
+    ),
+    (
+        "other page sizes",
+        {
+            $0.feed(.accepted(Driver.id, answers: true))
+            $0.items(.header, .configuration(machine: "m"), .command(.openReturnPath))
+            $0.commands(.advise(PostcopyAdvice(blockPageSizes: 0x20_1000)))
+        }
+    ),
+    (
+        "ADVISE without RAM",
+        {
+            $0.feed(.accepted(Driver.id, answers: true))
+            $0.items(.header, .configuration(machine: "m"), .command(.openReturnPath))
+            $0.commands(.advise(nil))
+        }
+    ),
+    (
+        "ADVISE without a way back",
+        {
+            $0.feed(.accepted(Driver.id, answers: true))
+            $0.items(.header, .configuration(machine: "m"))
+            $0.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
+        }
+    ),
+    (
+        "LISTEN outside a package",
+        {
+            $0.receive(); $0.commands(.listen)
+        }
+    ),
+    (
+        "RUN without LISTEN",
+        {
+            $0.receive(); $0.commands(.packaged(byteCount: 9), .run)
+        }
+    ),
+    (
+        "DISCARD behind LISTEN",
+        {
+            $0.listen(); $0.commands(.discard(Driver.discard))
+        }
+    ),
+    (
+        "a second package",
+        {
+            $0.listen(); $0.commands(.packaged(byteCount: 9))
+        }
+    ),
+    (
+        "LISTEN twice",
+        {
+            $0.listen(); $0.commands(.listen)
+        }
+    ),
+    (
+        "pages behind DISCARD",
+        {
+            $0.receive(); $0.commands(.discard(Driver.discard)); $0.items(.ramRound(final: false))
+        }
+    ),
+    (
+        "RUN without a device",
+        {
+            $0.listen(); $0.commands(.run)
+        }
+    ),
+    (
+        "a recovery",
+        {
+            $0.receive(); $0.commands(.resume)
+        }
+    ),
+    (
+        "no userfaultfd",
+        {
+            $0.advise(); $0.feed(.pagesFailed("no"))
+        }
+    ),
+    (
+        "lost behind LISTEN",
+        {
+            $0.listen(); $0.feed(.disconnected(Driver.id, "gone"))
+        }
+    ),
+    (
+        "nonsense behind LISTEN",
+        {
+            $0.listen(); $0.feed(.rejected(Driver.id, "nonsense"))
+        }
+    ),
+    (
+        "EOF behind LISTEN",
+        {
+            $0.listen(); $0.items(.endOfStream)
+        }
+    ),
+]
+
 @Suite("Destination core, postcopy")
 struct ProtocolPostcopyTests {
     @Test("the guest starts at RUN, its memory comes behind, and only then all is over")
@@ -134,117 +246,7 @@ struct ProtocolPostcopyTests {
 
     @Test("what is out of turn fails before RUN, and the guest never starts")
     func outOfTurn() {
-        let cases: [(String, (inout Driver) -> Void)] = [
-            (
-                "ADVISE twice",
-                {
-                    $0.advise(); $0.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
-                }
-            ),
-            (
-                "ADVISE behind the blocks",
-                {
-                    $0.receive(); $0.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
-                }
-            ),
-            (
-                "other page sizes",
-                {
-                    $0.feed(.accepted(Driver.id, answers: true))
-                    $0.items(.header, .configuration(machine: "m"), .command(.openReturnPath))
-                    $0.commands(.advise(PostcopyAdvice(blockPageSizes: 0x20_1000)))
-                }
-            ),
-            (
-                "ADVISE without RAM",
-                {
-                    $0.feed(.accepted(Driver.id, answers: true))
-                    $0.items(.header, .configuration(machine: "m"), .command(.openReturnPath))
-                    $0.commands(.advise(nil))
-                }
-            ),
-            (
-                "ADVISE without a way back",
-                {
-                    $0.feed(.accepted(Driver.id, answers: true))
-                    $0.items(.header, .configuration(machine: "m"))
-                    $0.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
-                }
-            ),
-            (
-                "LISTEN outside a package",
-                {
-                    $0.receive(); $0.commands(.listen)
-                }
-            ),
-            (
-                "RUN without LISTEN",
-                {
-                    $0.receive(); $0.commands(.packaged(byteCount: 9), .run)
-                }
-            ),
-            (
-                "DISCARD behind LISTEN",
-                {
-                    $0.listen(); $0.commands(.discard(Driver.discard))
-                }
-            ),
-            (
-                "a second package",
-                {
-                    $0.listen(); $0.commands(.packaged(byteCount: 9))
-                }
-            ),
-            (
-                "LISTEN twice",
-                {
-                    $0.listen(); $0.commands(.listen)
-                }
-            ),
-            (
-                "pages behind DISCARD",
-                {
-                    $0.receive(); $0.commands(.discard(Driver.discard)); $0.items(.ramRound(final: false))
-                }
-            ),
-            (
-                "RUN without a device",
-                {
-                    $0.listen(); $0.commands(.run)
-                }
-            ),
-            (
-                "a recovery",
-                {
-                    $0.receive(); $0.commands(.resume)
-                }
-            ),
-            (
-                "no userfaultfd",
-                {
-                    $0.advise(); $0.feed(.pagesFailed("no"))
-                }
-            ),
-            (
-                "lost behind LISTEN",
-                {
-                    $0.listen(); $0.feed(.disconnected(Driver.id, "gone"))
-                }
-            ),
-            (
-                "nonsense behind LISTEN",
-                {
-                    $0.listen(); $0.feed(.rejected(Driver.id, "nonsense"))
-                }
-            ),
-            (
-                "EOF behind LISTEN",
-                {
-                    $0.listen(); $0.items(.endOfStream)
-                }
-            ),
-        ]
-        for (name, act) in cases {
+        for (name, act) in outOfTurnCases {
             var driver = Driver()
             act(&driver)
             #expect(driver.core.phase == .failed || driver.core.phase == .waiting, "\(name)")
