@@ -64,6 +64,12 @@ public struct MigrationInfo: Sendable, Equatable {
         }
     }
 
+    /// How long vCPUs stood still for pages of postcopy: all at once, and each.
+    public struct BlockTime: Sendable, Equatable {
+        public var allNanoseconds: UInt64
+        public var cpuNanoseconds: [UInt64]
+    }
+
     /// A switchover that would have broken the downtime limit: the guest ran on at the source.
     public struct BrokenAttempt: Sendable, Equatable {
         public var switchover: BrokenSwitchover
@@ -91,6 +97,10 @@ public struct MigrationInfo: Sendable, Equatable {
     /// that they had arrived.
     public var resumptions: UInt64 = 0
     public var repeatedPages: UInt64 = 0
+    /// At the destination: how long pages took that the guest waited for. `nil` before the first.
+    public var pageLatency: LatencyHistogram?
+    /// With the capability `postcopy-blocktime`.
+    public var blockTime: BlockTime?
     /// How long a destination in state `x-paused` still waits for its source.
     public var keptNanoseconds: UInt64?
     /// One sentence: why it failed or is paused, or what an operator must settle.

@@ -86,11 +86,9 @@ public final class Migrator: Sendable {
                 throw MigrationError("migrate-set-capabilities: \(reason)")
             }
             // Only who waits for memory needs it; a source must not be refused for what it will not use.
-            if machine.runState == .inMigrate, wanted.contains(.postcopyRAM), !state.capabilities.contains(.postcopyRAM)
-            {
-                do throws(SystemError) { _ = try UserFault.supportedFeatures() } catch {
-                    throw MigrationError("migrate-set-capabilities: Postcopy is not supported: \(error)")
-                }
+            let isNews = wanted.contains(.postcopyRAM) && !state.capabilities.contains(.postcopyRAM)
+            if isNews, machine.runState == .inMigrate, let reason = IncomingPostcopy.obstacle(of: machine) {
+                throw MigrationError("migrate-set-capabilities: Postcopy is not supported: \(reason)")
             }
             state.capabilities = wanted
         }
@@ -160,6 +158,10 @@ public final class Migrator: Sendable {
                     outgoing.isUnsettled
                         ? "migrate: the last migration is unsettled; settle it first (x-migrate-settle)"
                         : "migrate: there's a migration process in progress")
+            }
+            guard state.incoming?.isPulling != true else {
+                throw MigrationError(
+                    "migrate: memory of the guest is still on its way here (postcopy); wait until that has completed")
             }
             switch machine.runState {
             case .inMigrate: throw MigrationError("migrate: the machine is itself waiting for an incoming migration")

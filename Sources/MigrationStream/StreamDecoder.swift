@@ -191,6 +191,9 @@ public struct StreamDecoder: Sendable {
         return text
     }
 
+    /// Whether a connection that begins so brings a stream.
+    public static func isAnnounced(by bytes: [UInt8]) -> Bool { bytes.count >= 4 && bytes.be32(0) == Wire.magic }
+
     private mutating func header(_ buffer: inout ReceiveBuffer) throws(StreamError) -> Step {
         guard buffer.count >= 4 else { return .needMore }
         guard buffer.be32(0) == Wire.magic else { throw error(.notAStream(buffer.be32(0))) }

@@ -65,6 +65,8 @@ extension Simulator {
                 if epoch == destinationEpoch { feedDestination(.readersEnded(ids)) }
             }
         case .keeps: kept()
+        // No source switches to postcopy here.
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .pullPaused: break
         case .report, .agreed, .admit, .turnedAway: break
         }
     }

@@ -17,13 +17,21 @@ final class AnswerQueue: Sendable {
 
     /// Connections whose peers are waited for, each by a thread.
     private let lines = Mutex<[ConnectionID: Line]>([:])
+    /// Held by who says something.
+    private let turn = Mutex(())
     /// So much is kept for a peer that does not read.
     private static let mostBytes = 1 << 16
 
-    /// One caller at a time. - Parameter failed: called on the thread that waited, with a sentence, if nothing came of it.
+    /// From any thread; nobody waits here for a peer. - Parameter failed: called on the thread that waited, with a sentence, if nothing came of it.
     /// - Throws: `ChannelError` where that is known at once, and for a peer that has been told too much already.
     func say(
         _ bytes: [UInt8], on channel: Channel, _ id: ConnectionID, failed: @escaping @Sendable (String) -> Void
+    ) throws(ChannelError) {
+        try turn.withLock { (_) throws(ChannelError) in try sayInTurn(bytes, on: channel, id, failed) }
+    }
+
+    private func sayInTurn(
+        _ bytes: [UInt8], on channel: Channel, _ id: ConnectionID, _ failed: @escaping @Sendable (String) -> Void
     ) throws(ChannelError) {
         let isWaitedFor = try lines.withLock { (lines) throws(ChannelError) -> Bool in
             guard lines[id] != nil else { return false }

@@ -23,6 +23,10 @@ extension IncomingMigration {
         } catch { return post(.disconnected(id, error.description)) }
         if MultifdGreeting.isAnnounced(by: first) == true {
             readChannel(channel, id, behind: first)
+        } else if !StreamDecoder.isAnnounced(by: first), expectsUrgentChannel {
+            // Silent for good: nothing was ever requested.
+            if first.isEmpty { return post(.disconnected(id, "it was closed without a word")) }
+            readRequestedPages(channel, id, behind: first)
         } else {
             readStream(channel, id, behind: first)
         }
@@ -41,7 +45,8 @@ extension IncomingMigration {
             while let item = try receiver.next() {
                 switch item {
                 case .page, .zeroPage, .pageDelta, .pageBatch:
-                    guard takesPages(on: id) else {
+                    // While memory is watched no page may wait for the core, which may wait for memory.
+                    guard receiver.placer != nil || takesPages(on: id) else {
                         // Nobody wants these pages: the core says why, and the connection ends.
                         post(.item(id, item))
                         post(.rejected(id, "it sends pages that nobody waits for"))
@@ -54,6 +59,9 @@ extension IncomingMigration {
                     receiver.isCounted = acceptsPages(on: id)
                     if receiver.isCounted, !receiver.regions.isEmpty { try readFile(channel, id, receiver.regions) }
                 // Channels that wrote into a file left nothing to wait for.
+                case .command(.postcopy(.packaged)):
+                    post(.item(id, item))
+                    guard isOpen(id), try readPackage(id, with: &receiver) else { return }
                 case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
@@ -62,7 +70,7 @@ extension IncomingMigration {
                     if isOpen(id) { waitForChannels(id) }
                 case .ramRecordsEnded:
                     // Not at the footer behind it: an old QEMU keeps that back until its channels have gone on.
-                    if !marks.flushes, usesChannels {
+                    if !marks.flushes, receiver.placer == nil, usesChannels {
                         if !marks.sections { hearStrangers() }
                         marks.sections = true
                         waitForChannels(id)

@@ -13,13 +13,18 @@ final class IncomingMigration: Sendable {
     let machine: VirtualMachine
     private let listener: Listener
     let mapped: MappedRAMReader.Plan
-    private let report: @Sendable (MigrationEvent) -> Void
+    let measuresBlockTime: Bool
+    let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
     let blocks: [RAMBlockDescription]
     let received: ReceivedPages
     let populating: PopulateAhead
     /// Where the channels of multifd and the main one wait for each other.
     let barrier: IncomingChannels
+    /// Of the migration under way, from ADVISE on.
+    let postcopies = Mutex<IncomingPostcopy?>(nil)
+    /// The connection on which pages are asked for.
+    let postcopySource = Mutex<ConnectionID?>(nil)
     private let verifications = Mutex<IncomingVerification?>(nil)
     private let handshakes = HandshakeQueue()
     private let answers = AnswerQueue()
@@ -59,6 +64,7 @@ final class IncomingMigration: Sendable {
         self.machine = machine
         self.report = report
         self.mapped = mapped
+        measuresBlockTime = capabilities.contains(.postcopyBlocktime)
         do throws(ChannelError) {
             listener = try Listener(
                 on: address, tls: tls, allowsPlaintext: allowsPlaintext, descriptors: descriptors)
@@ -87,6 +93,7 @@ final class IncomingMigration: Sendable {
         configuration.uuid = machine.configuration.uuid.map(MigrationIdentifier.init)
         configuration.features.insert(.verification)
         if case .file = address { configuration.readsMappedRAM = true }
+        configuration.allowsPostcopy = capabilities.contains(.postcopyRAM)
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }
@@ -105,6 +112,8 @@ final class IncomingMigration: Sendable {
         _ = try? HostThread.detached(name: "migration-bye") { [self] in
             Clock.sleep(nanoseconds: Self.farewellNanoseconds)
             for channel in channels.withLock({ Array($0.values) }) { channel.cancel() }
+            // Whoever sleeps for a page that does not come any more would keep the process from ending.
+            postcopy?.end()
         }
         post(.giveUp)
         listener.close()
@@ -216,6 +225,7 @@ final class IncomingMigration: Sendable {
     func acceptsSource(_ id: ConnectionID) -> Bool { state.withLock { $0.core.source == id } }
     /// Of the migration under way, if its pages bring digests.
     var verification: IncomingVerification? { verifications.withLock { $0 } }
+    var expectsUrgentChannel: Bool { state.withLock { $0.core.expectsUrgentChannel } }
     var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
 
     private func serveTimers() {
@@ -243,8 +253,11 @@ final class IncomingMigration: Sendable {
                 // Whoever sees the last status sees the reason, too.
                 for case .finished(let outcome) in actions { statistics.end(error: outcome.reason) }
                 for action in actions {
-                    if case .loadState = action { state.isUrgent = HostThread.runBeforeOthers() }
-                    if let answer = perform(action) { events.append(answer) }
+                    if case .loadState = action, !state.core.isPulling {
+                        state.isUrgent = HostThread.runBeforeOthers()
+                    }
+                    let answer = state.core.isPulling ? performPulling(action) : perform(action)
+                    if let answer { events.append(answer) }
                 }
             }
             // RAM again, which is work for long.
@@ -256,13 +269,10 @@ final class IncomingMigration: Sendable {
     }
 
     /// - Returns: the event that answers the action, if it is known at once.
-    private func perform(_ action: DestinationAction) -> DestinationEvent? {
+    func perform(_ action: DestinationAction) -> DestinationEvent? {
         switch action {
         case .send(let id, let bytes):
-            guard let channel = channels.withLock({ $0[id] }) else { return nil }
-            do throws(ChannelError) {
-                try answers.say(bytes, on: channel, id) { [self] in post(.disconnected(id, $0)) }
-            } catch { return .disconnected(id, error.description) }
+            if let reason = say(bytes, on: id) { return .disconnected(id, reason) }
         case .close(let id):
             guard let channel = forget(id) else { return nil }
             answers.close(channel, id)
@@ -271,10 +281,7 @@ final class IncomingMigration: Sendable {
         case .compareRoot(let root): return compared(verification?.compare(root: root))
         case .compareDigests(let range, let values): return compared(verification?.compare(range, values))
         case .loadState(let sections): return load(sections)
-        case .startGuest(let running, let moment):
-            let began = Clock.monotonicNanoseconds
-            guard machine.startAfterMigration(running: running, by: moment) else { return .startedTooLate }
-            return .guestStarted(nanoseconds: Clock.monotonicNanoseconds - began)
+        case .startGuest(let running, let moment): return start(running, by: moment)
         case .setTimer(let timer, let nanoseconds):
             timers.withLock { $0[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
         case .cancelTimer(let kind): timers.withLock { $0[kind] = nil }
@@ -287,12 +294,17 @@ final class IncomingMigration: Sendable {
             statistics.keeps(sentence, forNanoseconds: nanoseconds)
             report(.notice(sentence))
         case .turnedAway(_, let sentence): report(.notice(sentence))
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .pullPaused:
+            return performPostcopy(action)
         case .finished(let outcome):
             if let reason = outcome.reason { report(.notice(reason)) }
             toldSecurity.withLock { $0 = [] }
             // What comes next may come without digests.
             if outcome != .completed { verifications.withLock { $0 = nil } }
-            if outcome == .completed { stopListeningLater() }
+            if outcome == .completed {
+                postcopies.withLock { $0 = nil }
+                stopListeningLater()
+            }
         }
         return nil
     }
@@ -330,7 +342,22 @@ final class IncomingMigration: Sendable {
         return verdict.map { .compared($0) }
     }
 
-    private func load(_ sections: [DeviceSection]) -> DestinationEvent {
+    /// - Returns: why it could not be said, if that is known at once.
+    func say(_ bytes: [UInt8], on id: ConnectionID) -> String? {
+        guard let channel = channels.withLock({ $0[id] }) else { return nil }
+        do throws(ChannelError) {
+            try answers.say(bytes, on: channel, id) { [self] in post(.disconnected(id, $0)) }
+            return nil
+        } catch { return error.description }
+    }
+
+    func start(_ running: Bool, by moment: UInt64?) -> DestinationEvent {
+        let began = Clock.monotonicNanoseconds
+        guard machine.startAfterMigration(running: running, by: moment) else { return .startedTooLate }
+        return .guestStarted(nanoseconds: Clock.monotonicNanoseconds - began)
+    }
+
+    func load(_ sections: [DeviceSection]) -> DestinationEvent {
         let began = Clock.monotonicNanoseconds
         do throws(MachineError) {
             try machine.loadState(

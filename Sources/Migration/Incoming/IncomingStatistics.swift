@@ -9,6 +9,7 @@ final class IncomingStatistics: Sendable {
         var ended: UInt64?
         /// Until when a lost source is waited for.
         var keptUntil: UInt64?
+        var postcopy: PendingPages?
     }
     private let state: Mutex<State>
 
@@ -27,8 +28,16 @@ final class IncomingStatistics: Sendable {
             let now = Clock.monotonicNanoseconds
             if let began = state.began { info.totalNanoseconds = (state.ended ?? now) - began }
             if let end = state.keptUntil, info.status == .paused { info.keptNanoseconds = end - min(end, now) }
+            if let postcopy = state.postcopy { Self.add(postcopy, to: &info) }
             return info
         }
+    }
+
+    private static func add(_ postcopy: PendingPages, to info: inout MigrationInfo) {
+        let histogram = postcopy.latency.histogram
+        info.pageLatency = histogram.count > 0 ? histogram : nil
+        info.blockTime = postcopy.blockTime?.figures
+        info.ram?.remaining = postcopy.missingPages * 4096
     }
 
     func enter(_ status: MigrationStatus) {
@@ -45,9 +54,15 @@ final class IncomingStatistics: Sendable {
                 state.info.ram = MigrationInfo.RAM()
                 state.info.ram?.total = total ?? 0
                 state.info.errorDescription = nil
+                state.postcopy = nil
+                (state.info.pageLatency, state.info.blockTime) = (nil, nil)
                 (state.began, state.ended) = (nil, nil)
             case .active where state.began == nil: state.began = Clock.monotonicNanoseconds
-            case .completed, .failed: state.ended = Clock.monotonicNanoseconds
+            case .completed, .failed:
+                state.ended = Clock.monotonicNanoseconds
+                // The figures stay, the record of every page is of no use any more.
+                if let postcopy = state.postcopy { Self.add(postcopy, to: &state.info) }
+                state.postcopy = nil
             default: break
             }
         }
@@ -65,8 +80,17 @@ final class IncomingStatistics: Sendable {
         }
     }
 
-    func received(bytes: UInt64, normal: UInt64, duplicate: UInt64, overChannels: Bool = false) {
+    /// Postcopy may come.
+    func watch(_ pending: PendingPages) { state.withLock { $0.postcopy = pending } }
+
+    /// Pages were asked for, each once.
+    func asked(for pages: UInt64) { state.withLock { $0.info.ram?.postcopyRequests += pages } }
+
+    func received(
+        bytes: UInt64, normal: UInt64, duplicate: UInt64, overChannels: Bool = false, inPostcopy: Bool = false
+    ) {
         state.withLock { state in
+            if inPostcopy { state.info.ram?.postcopyBytes += bytes }
             state.info.ram?.transferred += bytes
             if overChannels { state.info.ram?.multifdBytes += bytes }
             state.info.ram?.normal += normal

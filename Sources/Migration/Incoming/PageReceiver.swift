@@ -23,6 +23,8 @@ struct PageReceiver: ~Copyable {
     var isCounted = false
     /// Digests come with the pages.
     var verification: IncomingVerification?
+    /// Pages go where they are missing, and nowhere else (postcopy).
+    var placer: PagePlacer?
     private let populating: PopulateAhead?
     /// Single pages that came one behind the other, up to this one.
     private var single: (block: Int, pages: UInt64, end: UInt64) = (0, 0, 0)
@@ -39,17 +41,29 @@ struct PageReceiver: ~Copyable {
         catalogue: SectionCatalogue, received: ReceivedPages, statistics: IncomingStatistics,
         populating: PopulateAhead? = nil
     ) {
+        var decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
+        decoder.tellsEndOfRecords = true
+        decoder.allowsPostcopy = true
+        // Channels begin where the stream does; part of it was read already. (A device like /dev/null always says 0.)
+        if let position = try? channel.filePosition(), position >= UInt64(ahead.count) {
+            decoder.fileOffset = position - UInt64(ahead.count)
+        }
+        self.init(
+            channel, behind: ahead, memory: memory, decoder: decoder, received: received, statistics: statistics,
+            populating: populating)
+    }
+
+    /// - Parameter decoder: of what comes on the connection.
+    init(
+        _ channel: Channel, behind ahead: [UInt8], memory: GuestMemory, decoder: StreamDecoder, received: ReceivedPages,
+        statistics: IncomingStatistics, populating: PopulateAhead? = nil
+    ) {
         self.channel = channel
         self.memory = memory
         self.statistics = statistics
         self.received = received
         self.populating = populating
-        decoder = StreamDecoder(.load(blocks: blocks, catalogue: catalogue))
-        decoder.tellsEndOfRecords = true
-        // Channels begin where the stream does; part of it was read already. (A device like /dev/null always says 0.)
-        if let position = try? channel.filePosition(), position >= UInt64(ahead.count) {
-            decoder.fileOffset = position - UInt64(ahead.count)
-        }
+        self.decoder = decoder
         buffer.append(ahead)
     }
 
@@ -96,6 +110,8 @@ struct PageReceiver: ~Copyable {
     }
 
     private mutating func fill() throws(ChannelError) -> Int {
+        // What is here does not wait for what is not.
+        if let placer { try Self.placing { () throws(SystemError) in try placer.flush() } }
         let channel = channel
         let limit = hasBatches ? Self.batchAheadBytes : Self.bulkBytes
         return try unsafe buffer.fill(atLeast: 4096) { (room) throws(ChannelError) in
@@ -105,6 +121,10 @@ struct PageReceiver: ~Copyable {
 
     /// Puts the pages of an item into guest memory.
     mutating func place(_ item: StreamItem) throws(ChannelError) {
+        if let placer {
+            try place(item, with: placer)
+            return count(force: false)
+        }
         switch item {
         case .page(let block, let offset):
             // Before its contents: if these are cut off, zeros that come later must clear what is there.
@@ -127,7 +147,8 @@ struct PageReceiver: ~Copyable {
         guard isCounted, force || pending.normal + pending.duplicate >= 256 else { return }
         let position = decoder.position
         statistics.received(
-            bytes: position - countedBytes, normal: pending.normal, duplicate: pending.duplicate)
+            bytes: position - countedBytes, normal: pending.normal, duplicate: pending.duplicate,
+            inPostcopy: placer != nil)
         countedBytes = position
         pending = (0, 0)
     }
@@ -143,6 +164,102 @@ struct PageReceiver: ~Copyable {
             buffer.consume(count)
             decoder.payloadConsumed(count)
         }
+    }
+
+    // MARK: Postcopy
+
+    /// The package that was announced just now, read whole before it is looked at; empty when it is cut off or makes no sense.
+    mutating func package() throws(ChannelError) -> [StreamItem] {
+        var inner = decoder.packageDecoder()
+        var package = ReceiveBuffer()
+        while decoder.payloadBytes > 0 {
+            if buffer.isEmpty, try fill() == 0 {
+                failure = StreamError(.truncated(inside: "a package"), position: decoder.position)
+                return []
+            }
+            let count = min(buffer.count, decoder.payloadBytes)
+            _ = unsafe package.fill(atLeast: count) { room in
+                unsafe buffer.move(to: UnsafeMutableRawBufferPointer(rebasing: room.prefix(count)))
+            }
+            decoder.payloadConsumed(count)
+        }
+        do throws(StreamError) {
+            var items: [StreamItem] = []
+            while let item = try inner.next(from: &package) { items.append(item) }
+            try inner.checkEnd(package)
+            return items
+        } catch {
+            failure = error
+            return []
+        }
+    }
+
+    private mutating func place(_ item: StreamItem, with placer: PagePlacer) throws(ChannelError) {
+        switch item {
+        case .page(let block, let offset):
+            // Whole, before it is anybody's: a page whose rest may never come is still missing.
+            guard try readAhead(Wire.pageSize) else { return }
+            let page = RAMOffset(offset).page
+            let place = try Self.placing { () throws(SystemError) in try placer.room(for: page, of: block) }
+            take(Wire.pageSize, into: placer.staging, at: place)
+            decoder.payloadConsumed(Wire.pageSize)
+            placer.came(page, of: block)
+            pending.normal += 1
+        case .zeroPage(let block, let offset):
+            try Self.placing { () throws(SystemError) in
+                try placer.cameAsZeroes(Self.range(offset, 1), of: block)
+            }
+            pending.duplicate += 1
+        case .pageBatch(let block, let runs):
+            try Self.placing { () throws(SystemError) in try placer.flush() }
+            for run in runs { try place(run, of: block, with: placer) }
+        case .pageDelta(let block, let offset, _):
+            let name = memory.blocks[block].name
+            failure = StreamError(.deltaWithoutPage(block: name, offset: offset), position: decoder.position)
+        default: break
+        }
+    }
+
+    private mutating func place(_ run: PageRun, of block: Int, with placer: PagePlacer) throws(ChannelError) {
+        let pages = Self.range(run.offset, UInt64(run.pages))
+        guard run.kind == .data else {
+            pending.duplicate += UInt64(run.pages)
+            return try Self.placing { () throws(SystemError) in
+                try placer.cameAsZeroes(pages, of: block)
+                try placer.flush()
+            }
+        }
+        var start = pages.lowerBound
+        while start < pages.upperBound {
+            let end = min(start.advanced(by: Int(PagePlacer.runPages)), pages.upperBound)
+            let count = Int(end.offset.value - start.offset.value)
+            let ahead = min(buffer.count, count)
+            take(ahead, into: placer.staging, at: 0)
+            if ahead < count {
+                vector.removeAll()
+                vector.append(placer.staging, offset: ahead, count: count - ahead)
+                try channel.receive(&vector)
+            }
+            decoder.payloadConsumed(count)
+            try Self.placing { () throws(SystemError) in try placer.place(staged: start..<end, of: block) }
+            start = end
+        }
+        pending.normal += UInt64(run.pages)
+    }
+
+    /// - Returns: false, with `failure` set, when the stream ends before.
+    private mutating func readAhead(_ count: Int) throws(ChannelError) -> Bool {
+        while buffer.count < count {
+            guard try fill() > 0 else {
+                failure = StreamError(.truncated(inside: "page contents"), position: decoder.position)
+                return false
+            }
+        }
+        return true
+    }
+
+    private static func placing<R>(_ body: () throws(SystemError) -> R) throws(ChannelError) -> R {
+        do throws(SystemError) { return try body() } catch { throw .system(error) }
     }
 
     // MARK: Contents

@@ -31,6 +31,7 @@ final class PopulateAhead: Sendable {
         /// Granules of `block` to be populated.
         var wanted: Range<UInt64> = 0..<0
         var threads = 0
+        var isClosed = false
         var populated: UInt64 = 0
     }
 
@@ -57,12 +58,12 @@ final class PopulateAhead: Sendable {
         guard threadLimit > 0 else { return }
         let granule = offset / Self.granuleBytes
         let isWanted = state.wait { state -> Bool? in
-            if state.block == block, granule == state.row.last { return false }
+            if state.isClosed || state.block == block && granule == state.row.last { return false }
             return Self.advance(&state, to: granule, of: block, end: memory.blocks[block].byteCount / Self.granuleBytes)
         }
         guard isWanted == true else { return }
         let starts = state.withLock { state in
-            guard state.threads < threadLimit else { return false }
+            guard state.threads < threadLimit, !state.isClosed else { return false }
             state.threads += 1
             return true
         }
@@ -71,6 +72,15 @@ final class PopulateAhead: Sendable {
         do { _ = try HostThread.detached(name: "migration-popul") { [self] in populate() } } catch {
             state.withLock { $0.threads -= 1 }
         }
+    }
+
+    /// Nothing is populated any more once this returns, nor later: memory that is awaited must stay missing.
+    func close() {
+        state.withLock { state in
+            state.isClosed = true
+            state.wanted = 0..<0
+        }
+        state.wait { $0.threads == 0 ? () : nil }
     }
 
     /// - Returns: whether there is something to be done.
@@ -97,12 +107,13 @@ final class PopulateAhead: Sendable {
 
     private func populate() {
         while true {
-            let next = state.wait(deadline: .after(milliseconds: Self.idleMilliseconds)) { state -> (Int, UInt64)? in
+            let next = state.wait(deadline: .after(milliseconds: Self.idleMilliseconds)) { state -> (Int, UInt64)?? in
+                if state.isClosed { return .some(nil) }
                 guard !state.wanted.isEmpty else { return nil }
                 defer { state.wanted = (state.wanted.lowerBound + 1)..<state.wanted.upperBound }
                 return (state.block, state.wanted.lowerBound)
             }
-            guard let (block, granule) = next else { break }
+            guard case .some(.some((let block, let granule))) = next else { break }
             let start = granule * Self.granuleBytes
             let pages = RAMOffset(start).page..<RAMOffset(start + Self.granuleBytes).page
             // What came before has memory; a later round goes over it again.

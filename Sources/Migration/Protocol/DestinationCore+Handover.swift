@@ -24,10 +24,16 @@ extension DestinationCore {
 
     mutating func guestStarted(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         guard phase == .starting else { return }
+        if pull == .running { return beginPulling(&actions) }
+        arrive(startedAfter: nanoseconds, &actions)
+    }
+
+    /// Guest and memory are here.
+    mutating func arrive(startedAfter nanoseconds: UInt64? = nil, _ actions: inout [DestinationAction]) {
         // The source closes when it has heard us: closing first could destroy what it has not read yet.
         enter(.started, deadline: source == nil ? nil : configuration.deadlines.acknowledgement, &actions)
         if let source, returnPathIsOpen {
-            if rule == .twoPhase { send(.started(nanoseconds: nanoseconds), to: source, &actions) }
+            if rule == .twoPhase, let nanoseconds { send(.started(nanoseconds: nanoseconds), to: source, &actions) }
             send(.shut(0), to: source, &actions)
         }
         answerVisitors(&actions)
@@ -45,13 +51,17 @@ extension DestinationCore {
 
     mutating func rejected(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
+        if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
+        if pull == .running { return losePull(reason, &actions) }
         if phase < .starting { fail(reason, &actions) } else { dropSource(&actions) }
     }
 
     mutating func disconnected(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
+        if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
+        if pull == .running { return losePull(reason, &actions) }
         // A QEMU source without a return path, and a one-way transport, close when everything was said.
         let everythingWasSaid = phase == .loading && rule != .twoPhase && !returnPathIsOpen
         if canKeep {
@@ -74,6 +84,10 @@ extension DestinationCore {
     mutating func fired(_ timer: ProtocolTimer, _ actions: inout [DestinationAction]) {
         guard timers.fired(timer) else { return }
         if case .visitor(let connection) = timer.kind {
+            guard !mayStaySilent(connection) else {
+                let timer = timers.set(.visitor(connection))
+                return actions.append(.setTimer(timer, nanoseconds: configuration.deadlines.greeting))
+            }
             return dismiss(connection, "it does not say in time what it wants", &actions)
         }
         if timer.kind == .channels { return channelsAreLate(&actions) }
@@ -85,7 +99,7 @@ extension DestinationCore {
         case .loading: fail("the device state was not loaded in time", &actions)
         case .ready: fail("the source did not say COMMIT in time", &actions)
         case .started: dropSource(&actions)
-        case .waiting, .starting, .failed: break
+        case .waiting, .starting, .pulling, .pullPaused, .failed: break
         }
     }
 
@@ -116,6 +130,7 @@ extension DestinationCore {
         // That no other source can come may show a moment later, and is not why this one did not arrive.
         if !isSpoiled { lastDismissal = reason }
         closeChannels(&actions)
+        forgetPull(&actions)
         forget()
         enter(isSpoiled ? .failed : .waiting, deadline: nil, &actions)
         report(isSpoiled ? .failed : .none, &actions)

@@ -5,6 +5,7 @@ import MigrationStream
 extension DestinationCore {
     mutating func take(_ item: StreamItem, from connection: ConnectionID, _ actions: inout [DestinationAction]) {
         guard connection == source else { return visit(connection, item, &actions) }
+        if pull == .running { return takeBehindRun(item, &actions) }
         guard phase < .starting else { return }
         expectMore(&actions)
         switch item {
@@ -12,7 +13,7 @@ extension DestinationCore {
         case .command(let command): take(command, &actions)
         case .ramSetup: ramSetup(&actions)
         case .ramRound, .page, .zeroPage, .pageDelta, .pageBatch:
-            guard phase == .receiving, !ramIsComplete else { return outOfTurn("RAM", &actions) }
+            guard phase == .receiving, !ramIsComplete, pull < .discarding else { return outOfTurn("RAM", &actions) }
             memoryWasTouched = true
             rootIsSame = false
         case .multifdFlush:
@@ -77,7 +78,8 @@ extension DestinationCore {
         case .retract(let attempt): retract(attempt, &actions)
         case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
         case .resume(let asked, _) where migration == nil: fail("migration \(asked) is not kept here", &actions)
-        case .settle, .resume, .postcopy, .other: outOfTurn("a command", &actions)
+        case .postcopy(let command): take(command, &actions)
+        case .settle, .resume, .other: outOfTurn("a command", &actions)
         }
     }
 
@@ -87,7 +89,7 @@ extension DestinationCore {
         send(.switchoverAcknowledged, to: source, &actions)
     }
 
-    private mutating func answer(ping value: UInt32, _ actions: inout [DestinationAction]) {
+    mutating func answer(ping value: UInt32, _ actions: inout [DestinationAction]) {
         guard let source, returnPathIsOpen else { return }
         if value == Wire.godwitPing, phase == .opened, !helloWasSaid, !configuration.features.isEmpty {
             helloWasSaid = true
@@ -162,9 +164,9 @@ extension DestinationCore {
     }
 
     /// The source says that it sent everything: only complete state is loaded, and all of it at once.
-    private mutating func load(_ actions: inout [DestinationAction]) {
+    mutating func load(_ actions: inout [DestinationAction]) {
         guard phase == .receiving else { return outOfTurn("the end of its state", &actions) }
-        guard ramIsComplete || features.contains(.retraction) else {
+        guard ramIsComplete || pull == .listening || features.contains(.retraction) else {
             return fail("the source ended its state before its RAM", &actions)
         }
         let missing = configuration.sections.filter { wanted in

@@ -116,7 +116,7 @@ extension DestinationCore {
     }
 
     private func verdict(on asked: MigrationIdentifier) -> Verdict {
-        if asked == migration, phase == .started { return .started }
+        if asked == migration, phase >= .pulling, phase < .failed { return .started }
         return history.contains(asked) ? .neverStarted : .unknown
     }
 
@@ -132,7 +132,7 @@ extension DestinationCore {
 
     /// The start that visitors waited for has ended. Only the migration of that start can be asked for here.
     mutating func answerVisitors(_ actions: inout [DestinationAction]) {
-        let verdict: Verdict = phase == .started ? .started : .neverStarted
+        let verdict: Verdict = phase >= .pulling && phase < .failed ? .started : .neverStarted
         for connection in visitors.keys.sorted(by: { $0.rawValue < $1.rawValue })
         where visitors[connection]?.wish == .verdict {
             answer(connection, verdict, &actions)

@@ -19,6 +19,10 @@ public enum DestinationPhase: Int, Comparable, Sendable {
     // From here on the guest is ours.
     /// The guest is being started: nobody but who does it knows whether there is a way back.
     case starting
+    /// The guest runs, and pages of it are still to come (postcopy).
+    case pulling
+    /// The guest runs, the source is lost, and pages of it are missing: who touches one waits.
+    case pullPaused
     case started
     /// The guest never starts here.
     case failed
@@ -91,6 +95,13 @@ public struct DestinationCore: Sendable {
     var lostChannel: String?
     /// How many a Godwit source says there are.
     var announcedChannels: Int?
+    /// Postcopy, as far as it has come.
+    var pull = PullProgress.none
+    var packageHasCome = false
+    /// Why the source is lost, though RUN was said.
+    var pullLoss: String?
+    /// Channels for requested pages.
+    var urgent: Set<ConnectionID> = []
     /// When READY was said, at the latest.
     var readyAt: UInt64 = 0
     /// Closed connections of this migration from which a thread may still be placing pages.
@@ -114,7 +125,11 @@ public struct DestinationCore: Sendable {
 
     /// Whether pages of that connection may be placed into guest memory now, without asking for each.
     public func acceptsPages(on connection: ConnectionID) -> Bool {
-        phase == .receiving && !ramIsComplete && (connection == source || channels[connection] != nil)
+        if pull >= .listening {
+            return urgent.contains(connection) || connection == source && pull < .complete && !ramIsComplete
+        }
+        return phase == .receiving && !ramIsComplete && pull < .discarding
+            && (connection == source || channels[connection] != nil)
     }
 
     /// The same, asked by who is about to place pages: what was placed stays. A channel may be ahead of the stream's own words.
@@ -132,13 +147,17 @@ public struct DestinationCore: Sendable {
         switch event {
         case .accepted(let connection, let answers): accepted(connection, answers, &actions)
         case .greeted(let connection, let greeting): greeted(connection, greeting, &actions)
+        case .cameForUrgentPages(let connection): cameForUrgentPages(connection, &actions)
+        case .urgentEnded(let connection): urgentEnded(connection, &actions)
+        case .pullEnded(let missing): pullEnded(missing: missing, &actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
         case .rejected(let connection, let reason): rejected(connection, reason, &actions)
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
         case .progressed(let connection):
             if connection == source || channels[connection] != nil { expectMore(&actions) }
         case .readersEnded(let connections): readersEnded(connections, &actions)
-        case .pagesFailed(let reason): fail(reason, &actions)
+        case .pagesFailed(let reason):
+            if phase < .starting { fail(reason, &actions) } else { losePull(reason, &actions) }
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
         case .loadFailed(let reason):
             loadIsUnderWay = false

@@ -341,6 +341,10 @@ public struct DestinationConfiguration: Sendable {
     public var uuid: MigrationIdentifier?
     /// The stream comes from a file, where pages may have places of their own (`mapped-ram`).
     public var readsMappedRAM = false
+    /// A QEMU source may switch to postcopy (capability `postcopy-ram`).
+    public var allowsPostcopy = false
+    /// The page sizes of all blocks' memory, joined by OR: the source's must be the same.
+    public var blockPageSizes = UInt64(Wire.pageSize)
 
     public init(
         instance: InstanceIdentifier, machineName: String, sections: [ExpectedSection], startsGuest: Bool = true,
@@ -361,6 +365,12 @@ public enum DestinationEvent: Hashable, Sendable {
     case accepted(ConnectionID, answers: Bool)
     /// That connection began with the greeting of a multifd channel. -> `admit`, or `close`, at once or later.
     case greeted(ConnectionID, MultifdGreeting)
+    /// That connection began with page records, as QEMU's channel for requested pages does. It is closed if there can be none.
+    case cameForUrgentPages(ConnectionID)
+    /// The channel for requested pages said its last word.
+    case urgentEnded(ConnectionID)
+    /// Pages that are still missing, as an answer to `finishPull`.
+    case pullEnded(missing: UInt64)
     /// What the decoder of that connection found. Page records need not come here as long as
     /// ``DestinationCore/acceptsPages(on:)``: the shell applies them by itself.
     case item(ConnectionID, StreamItem)
@@ -408,6 +418,21 @@ public enum DestinationAction: Hashable, Sendable {
     case compareRoot(UInt64)
     /// What the source answered to `RootVerdict.ask`. -> `compared`.
     case compareDigests(DigestRange, [UInt64])
+    /// Postcopy may come: see whether this host can do it (userfaultfd), before anything moves. If not: -> `pagesFailed`.
+    case preparePostcopy
+    /// These pages are out of date, and will come again. If they cannot be forgotten: -> `pagesFailed`.
+    case discardPages(RAMDiscard)
+    /// From here on whoever touches a page that was discarded waits for it, and the source is asked for it on its connection; pages are
+    /// placed as they come. `loadState` and `startGuest` may then wait for pages, too: their answers come later. If it cannot be done:
+    /// -> `pagesFailed`.
+    case listen
+    /// The source sent all, or is lost: when nothing is missing, end the watch over memory. `waits`: what is on its way on other channels
+    /// is waited for a while. -> `pullEnded`.
+    case finishPull(waits: Bool)
+    /// Memory is not watched any more, whatever is missing: the guest will not run here.
+    case endPostcopy
+    /// The guest runs on with pages missing: the reason, one sentence.
+    case pullPaused(String)
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,
     /// `loadFailed`.
     case loadState([DeviceSection])

@@ -24,6 +24,11 @@ extension MigrationInfo {
             members["expected-downtime"] = JSON(expected)
             if expectedDowntimeNanoseconds == nil { members["x-expected-downtime-unknown"] = true }
         }
+        if let blockTime {
+            members["postcopy-blocktime"] = milliseconds(blockTime.allNanoseconds)
+            members["postcopy-vcpu-blocktime"] = .array(blockTime.cpuNanoseconds.map(milliseconds))
+        }
+        if let pageLatency { pageLatency.add(to: &members) }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }
@@ -70,6 +75,18 @@ extension MigrationInfo {
     }
 
     private func milliseconds(_ nanoseconds: UInt64) -> JSON { JSON(nanoseconds / 1_000_000) }
+}
+
+extension LatencyHistogram {
+    /// QEMU's names and units (10.1): the mean in nanoseconds, and counts by powers of two of microseconds, 24 as there. Then ours.
+    fileprivate func add(to members: inout [String: JSON]) {
+        members["postcopy-latency"] = JSON(meanNanoseconds)
+        members["postcopy-latency-dist"] = .array(octaves(24).map { JSON($0) })
+        members["x-postcopy-latency-ns"] = [
+            "count": JSON(count), "p50": JSON(nanoseconds(atMille: 500)), "p90": JSON(nanoseconds(atMille: 900)),
+            "p99": JSON(nanoseconds(atMille: 990)), "max": JSON(longestNanoseconds),
+        ]
+    }
 }
 
 extension MigrationInfo.Downtime {

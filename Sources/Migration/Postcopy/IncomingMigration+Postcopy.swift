@@ -1,0 +1,131 @@
+import Host
+import Machine
+import MigrationStream
+import Synchronization
+import Transport
+
+// Postcopy in the destination's shell. The core's lock is never held by anybody who waits for guest memory: state is loaded, and the
+// guest started, on a thread of their own.
+
+extension IncomingMigration {
+    /// Whether pages of a guest that runs here are missing.
+    var isPulling: Bool { [.postcopyActive, .postcopyPaused].contains(info().status) }
+
+    var postcopy: IncomingPostcopy? { postcopies.withLock { $0 } }
+
+    /// From LISTEN on. - Returns: as `perform` does.
+    func performPulling(_ action: DestinationAction) -> DestinationEvent? {
+        switch action {
+        case .loadState(let sections):
+            return aside("migration-load", or: { .loadFailed($0) }) { [self] in
+                _ = HostThread.runBeforeOthers()
+                return load(sections)
+            }
+        case .startGuest(let running, let moment):
+            return aside("migration-start", or: { .startFailed($0) }) { [self] in start(running, by: moment) }
+        default: return perform(action)
+        }
+    }
+
+    func performPostcopy(_ action: DestinationAction) -> DestinationEvent? {
+        do throws(SystemError) {
+            switch action {
+            case .preparePostcopy: try prepare()
+            case .discardPages(let discard): try postcopy?.discard(discard)
+            case .listen: try postcopy?.listen()
+            case .finishPull(let waits):
+                // At the end of the process nothing is missed.
+                return aside("migration-end", or: { _ in .pullEnded(missing: 1) }) { [self] in
+                    .pullEnded(missing: postcopy?.finish(waits: waits) ?? 0)
+                }
+            case .endPostcopy:
+                guard let ended = postcopies.withLock({ $0.take() }) else { return nil }
+                return aside("migration-end", or: { _ in nil }) {
+                    ended.end()
+                    return nil
+                }
+            case .pullPaused(let sentence):
+                statistics.end(error: sentence)
+                report(.notice(sentence))
+            default: break
+            }
+            return nil
+        } catch { return .pagesFailed("postcopy: \(error.description)") }
+    }
+
+    private func prepare() throws(SystemError) {
+        let postcopy = try IncomingPostcopy(
+            machine.memory,
+            blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
+            quiet: { [populating] in populating.close() },
+            request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
+        postcopies.withLock { $0 = postcopy }
+        statistics.watch(postcopy.pending)
+    }
+
+    /// Does something that may take long on a thread of its own.
+    private func aside(
+        _ name: String, or failed: (String) -> DestinationEvent?, _ body: @escaping @Sendable () -> DestinationEvent?
+    ) -> DestinationEvent? {
+        do throws(SystemError) {
+            _ = try HostThread.detached(name: name) { [self] in
+                if let event = body() { post(event) }
+            }
+            return nil
+        } catch { return failed(error.description) }
+    }
+
+    // MARK: Requests
+
+    /// On the thread that serves faults: under no lock but that of the words.
+    private func ask(for requests: [PageRequest]) {
+        statistics.asked(for: UInt64(requests.count))
+        // Without a source the pages stay asked for: there is nobody who could be told.
+        guard let id = postcopySource.withLock({ $0 }) else { return }
+        var writer = StreamWriter()
+        for request in requests { writer.message(.postcopy(.requestPages(request))) }
+        if let reason = say(writer.bytes, on: id) { post(.disconnected(id, reason)) }
+    }
+
+    // MARK: Reading
+
+    /// The package of a source that switches: all of it is here before any of it counts. - Returns: false: it goes no further.
+    func readPackage(_ id: ConnectionID, with receiver: inout PageReceiver) throws -> Bool {
+        for item in try receiver.package() {
+            if item == .command(.postcopy(.listen)) { postcopySource.withLock { $0 = id } }
+            post(.item(id, item))
+            guard isOpen(id) else { return false }
+            if item == .command(.postcopy(.listen)) { receiver.placer = try postcopy?.placer() }
+        }
+        return true
+    }
+
+    /// The channel for requested pages: records from the first byte on.
+    func readRequestedPages(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
+        post(.cameForUrgentPages(id))
+        recognized(id)
+        guard isOpen(id) else { return }
+        HostThread.renameCurrent("postcopy-recv-1")
+        do {
+            var receiver = PageReceiver(
+                channel, behind: first, memory: machine.memory, decoder: .requestedPages(of: blocks),
+                received: received,
+                statistics: statistics)
+            receiver.isCounted = true
+            while let item = try receiver.next() {
+                if item == .ramRecordsEnded { return post(.urgentEnded(id)) }
+                if receiver.placer == nil {
+                    guard acceptsPages(on: id), let postcopy else {
+                        return post(.rejected(id, "it sends pages that nobody waits for"))
+                    }
+                    receiver.placer = try postcopy.placer()
+                }
+                try receiver.place(item)
+                guard isOpen(id) else { return }
+            }
+            post(
+                receiver.failure.map { .rejected(id, $0.description) }
+                    ?? .disconnected(id, "the source closed the connection"))
+        } catch { post(.disconnected(id, "\(error)")) }
+    }
+}

@@ -1,0 +1,37 @@
+import GuestMemory
+import Host
+import Synchronization
+
+/// How long pages that were asked for took: from the moment a fault was read until the page was in its place.
+final class PageLatency: Sendable {
+    struct Place: Hashable {
+        let block: Int
+        let page: PageIndex
+    }
+
+    private struct State {
+        /// Since when each page that has not come is waited for: as many as threads wait.
+        var open: [Place: UInt64] = [:]
+        var histogram = LatencyHistogram()
+    }
+    private let state = Mutex(State())
+
+    /// The first one's time counts.
+    func asked(_ place: Place) {
+        let now = Clock.monotonicNanoseconds
+        state.withLock { state in
+            if state.open[place] == nil { state.open[place] = now }
+        }
+    }
+
+    func arrived(_ place: Place) {
+        let now = Clock.monotonicNanoseconds
+        state.withLock { state in
+            if let began = state.open.removeValue(forKey: place) { state.histogram.record(now - min(began, now)) }
+        }
+    }
+
+    var histogram: LatencyHistogram { state.withLock { $0.histogram } }
+    /// Pages that were asked for and have not come.
+    var openRequests: Int { state.withLock { $0.open.count } }
+}

@@ -1,0 +1,191 @@
+import MigrationStream
+
+// Postcopy: the guest runs here before its memory is here. From RUN on there is no way back by QEMU's rule, so nothing that happens to
+// the connection ends the migration any more: what is missing is waited for (`pullPaused`).
+
+/// How far postcopy has come. It goes on beside the phases: pages arrive while state is loaded and while the guest starts.
+enum PullProgress: Int, Comparable, Sendable {
+    case none
+    /// The source may switch to postcopy.
+    case advised
+    /// It does: what it sent and the guest wrote since is being forgotten.
+    case discarding
+    /// Missing pages are waited for by whoever touches them.
+    case listening
+    /// RUN was said: the guest is ours, and must start.
+    case running
+    /// No page is missing.
+    case complete
+
+    static func < (left: PullProgress, right: PullProgress) -> Bool { left.rawValue < right.rawValue }
+}
+
+extension DestinationCore {
+    /// Whether the guest is started while pages are missing: nothing that waits for memory may then be done under the core's lock.
+    public var isPulling: Bool { pull >= .listening }
+
+    /// Whether a connection without a greeting may be the source's channel for requested pages (QEMU's `postcopy-preempt`).
+    public var expectsUrgentChannel: Bool {
+        pull >= .advised && pull < .complete && urgent.isEmpty && source != nil && phase > .opened
+            && phase < .pullPaused
+    }
+
+    /// The right to run has passed, and pages are missing.
+    private var isBound: Bool { pull == .running && phase != .failed }
+
+    // MARK: What the source says
+
+    mutating func take(_ command: PostcopyCommand, _ actions: inout [DestinationAction]) {
+        switch command {
+        case .advise(let advice): advise(advice, &actions)
+        case .discard(let discard):
+            guard phase == .receiving, pull == .advised || pull == .discarding else {
+                return outOfTurn("POSTCOPY_RAM_DISCARD", &actions)
+            }
+            pull = .discarding
+            memoryWasTouched = true
+            actions.append(.discardPages(discard))
+        case .packaged:
+            guard phase == .receiving, pull == .advised || pull == .discarding, !packageHasCome else {
+                return outOfTurn("PACKAGED", &actions)
+            }
+            packageHasCome = true
+        case .listen:
+            guard phase == .receiving, packageHasCome, pull == .advised || pull == .discarding else {
+                return outOfTurn("POSTCOPY_LISTEN", &actions)
+            }
+            pull = .listening
+            memoryWasTouched = true
+            actions.append(.listen)
+            report(.postcopyActive, &actions)
+        case .run:
+            guard phase == .receiving, pull == .listening else { return outOfTurn("POSTCOPY_RUN", &actions) }
+            load(&actions)
+            if phase == .loading { pull = .running }
+        case .resume, .receiveBitmap: outOfTurn("a command of a recovery", &actions)
+        }
+    }
+
+    private mutating func advise(_ advice: PostcopyAdvice?, _ actions: inout [DestinationAction]) {
+        guard phase == .opened, pull == .none else { return outOfTurn("POSTCOPY_ADVISE", &actions) }
+        guard configuration.allowsPostcopy else {
+            let remedy = "set the capability postcopy-ram here before migrate-incoming"
+            return fail("the source may switch to postcopy, which is off here; \(remedy)", &actions)
+        }
+        guard returnPathIsOpen, migration == nil else {
+            let reason =
+                migration == nil ? "there is no way back to it" : "that is not possible between two Godwits yet"
+            return fail("the source may switch to postcopy, but \(reason)", &actions)
+        }
+        guard let advice else { return fail("the source may switch to postcopy of something else than RAM", &actions) }
+        guard advice.blockPageSizes == configuration.blockPageSizes else {
+            return fail(
+                "the source's memory has pages of 0x\(hex(advice.blockPageSizes)) bytes (the sizes of all blocks joined), this "
+                    + "machine's of 0x\(hex(configuration.blockPageSizes)); postcopy needs the same on both sides",
+                &actions)
+        }
+        pull = .advised
+        actions.append(.preparePostcopy)
+    }
+
+    private func hex(_ value: UInt64) -> String { String(value, radix: 16) }
+
+    /// What the source says behind RUN: pages, and that they were all.
+    mutating func takeBehindRun(_ item: StreamItem, _ actions: inout [DestinationAction]) {
+        switch item {
+        case .ramRound, .page, .zeroPage, .pageBatch, .ramRecordsEnded, .vmDescription: break
+        case .ramSectionEnded(let type): if type == .end { ramIsComplete = true }
+        case .command(.ping(let value)): answer(ping: value, &actions)
+        case .endOfStream:
+            guard ramIsComplete else { return losePull("it ended its stream before its RAM", &actions) }
+            actions.append(.finishPull(waits: true))
+        default: losePull("it sent something out of turn", &actions)
+        }
+    }
+
+    // MARK: The channel for requested pages
+
+    /// A visitor's first bytes are neither a stream's nor a greeting.
+    mutating func cameForUrgentPages(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
+        guard let visitor = visitors[connection], visitor.wish == .unknown else { return }
+        guard expectsUrgentChannel, visitor.answers else {
+            return dismiss(connection, "it is neither a migration nor a channel of one", &actions)
+        }
+        visitors[connection] = nil
+        cancelTimer(.visitor(connection), &actions)
+        urgent.insert(connection)
+    }
+
+    /// It said its last word: what was requested came.
+    mutating func urgentEnded(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
+        guard urgent.remove(connection) != nil else { return }
+        actions.append(.close(connection))
+    }
+
+    mutating func urgentLost(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
+        urgent.remove(connection)
+        actions.append(.close(connection))
+        let sentence = "its channel for requested pages is lost: \(reason)"
+        if isBound { losePull(sentence, &actions) } else { fail("the source is lost: \(sentence)", &actions) }
+    }
+
+    /// Who may become that channel says nothing before the first request, which may never come.
+    func mayStaySilent(_ connection: ConnectionID) -> Bool {
+        expectsUrgentChannel && visitors[connection]?.wish == .unknown && visitors[connection]?.answers == true
+    }
+
+    // MARK: The end
+
+    /// The guest runs, and pages are missing.
+    mutating func beginPulling(_ actions: inout [DestinationAction]) {
+        enter(.pulling, deadline: nil, &actions)
+        answerVisitors(&actions)
+        if let pullLoss { pausePull(pullLoss, &actions) }
+    }
+
+    /// - Parameter missing: pages that did not come though the source says that it sent all, or that its connection is lost.
+    mutating func pullEnded(missing: UInt64, _ actions: inout [DestinationAction]) {
+        guard isBound else { return }
+        guard missing == 0 else {
+            if source != nil { losePull("it ended its stream, and \(missing) pages did not come", &actions) }
+            return
+        }
+        pull = .complete
+        pullLoss = nil
+        closeUrgent(&actions)
+        if phase == .pulling || phase == .pullPaused { arrive(&actions) }
+    }
+
+    /// The connection is of no use any more. The guest runs on as far as its memory is here.
+    mutating func losePull(_ reason: String, _ actions: inout [DestinationAction]) {
+        guard isBound, let source else { return }
+        actions.append(.close(source))
+        self.source = nil
+        returnPathIsOpen = false
+        closeUrgent(&actions)
+        closeChannels(&actions)
+        pullLoss = reason
+        // Perhaps nothing is missing.
+        actions.append(.finishPull(waits: false))
+        if phase == .pulling { pausePull(reason, &actions) }
+    }
+
+    private mutating func pausePull(_ reason: String, _ actions: inout [DestinationAction]) {
+        enter(.pullPaused, deadline: nil, &actions)
+        report(.postcopyPaused, &actions)
+        actions.append(.pullPaused("the source is lost: \(reason); the guest runs on as far as its memory is here"))
+    }
+
+    mutating func closeUrgent(_ actions: inout [DestinationAction]) {
+        for connection in urgent.sorted(by: { $0.rawValue < $1.rawValue }) { actions.append(.close(connection)) }
+        urgent = []
+    }
+
+    mutating func forgetPull(_ actions: inout [DestinationAction]) {
+        closeUrgent(&actions)
+        if pull > .none { actions.append(.endPostcopy) }
+        pull = .none
+        packageHasCome = false
+        pullLoss = nil
+    }
+}
