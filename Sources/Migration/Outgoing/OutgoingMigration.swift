@@ -240,7 +240,8 @@ final class OutgoingMigration: Sendable {
             convergence.end()
             stopTracking()
         case .collect(let final): collect(final: final)
-        case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
+        case .sendRound(let final, let batches, let keepsPages):
+            sender.enqueue(.round(final: final, batches: batches, keepsPages: keepsPages))
         case .synchronizeChannels: sender.enqueue(.synchronize)
         case .abandon: abandon()
         case .paused(let reason):

@@ -70,10 +70,10 @@ struct RoundSender: ~Copyable {
         return pages
     }
 
-    /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether this is the last round, whose pages need not be kept.
-    mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {
+    /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether pages that are not in it are to be kept.
+    mutating func prepareDeltas(cacheBytes: UInt64, keepsPages: Bool) {
         if cacheBytes > 0 { records.deltas?.resize(to: cacheBytes) }
-        records.keepsPages = !isFinal
+        records.keepsPages = keepsPages
     }
 
     /// A machine without vCPUs: whatever is allocated, once.

@@ -11,7 +11,7 @@ final class StreamSender: Sendable {
         case bytes([UInt8])
         /// So many bytes further in the file.
         case skip(UInt64)
-        case round(final: Bool, batches: Bool)
+        case round(final: Bool, batches: Bool, keepsPages: Bool)
         case flush
         /// SYNC on all other channels.
         case synchronize
@@ -154,7 +154,8 @@ final class StreamSender: Sendable {
                     try send(bytes, to: channel)
                 case .root: if let verification { try send(.root(verification.ledger.root), to: channel) }
                 case .digests(let range): if let verification { try send(verification.answer(range), to: channel) }
-                case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
+                case .round(let final, let batches, let keepsPages):
+                    try send(channel, final: final, batches: batches, keepsPages: keepsPages, post)
                 case .skip(let count): try channel.skip(count)
                 case .flush:
                     try file.withLock { $0 }?.seal { post(.progressed) }
@@ -185,7 +186,8 @@ final class StreamSender: Sendable {
     }
 
     private func send(
-        _ channel: Channel, final: Bool, batches: Bool, _ post: @escaping @Sendable (SourceEvent) -> Void
+        _ channel: Channel, final: Bool, batches: Bool, keepsPages: Bool,
+        _ post: @escaping @Sendable (SourceEvent) -> Void
     )
         throws(ChannelError)
     {
@@ -193,7 +195,7 @@ final class StreamSender: Sendable {
         var progress = Progress(post: post)
         var failure: ChannelError?
         var report = round.withLock { round -> RoundReport in
-            round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), isFinal: final)
+            round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), keepsPages: keepsPages)
             do throws(RoundSender.Failure) {
                 return try round.send(
                     over: route(channel, batches: batches), tracker: tracker, pacer: final ? .unlimited : pacer

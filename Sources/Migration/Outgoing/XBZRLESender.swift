@@ -80,8 +80,8 @@ struct XBZRLESender: ~Copyable {
         return true
     }
 
-    /// The page is not zero. - Parameter keeps: also the pages that are not in the cache go into it (not in the last round: they will not
-    /// be asked for).
+    /// The page is not zero. - Parameter keeps: also the pages that are not in the cache go into it (not in the last round, nor when few are left: to keep
+    /// one takes longer than to send it over a fast link).
     mutating func form(block: Int, page: PageIndex, in memory: Mapping, keeps: Bool) -> Form {
         let offset = Int(page.offset.value)
         counts.seen += 1

@@ -209,8 +209,9 @@ public enum SourceAction: Hashable, Sendable {
     case collect(final: Bool)
     /// Write records for all dirty pages known, after the section head that the core sent just before; no EOS. `final`:
     /// without bandwidth limit. `batches`: the peer understands page batches. Between batches, look whether events wait;
-    /// if so and it is not final, end the round as interrupted. -> `roundSent`.
-    case sendRound(final: Bool, batches: Bool)
+    /// if so and it is not final, end the round as interrupted. `keepsPages`: what remains is too much to be the last, so that pages
+    /// are worth a place in a cache. -> `roundSent`.
+    case sendRound(final: Bool, batches: Bool, keepsPages: Bool)
     /// With multifd, once behind the list of blocks: SYNC on every channel. A round ends with it by itself.
     case synchronizeChannels
     /// Send ROOT over all that was sent: every round has ended.

@@ -176,7 +176,10 @@ extension SourceCore {
 
     private mutating func askForRound(final: Bool, _ actions: inout [SourceAction]) {
         roundIsUnderWay = true
-        actions.append(.sendRound(final: final, batches: features.contains(.pageBatches)))
+        actions.append(
+            .sendRound(
+                final: final, batches: features.contains(.pageBatches),
+                keepsPages: !final && !configuration.switchover.isFitting))
         enter(final ? .finalSending : .sendingRound, deadline: configuration.deadlines.stall, &actions)
     }
 

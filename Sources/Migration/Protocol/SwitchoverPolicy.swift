@@ -50,6 +50,8 @@ public struct SwitchoverPolicy: Hashable, Sendable {
     private var share = 1.0
     /// Switchovers that were broken off in this migration.
     public private(set) var brokenSwitchovers: UInt64 = 0
+    /// Whether what remained at the last decision fits the limit, whatever was decided.
+    public private(set) var isFitting = false
     private var mustRest = false
     /// How often there was nothing to do but wait for better conditions.
     private var restsInARow: UInt64 = 0
@@ -102,6 +104,7 @@ public struct SwitchoverPolicy: Hashable, Sendable {
         brokenSwitchovers += 1
         share = max(Self.leastShare, share * Self.shareLost)
         mustRest = true
+        isFitting = false
         // What the broken attempt left says nothing about the guest.
         previousRemaining = nil
     }
@@ -126,7 +129,8 @@ public struct SwitchoverPolicy: Hashable, Sendable {
             return .rest(nanoseconds: min(Self.firstRestNanoseconds << doublings, Self.longestRestNanoseconds))
         }
         if downtimeLimitNanoseconds == 0 { return remainingPages == 0 ? .switchOver : .iterate }
-        guard fits(remainingPages) else {
+        isFitting = fits(remainingPages)
+        guard isFitting else {
             guard isTrivial(remainingPages) else { return .iterate }
             recover()
             liftSlowestRate()
