@@ -147,7 +147,7 @@ struct ProtocolSourceTests {
         driver.feed(.received(.shut(0)))
         let commands = try driver.items().compactMap { if case .command(let command) = $0 { command } else { nil } }
         #expect(commands == [.openReturnPath, .ping(Wire.godwitPing)])
-        #expect(driver.actions.contains(.sendRound(final: false, batches: false, keepsPages: true)))
+        #expect(driver.actions.contains(.sendRound(final: false, batches: false, keepsPages: false)))
         #expect(driver.outcome == .completed)
     }
 
