@@ -20,7 +20,6 @@ struct BigGuestMigration {
     private static let readySeconds: UInt64 = 300
     /// QEMU's default; what it costs to keep a shorter limit is not the question here.
     private static let downtimeLimitMilliseconds = 300
-    private static let unlimitedBytesPerSecond = 1 << 40
     /// What a process takes besides its guest's pages, and the huge pages at the edges of what was filled.
     private static let processBytes: UInt64 = 128 << 20
 
@@ -39,7 +38,9 @@ struct BigGuestMigration {
         let processes = [source.child, destination.child].map(\.process.identifier)
         warmMemory.follow(processes)
         let uri = try destination.child.listeningAddress()
-        for vm in [source.child, destination.child] { try prepare(vm) }
+        for vm in [source.child, destination.child] {
+            try vm.prepareMigration(downtimeLimitMilliseconds: Self.downtimeLimitMilliseconds)
+        }
         try waitUntilReady(source)
         // Again: what KVM keeps for itself has taken of what was free.
         warmMemory.follow(processes)
@@ -76,31 +77,13 @@ struct BigGuestMigration {
         let machine = MeasuredMachine(
             method: .log, memoryMegabytes: cell.gibibytes << 10, cpuCount: cell.cpuCount, guest: cell.guest,
             isDestination: isDestination, serialPath: Self.serial(role, folder))
-        switch cell.vmm {
-        case .godwit: return try GodwitVM(role, in: folder, machine)
-        case .qemu: return try QEMUVM(role, in: folder, machine)
-        }
-    }
-
-    private func prepare(_ vm: ChildVM) throws {
-        try vm.execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
-        try vm.execute(
-            "migrate-set-parameters",
-            [
-                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
-                "downtime-limit": JSON(Self.downtimeLimitMilliseconds),
-            ])
+        return try machine.start(role, in: folder, by: cell.vmm)
     }
 
     /// Until all vCPUs have filled their part; then they sleep.
     private func waitUntilReady(_ vm: any MeasuredVM) throws {
-        let deadline = Deadline.after(seconds: Self.readySeconds)
-        while try !vm.guest().isReady {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else {
-                throw CommandFailure("\(cell.name): the guest was not ready within \(Self.readySeconds) s")
-            }
-            Clock.sleep(nanoseconds: 100_000_000)
+        try options.waitUntilReady(cell.name, seconds: Self.readySeconds, lookEveryMilliseconds: 100) {
+            try vm.guest().isReady
         }
         Clock.sleep(nanoseconds: 300_000_000)
     }

@@ -89,11 +89,8 @@ final class SwitchoverChain {
         if let source { return source }
         let vm = try start(["--guest", Self.guest])
         source = vm
-        let deadline = Deadline.after(seconds: 60)
-        while try vm.execute("x-query-guest")["ready"] != true {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else { throw CommandFailure("the guest was not ready within 60 s") }
-            Clock.sleep(nanoseconds: 5_000_000)
+        try options.waitUntilReady("downtime", lookEveryMilliseconds: 5) {
+            try vm.execute("x-query-guest")["ready"] == true
         }
         return vm
     }

@@ -69,7 +69,7 @@ struct RealForecast {
                 "max-bandwidth": JSON(megabytesPerSecond * 1_000_000),
                 "downtime-limit": JSON(downtimeLimitMilliseconds),
             ])
-        try awaitGuest(source, options)
+        try options.waitUntilReady(name) { try source.execute("x-query-guest")["ready"] == true }
         let before = try rate(of: source)
         let began = Clock.monotonicNanoseconds
         let touchesBefore = try touches(of: source)
@@ -107,15 +107,6 @@ struct RealForecast {
         Clock.sleep(nanoseconds: Self.settleMilliseconds * 1_000_000)
         let second = try touches(of: vm)
         return Double(second - first) / (Double(Clock.monotonicNanoseconds - began) / 1e9)
-    }
-
-    private func awaitGuest(_ vm: ChildVM, _ options: BenchmarkOptions) throws {
-        let deadline = Deadline.after(seconds: 60)
-        while try vm.execute("x-query-guest")["ready"] != true {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else { throw CommandFailure("\(name): the guest was not ready within 60 s") }
-            Clock.sleep(nanoseconds: 20_000_000)
-        }
     }
 
     /// - Returns: the last look at it; one that does not converge is cancelled when patience ends.

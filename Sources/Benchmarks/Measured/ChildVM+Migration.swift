@@ -11,6 +11,20 @@ struct MigrationTookTooLong: Error, CustomStringConvertible {
 }
 
 extension ChildVM {
+    /// So that nothing holds a migration up but the VM and the host.
+    private static let unlimitedBytesPerSecond = 1 << 40
+
+    /// The same for all VMMs: no limit to its bandwidth to speak of, and events that tell its end.
+    func prepareMigration(downtimeLimitMilliseconds: Int) throws {
+        try execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
+        try execute(
+            "migrate-set-parameters",
+            [
+                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
+                "downtime-limit": JSON(downtimeLimitMilliseconds),
+            ])
+    }
+
     /// Migrates, and waits for the end by events (the capability `events` is on), because asking would take time from what is measured.
     ///
     /// - Returns: the last answer to `query-migrate`.

@@ -11,10 +11,7 @@ struct TrackedMigration {
     /// One run's quantities, in the order of the table.
     typealias Sample = [(name: String, value: Double)]
 
-    /// The same for both VMMs: no limit to speak of.
-    private static let unlimitedBytesPerSecond = 1 << 40
     private static let migrationSeconds: UInt64 = 60
-    private static let readySeconds: UInt64 = 60
 
     /// - Throws: `CommandFailure` for a run that failed, or whose memory does not verify.
     func measure() throws -> (sample: Sample, method: String?) {
@@ -25,8 +22,10 @@ struct TrackedMigration {
         let destination = try start("destination", in: folder.path, isDestination: true)
         defer { destination.child.end() }
         let uri = try destination.child.listeningAddress()
-        for vm in [source, destination] { try prepare(vm.child) }
-        try waitUntilReady(source)
+        for vm in [source, destination] {
+            try vm.child.prepareMigration(downtimeLimitMilliseconds: cell.load.downtimeLimitMilliseconds)
+        }
+        try options.waitUntilReady(cell.name) { try source.guest().isReady }
 
         let rateBefore = try rate(of: source)
         let threads = try source.child.execute("query-cpus-fast").arrayValue ?? []
@@ -63,31 +62,7 @@ struct TrackedMigration {
             method: cell.method, memoryMegabytes: scale.memoryMegabytes,
             guest: cell.load.guest(workingSetMegabytes: scale.workingSetMegabytes), isDestination: isDestination,
             takesMemoryBeforehand: isDestination)
-        switch cell.vmm {
-        case .godwit: return try GodwitVM(role, in: folder, machine)
-        case .qemu: return try QEMUVM(role, in: folder, machine)
-        }
-    }
-
-    private func prepare(_ vm: ChildVM) throws {
-        try vm.execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
-        try vm.execute(
-            "migrate-set-parameters",
-            [
-                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
-                "downtime-limit": JSON(cell.load.downtimeLimitMilliseconds),
-            ])
-    }
-
-    private func waitUntilReady(_ vm: any MeasuredVM) throws {
-        let deadline = Deadline.after(seconds: Self.readySeconds)
-        while try !vm.guest().isReady {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else {
-                throw CommandFailure("\(cell.name): the guest was not ready within \(Self.readySeconds) s")
-            }
-            Clock.sleep(nanoseconds: 20_000_000)
-        }
+        return try machine.start(role, in: folder, by: cell.vmm)
     }
 
     /// Megabytes of pages that the guest touches per second, left alone.
