@@ -56,16 +56,12 @@ struct BigGuestMigration {
 
     private func sample(_ answer: JSON, blackout: Double, residentBytes: UInt64) throws(CommandFailure) -> Sample {
         let reading = MigrationReading(answer)
-        // What is not told is not nothing.
-        guard let setup = reading.setupMilliseconds, let total = reading.totalMilliseconds,
-            let downtime = reading.downtimeNanoseconds.map({ Double($0) / 1e6 })
-                ?? reading.downtimeMilliseconds.map({ Double($0) })
-        else { throw CommandFailure("\(cell.name): query-migrate does not tell setup, total time and downtime") }
+        let figures = try MigrationFigures(reading, of: cell.name)
         var sample = Sample()
         sample.quantities = [
-            "setup-ms": Double(setup), "total-ms": Double(total), "downtime-ms": downtime,
-            "blackout-ms": blackout, "sent-mb": Double(reading.transferredBytes) / 1e6,
-            "destination-mb": Double(residentBytes) / 1e6,
+            "setup-ms": figures.setupMilliseconds, "total-ms": figures.totalMilliseconds,
+            "downtime-ms": figures.downtimeMilliseconds, "blackout-ms": blackout,
+            "sent-mb": Double(figures.transferredBytes) / 1e6, "destination-mb": Double(residentBytes) / 1e6,
         ]
         sample.parts = reading.downtimeParts.map { ($0.name, Double($0.nanoseconds) / 1e6) }
         return sample
@@ -90,6 +86,9 @@ struct BigGuestMigration {
 
     /// The checker looks at every page the guest filled. The others must not be there at all.
     private func requireHoles(_ residentBytes: UInt64) throws(CommandFailure) {
+        guard residentBytes > 0 else {
+            throw CommandFailure("\(cell.name): the host does not tell what memory the destination has taken")
+        }
         guard cell.vmm == .godwit, residentBytes > cell.filledBytes + Self.processBytes else { return }
         throw CommandFailure(
             "\(cell.name): the destination has taken \(Amount.memory(residentBytes)) for \(BigGuestCell.words(cell.filledBytes)) "

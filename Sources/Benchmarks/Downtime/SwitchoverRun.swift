@@ -130,11 +130,12 @@ final class SwitchoverChain {
         let there = try lookAgain(destination, after: here)
         guard there["tsc-backwards"] == 0 else { throw CommandFailure("the guest's clock went back over a migration") }
         let reading = MigrationReading(answer)
-        let reported = Double(reading.downtimeNanoseconds ?? 0) / 1e6
+        let figures = try MigrationFigures(reading, of: "switchover \(count)")
+        let reported = figures.downtimeMilliseconds
         let (gap, later) = try Self.gap(here, there, reported: reported)
         let sample = SwitchoverSample(
             limit: Double(limit), gap: gap, reported: reported, parts: reading.downtimeParts, later: later,
-            total: Double(reading.totalMilliseconds ?? 0), broken: Int(reading.brokenSwitchovers),
+            total: figures.totalMilliseconds, broken: Int(reading.brokenSwitchovers),
             longestBroken: Double(reading.longestBrokenNanoseconds) / 1e6,
             control: Double(control.takeLongestNanoseconds()) / 1e6, controlGuest: try longestControlGap(),
             waited: waited() - before,
@@ -145,7 +146,7 @@ final class SwitchoverChain {
     }
 
     /// How long threads were ready to run, and did not: the second field of schedstat (Documentation/scheduler/sched-stats.rst of the
-    /// kernel).
+    /// kernel). Where the kernel does not tell, none of it: that excuses nothing.
     private static func runQueueMilliseconds(process: Int32, threads: [Int]) -> Double {
         threads.reduce(0) { sum, thread in
             let bytes = (try? Descriptor.contents(of: "/proc/\(process)/task/\(thread)/schedstat", limit: 4096)) ?? []
@@ -180,11 +181,11 @@ final class SwitchoverChain {
 
     /// The guest must have looked at its clock since it was started there.
     private func lookAgain(_ destination: ChildVM, after here: JSON) throws -> JSON {
-        func touches(_ guest: JSON) -> UInt64 { guest["touches"]?.integerValue(as: UInt64.self) ?? 0 }
+        let before = try destination.touches(here)
         let deadline = Deadline.after(seconds: 20)
         while true {
             let there = try destination.execute("x-query-guest")
-            if touches(there) > touches(here) { return there }
+            if try destination.touches(there) > before { return there }
             guard !deadline.hasPassed else { throw CommandFailure("the guest does not run on at its destination") }
             Clock.sleep(nanoseconds: 1_000_000)
         }

@@ -25,6 +25,15 @@ extension ChildVM {
             ])
     }
 
+    /// - Parameter guest: what `x-query-guest` answered.
+    /// - Returns: the pages that a built-in guest has touched so far.
+    func touches(_ guest: JSON) throws(CommandFailure) -> UInt64 {
+        guard let touches = guest["touches"]?.integerValue(as: UInt64.self) else {
+            throw CommandFailure("\(role) VM: x-query-guest does not tell how many pages the guest has touched")
+        }
+        return touches
+    }
+
     /// Migrates, and waits for the end by events (the capability `events` is on), because asking would take time from what is measured.
     ///
     /// - Returns: the last answer to `query-migrate`.

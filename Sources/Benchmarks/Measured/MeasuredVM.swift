@@ -72,7 +72,7 @@ final class GodwitVM: MeasuredVM {
 
     func guest() throws -> (isReady: Bool, touches: UInt64) {
         let status = try child.execute("x-query-guest")
-        return (status["ready"] == true, status["touches"]?.integerValue(as: UInt64.self) ?? 0)
+        return (status["ready"] == true, try child.touches(status))
     }
 
     func verify() throws {

@@ -30,23 +30,19 @@ struct TrackedMigration {
         let rateBefore = try rate(of: source)
         let threads = try source.child.execute("query-cpus-fast").arrayValue ?? []
         let threadIDs = threads.compactMap { $0["thread-id"]?.integerValue() }
-        let before = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
+        let before = try ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
         let touchesBefore = try source.guest().touches
         let answer = try source.child.migrate(to: uri, what: cell.name, seconds: Self.migrationSeconds, options)
-        let after = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
+        let after = try ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
         let touches = try source.guest().touches - touchesBefore
         try destination.verify()
 
-        let reading = MigrationReading(answer)
-        let total = Double(reading.totalMilliseconds ?? 0)
+        let figures = try MigrationFigures(MigrationReading(answer), of: cell.name)
+        let total = figures.totalMilliseconds
         let process = after.processMilliseconds - before.processMilliseconds
         var sample: Sample = [
-            ("total-ms", total),
-            (
-                "downtime-ms",
-                reading.downtimeNanoseconds.map { Double($0) / 1e6 } ?? Double(reading.downtimeMilliseconds ?? 0)
-            ),
-            ("rounds", Double(reading.round)), ("sent-mb", Double(reading.transferredBytes) / 1e6),
+            ("total-ms", total), ("downtime-ms", figures.downtimeMilliseconds), ("rounds", Double(figures.rounds)),
+            ("sent-mb", Double(figures.transferredBytes) / 1e6),
             ("source-cpu-ms", process),
             ("source-vmm-cpu-ms", max(0, process - (after.threadMilliseconds - before.threadMilliseconds))),
             ("rate-before-mbs", rateBefore), ("rate-during-mbs", Double(touches) * 4096 / 1e3 / max(1, total)),
