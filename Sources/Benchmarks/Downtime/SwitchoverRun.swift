@@ -5,13 +5,11 @@ import QMP
 /// What one switchover was like, in milliseconds.
 struct SwitchoverSample {
     var limit: Double
-    /// The longest gap in the guest's own clock that can be of the standstill that was committed.
-    var gap: Double
+    /// The standstill that was committed, by the guest's own clock.
+    var standstill: SwitchoverGap
     /// What the source says of it, and its parts.
     var reported: Double
     var parts: [MigrationReading.DowntimePart]
-    /// The longest gap at the destination that came after it: the host's doing.
-    var later: Double
     var total: Double
     /// Standstills that were broken off, and the longest of them.
     var broken: Int
@@ -26,10 +24,13 @@ struct SwitchoverSample {
     /// What is allowed above the limit.
     static let tolerance = 5.0
 
-    var isViolation: Bool { gap > limit + Self.tolerance }
+    var gap: Double { standstill.milliseconds }
+    var isViolation: Bool { standstill.isCertain && gap > limit + Self.tolerance }
+    /// It may have been one: the guest's record does not tell.
+    var isUndecided: Bool { !standstill.isCertain && gap > limit + Self.tolerance }
     /// Above by more than the host kept the control thread, the control guest or the vCPU waiting.
     func isBeyondHost(calm: Double) -> Bool {
-        gap > limit + Self.tolerance + max(control, waited, controlGuest - calm)
+        isViolation && gap > limit + Self.tolerance + max(control, waited, controlGuest - calm)
     }
 
     /// For a note: where the time went.
@@ -37,7 +38,7 @@ struct SwitchoverSample {
         func amount(_ milliseconds: Double) -> String { Amount.decimal(milliseconds, digits: 2) }
         let told = parts.map { "\($0.name) \(amount(Double($0.nanoseconds) / 1e6))" }.joined(separator: ", ")
         return
-            "limit \(Amount.decimal(limit, digits: 0)) ms: gap \(amount(gap)) ms; by the source's clock \(amount(reported)) ms "
+            "limit \(Amount.decimal(limit, digits: 0)) ms: gap \(isUndecided ? "at most " : "")\(amount(gap)) ms; by the source's clock \(amount(reported)) ms "
             + "(\(told)); the host kept the control thread waiting for \(amount(control)) ms, the vCPU at the destination for "
             + "\(amount(waited)) ms, the control guest's longest gap was \(amount(controlGuest)) ms"
     }
@@ -131,10 +132,9 @@ final class SwitchoverChain {
         guard there["tsc-backwards"] == 0 else { throw CommandFailure("the guest's clock went back over a migration") }
         let reading = MigrationReading(answer)
         let figures = try MigrationFigures(reading, of: "switchover \(count)")
-        let reported = figures.downtimeMilliseconds
-        let (gap, later) = try Self.gap(here, there, reported: reported)
         let sample = SwitchoverSample(
-            limit: Double(limit), gap: gap, reported: reported, parts: reading.downtimeParts, later: later,
+            limit: Double(limit), standstill: try SwitchoverGap(from: here, to: there),
+            reported: figures.downtimeMilliseconds, parts: reading.downtimeParts,
             total: figures.totalMilliseconds, broken: Int(reading.brokenSwitchovers),
             longestBroken: Double(reading.longestBrokenNanoseconds) / 1e6,
             control: Double(control.takeLongestNanoseconds()) / 1e6, controlGuest: try longestControlGap(),
@@ -163,29 +163,19 @@ final class SwitchoverChain {
         return gap / kilohertz
     }
 
-    /// The standstill that was committed, by the guest's clock: the gap that began with its last look at the source, whose memory still
-    /// holds that look. If another gap was longer, before or after, it is no longer than that one, nor than the source's account.
-    private static func gap(
-        _ here: JSON, _ there: JSON, reported: Double
-    ) throws(CommandFailure) -> (gap: Double, later: Double) {
-        guard let kilohertz = there["tsc-kilohertz"]?.doubleValue, kilohertz > 0,
-            let last = here["cpus"]?.arrayValue?.first?["last-tsc"]?.doubleValue,
-            let cpu = there["cpus"]?.arrayValue?.first, let longest = cpu["longest-gap-ticks"]?.doubleValue,
-            let end = cpu["longest-gap-end"]?.doubleValue
-        else { throw CommandFailure("the guest does not tell its longest gap") }
-        let began = (end - longest - last) / kilohertz
-        // It may have been stopped between its look and the note of it.
-        if abs(began) < 1 { return (longest / kilohertz, 0) }
-        return (min(longest / kilohertz, reported), began > 0 ? longest / kilohertz : 0)
-    }
-
-    /// The guest must have looked at its clock since it was started there.
+    /// The guest must have looked at its clock since it was started there: twice, as it keeps a gap just behind the look that ends it.
     private func lookAgain(_ destination: ChildVM, after here: JSON) throws -> JSON {
-        let before = try destination.touches(here)
+        guard let last = SwitchoverGap.lastLook(here) else {
+            throw CommandFailure("the guest does not tell when it looked at its clock")
+        }
         let deadline = Deadline.after(seconds: 20)
+        var first: UInt64?
         while true {
             let there = try destination.execute("x-query-guest")
-            if try destination.touches(there) > before { return there }
+            if let look = SwitchoverGap.lastLook(there), look != last {
+                if let first, look != first { return there }
+                first = first ?? look
+            }
             guard !deadline.hasPassed else { throw CommandFailure("the guest does not run on at its destination") }
             Clock.sleep(nanoseconds: 1_000_000)
         }
