@@ -33,6 +33,7 @@ struct DowntimeTests {
     @Test("the gap is the one that began with the last look at the source, whichever was longer before and after")
     func spans() throws {
         let gap = try Self.gap([(400_000, 30_000), (500_000, 12_350), (513_000, 40_000)], count: 9)
+        #expect(gap.span == 500...512.35)
         #expect(gap.milliseconds == 12.35 && gap.isCertain && gap.laterMilliseconds == 40)
     }
 
@@ -63,12 +64,23 @@ struct DowntimeTests {
         #expect(throws: CommandFailure.self) { try SwitchoverGap(from: here, to: Self.guest(lastLook: 3, count: 1)) }
     }
 
+    @Test("the guest's clock is laid beside the host's by the answer that came soonest")
+    func clock() {
+        var clock = GuestClock()
+        #expect(clock.onHost(1) == nil)
+        clock.look(Self.guest(lastLook: 5_000_000, count: 0), asked: 1_000_000_000, answered: 1_009_000_000)
+        clock.look(Self.guest(lastLook: 5_500_000, count: 0), asked: 1_500_000_000, answered: 1_500_400_000)
+        clock.look(Self.guest(lastLook: 5_700_000, count: 0), asked: 1_600_000_000, answered: 1_605_000_000)
+        #expect(clock.onHost(5500) == 1500.2)
+    }
+
     private static func sample(
         limit: Double, _ gaps: [(start: UInt64, ticks: UInt64)], count: Int, waited: Double = 0
     ) throws -> SwitchoverSample {
         SwitchoverSample(
-            limit: limit, standstill: try gap(gaps, count: count), reported: 2, parts: [], total: 100, broken: 1,
-            longestBroken: 4, control: 0.1, controlGuest: 3, waited: waited, stalls: 2)
+            limit: limit, standstill: try gap(gaps, count: count), reported: 2, parts: [],
+            unseen: (before: 7, after: 1), total: 100, broken: 1,
+            longestBroken: 4, control: 0.1, controlGuest: 3, waited: waited, stolen: nil, stalls: 2)
     }
 
     @Test("what is undecided counts neither as kept nor as broken, and only what is certain is a gap of the table")

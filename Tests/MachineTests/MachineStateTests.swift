@@ -1,3 +1,4 @@
+import Glibc
 import GuestMemory
 import GuestPrograms
 import Host
@@ -22,7 +23,17 @@ struct MachineStateTests {
                 let destination = try source.move()
                 let arrived = try destination.guestStatus()
                 try destination.claimVerified("on arrival")
+                func niceness() -> Set<Int32> {
+                    Set(destination.cpuThreadIDs.map { getpriority(Int32(PRIO_PROCESS.rawValue), id_t($0)) })
+                }
+                let before = niceness()
                 destination.startAfterMigration(running: true)
+                // Others of the host's threads do not keep it standing, where the host allows that to be said.
+                let isAllowed = HostThread.runBeforeOthers()
+                if isAllowed { HostThread.runAmongOthers() }
+                claim(!isAllowed || niceness() != before, "the vCPUs of the guest that has arrived are in no hurry")
+                destination.endHaste()
+                claim(niceness() == before, "the vCPUs stay in a hurry: \(niceness())")
                 try waitFor("every vCPU and the heartbeat to go on") {
                     let now = try destination.guestStatus()
                     return now.heartbeats > arrived.heartbeats

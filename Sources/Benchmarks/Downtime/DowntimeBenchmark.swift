@@ -63,11 +63,14 @@ public struct DowntimeBenchmark: Benchmark {
                 [
                     ("gap-ms", samples.filter { !$0.isUndecided }.map(\.gap)),
                     ("reported-ms", samples.map(\.reported)),
+                    ("unseen-before-ms", samples.compactMap(\.unseen?.before)),
+                    ("unseen-after-ms", samples.compactMap(\.unseen?.after)),
                     ("control-ms", samples.map(\.control)), ("control-guest-ms", samples.map(\.controlGuest)),
                     ("vcpu-waited-ms", samples.map(\.waited)),
                     ("later-gap-ms", samples.map(\.standstill.laterMilliseconds)),
                     ("broken-off", samples.map { Double($0.broken) }),
                     ("longest-broken-ms", samples.filter { $0.broken > 0 }.map(\.longestBroken)),
+                    ("stolen-ms", samples.compactMap(\.stolen)),
                     ("total-ms", samples.map(\.total)), ("stalls", samples.map { Double($0.stalls) }),
                 ])
         }

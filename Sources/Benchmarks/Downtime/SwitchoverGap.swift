@@ -10,6 +10,8 @@ struct SwitchoverGap: Equatable {
     let milliseconds: Double
     /// Whether the guest's record tells which gap it was.
     let isCertain: Bool
+    /// From the last look at the source to the first at the destination, on the guest's clock; `nil` where that is not kept.
+    let span: ClosedRange<Double>?
     /// The longest gap behind it, at the destination: the host's doing.
     let laterMilliseconds: Double
 
@@ -39,12 +41,13 @@ struct SwitchoverGap: Equatable {
         }
         let fresh = gaps.suffix(Int(min(after - before, UInt64(gaps.count))))
         // It may have been stopped between a look and the note of it.
-        let own = fresh.filter { $0.start >= last && $0.start - last < kilohertz }.map(\.ticks).max()
+        let own = fresh.filter { $0.start >= last && $0.start - last < kilohertz }.max { $0.ticks < $1.ticks }
         let later = fresh.filter { $0.start >= last && $0.start - last >= kilohertz }.map(\.ticks).max()
         func time(_ ticks: UInt64) -> Double { Double(ticks) / Double(kilohertz) }
         laterMilliseconds = later.map(time) ?? 0
+        span = own.map { time($0.start)...time($0.end) }
         if let own {
-            (milliseconds, isCertain) = (time(own), true)
+            (milliseconds, isCertain) = (time(own.ticks), true)
         } else if after - before <= UInt64(gaps.count) {
             // No gap worth keeping began there.
             (milliseconds, isCertain) = (1, true)
