@@ -352,15 +352,17 @@ public final class VirtualMachine: Sendable {
     /// The right to run the guest goes to the destination: `cont` is refused from here on.
     public func handOver() { control.withLock { $0 = .postMigrate } }
 
-    /// The guest has arrived: it runs, or stays paused as it was. If it runs, its vCPUs are in a hurry until `endHaste`.
+    /// The guest has arrived: it runs, or stays paused as it was.
+    ///
+    /// If it runs, and by a moment, its vCPUs are in a hurry until `endHaste`.
     /// - Parameter deadline: a moment of the monotonic clock by which a vCPU must be about to enter the guest.
     /// - Returns: `false` if none was by then; nothing has happened.
     @discardableResult
     public func startAfterMigration(running: Bool, by deadline: UInt64? = nil) -> Bool {
         let starts = control.withLock { state -> Bool? in
             guard state == .inMigrate else { return nil }
-            if running { hasten() }
             if running, let deadline, accelerator != nil {
+                hasten()
                 guard gate.open(until: deadline) else { return false }
             } else {
                 guard Clock.monotonicNanoseconds <= deadline ?? .max else { return false }

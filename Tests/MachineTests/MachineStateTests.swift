@@ -27,7 +27,9 @@ struct MachineStateTests {
                     Set(destination.cpuThreadIDs.map { getpriority(Int32(PRIO_PROCESS.rawValue), id_t($0)) })
                 }
                 let before = niceness()
-                destination.startAfterMigration(running: true)
+                claim(
+                    destination.startAfterMigration(running: true, by: Clock.monotonicNanoseconds + 10_000_000_000),
+                    "no vCPU went in within 10 s")
                 // Others of the host's threads do not keep it standing, where the host allows that to be said.
                 let isAllowed = HostThread.runBeforeOthers()
                 if isAllowed { HostThread.runAmongOthers() }
