@@ -113,8 +113,16 @@ struct BigGuestTests {
         try lines[0].writeAll([46, 46])
         Clock.sleep(nanoseconds: 50_000_000)
         try lines[1].writeAll([46])
-        let gap = try #require(watch.gapMilliseconds())
+        let gap = try watch.gapMilliseconds()
         #expect(gap >= 50 && gap < 400)
+        // The source's line is late.
+        try lines[0].writeAll([46])
+        let deadline = Deadline.after(seconds: 10)
+        while (try? watch.gapMilliseconds()) != nil {
+            try #require(!deadline.hasPassed)
+            Clock.sleep(nanoseconds: 1_000_000)
+        }
+        #expect(throws: CommandFailure.self) { try watch.gapMilliseconds() }
     }
 
     @Test("warm memory goes piece by piece as processes grow, and comes back")

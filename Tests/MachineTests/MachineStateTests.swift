@@ -1,3 +1,4 @@
+import Glibc
 import GuestMemory
 import GuestPrograms
 import Host
@@ -22,7 +23,19 @@ struct MachineStateTests {
                 let destination = try source.move()
                 let arrived = try destination.guestStatus()
                 try destination.claimVerified("on arrival")
-                destination.startAfterMigration(running: true)
+                func niceness() -> Set<Int32> {
+                    Set(destination.cpuThreadIDs.map { getpriority(Int32(PRIO_PROCESS.rawValue), id_t($0)) })
+                }
+                let before = niceness()
+                claim(
+                    destination.startAfterMigration(running: true, by: Clock.monotonicNanoseconds + 10_000_000_000),
+                    "no vCPU went in within 10 s")
+                // Others of the host's threads do not keep it standing, where the host allows that to be said.
+                let isAllowed = HostThread.runBeforeOthers()
+                if isAllowed { HostThread.runAmongOthers() }
+                claim(!isAllowed || niceness() != before, "the vCPUs of the guest that has arrived are in no hurry")
+                destination.endHaste()
+                claim(niceness() == before, "the vCPUs stay in a hurry: \(niceness())")
                 try waitFor("every vCPU and the heartbeat to go on") {
                     let now = try destination.guestStatus()
                     return now.heartbeats > arrived.heartbeats

@@ -285,6 +285,8 @@ final class OutgoingMigration: Sendable {
             if status == .completed { statistics.endDowntime(completed: true) }
             statistics.enter(status)
             report(.status(status))
+            // What is left to do is tidying up, and the guest, if it is on this host, wants its processor.
+            if status == .completed { HostThread.runAmongOthers() }
         case .agreed(let rule, let features):
             noteHome()
             statistics.agreed(rule)
