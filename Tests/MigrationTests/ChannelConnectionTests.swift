@@ -5,6 +5,7 @@ import Machine
 import Migration
 import MigrationStream
 import Synchronization
+import TestSupport
 import Testing
 import Transport
 
@@ -122,7 +123,7 @@ struct ChannelConnectionTests {
     func cancelled(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 80) {
-                var random = SplitMix64(state: seed)
+                var random = SeededRandom(seed: seed)
                 let source = try Migrator.source("idle,fill=1M", mebibytes: 16)
                 try source.change {
                     $0.multifdChannels = 8

@@ -1,5 +1,7 @@
 import GuestMemory
 import Host
+import MigrationStream
+import TestSupport
 import Testing
 
 @testable import Migration
@@ -47,7 +49,7 @@ struct PageHasherTests {
 
     @Test("a flipped bit turns about half of the hash's bits")
     func avalanche() {
-        var random = SplitMix64(state: 4)
+        var random = SeededRandom(seed: 4)
         for word in 0..<512 { page.store(random.next(), at: word * 8) }
         let before = hasher.hash(page, at: 0)
         var turned = 0
@@ -63,7 +65,7 @@ struct PageHasherTests {
 
     @Test("words that change places, and contents that move by bytes, have another hash")
     func places() {
-        var random = SplitMix64(state: 5)
+        var random = SeededRandom(seed: 5)
         for word in 0..<1024 { page.store(UInt64(word) + random.next() % 3, at: word * 8) }
         let before = hasher.hash(page, at: 0)
         for _ in 0..<2000 {
@@ -100,7 +102,7 @@ struct PageHasherTests {
     func loops(loop: PageHash) throws {
         guard loop <= .best else { return }
         let key = try Mapping(anonymousByteCount: 2 * 4096)
-        var random = SplitMix64(state: 6)
+        var random = SeededRandom(seed: 6)
         for round in 0..<40 {
             for word in 0..<1024 {
                 page.store(round == 0 ? UInt64.max : random.next(), at: word * 8)
