@@ -173,6 +173,33 @@ struct ChannelConnectionTests {
     }
 
     @Test(
+        "rounds that were measured under a low limit do not hold up the switch once it is raised",
+        .timeLimit(.minutes(10)))
+    func raised() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 80) {
+                let source = try Migrator.source("dirty,working-set=128K,fill=1M,rate=4M", mebibytes: 16)
+                try source.change {
+                    $0.multifdChannels = 2
+                    $0.maxBandwidthBytesPerSecond = 1_000_000
+                    $0.downtimeLimitMilliseconds = 20
+                }
+                try source.set(.multifd, true)
+                let destination = try source.destination()
+                try source.migrate(to: try destination.listen())
+                // What the guest writes meanwhile is more than 20 ms at this rate, and too little to measure another one with.
+                try waitFor("ten rounds", seconds: 40) { (source.info().ram?.dirtySyncCount ?? 0) >= 10 }
+                claim(source.info().status == .active, "the limit holds up nothing: \(source.info().status)")
+                try source.change { $0.maxBandwidthBytesPerSecond = 0 }
+                let began = Clock.monotonicNanoseconds
+                try source.claimArrival(at: destination, "after the limit was raised")
+                let seconds = Double(Clock.monotonicNanoseconds - began) / 1e9
+                claim(seconds < 15, "it took \(seconds) s")
+            }
+        }
+    }
+
+    @Test(
         "a peer that is told much and reads nothing holds up nobody: the next one is answered at once, and the real source gets in",
         .timeLimit(.minutes(10)))
     func deafPeer() async {

@@ -81,6 +81,7 @@ final class OutgoingMigration: Sendable {
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
             overheadNanoseconds: Self.guessedOverhead(cpuCount: machine.configuration.cpuCount))
+        policy.limit(to: parameters.bandwidthLimit)
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
         }
@@ -149,6 +150,7 @@ final class OutgoingMigration: Sendable {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         convergence.update(parameters)
+        post(.setBandwidthLimit(bytesPerSecond: parameters.bandwidthLimit))
         let available = parameters.availableSwitchoverBytesPerSecond
         post(.setAvailableBandwidth(bytesPerSecond: available > 0 ? available : nil))
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))

@@ -107,7 +107,7 @@ public struct SourceCore: Sendable {
     var stoppedAt: UInt64?
     /// When the part of the standstill that is under way began.
     var partBegan: UInt64 = 0
-    /// Whether the downtime limit binds the standstill that is under way.
+    /// Whether the downtime limit, if there is one, binds the standstill that is under way.
     var isBound = false
     /// Attempts that came as far as PREPARE, or as far as the PING of `confirming`.
     var attempt: UInt32 = 0
@@ -162,8 +162,9 @@ public struct SourceCore: Sendable {
         case .proceed: proceed(&actions)
         case .resume: resume(&actions)
         case .settle(let settlement): settle(settlement, &actions)
-        case .setDowntimeLimit(let nanoseconds):
-            configuration.switchover.downtimeLimitNanoseconds = nanoseconds
+        case .setDowntimeLimit(let nanoseconds): setDowntimeLimit(nanoseconds, &actions)
+        case .setBandwidthLimit(let bytesPerSecond):
+            configuration.switchover.limit(to: bytesPerSecond, roundIsUnderWay: roundIsUnderWay)
         case .setAvailableBandwidth(let bytesPerSecond):
             configuration.switchover.availableBytesPerSecond = bytesPerSecond
         }
