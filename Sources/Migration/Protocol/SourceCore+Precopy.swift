@@ -111,8 +111,7 @@ extension SourceCore {
                 send(&actions) { $0.append(piece.bytes) }
                 if piece.gap > 0 { actions.append(.skip(piece.gap)) }
             }
-            report(.active, &actions)
-            return collect(&actions)
+            return report(.active, &actions)
         }
         send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels) }
         if configuration.multifd != nil { actions.append(.synchronizeChannels) }
