@@ -313,8 +313,9 @@ final class OutgoingMigration: Sendable {
             while true {
                 while let message = try decoder.next(from: &buffer) {
                     guard waitForRoom(), isCurrent(attempt) else { return }
-                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
+                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value),
                         sender.acknowledged(mark)
+                    {
                         continue
                     }
                     post(.received(message))
