@@ -26,6 +26,26 @@ struct VerifiedStreamTests {
     }
 }
 
+@Suite("what is told of pages that are not as they were sent")
+struct VerificationLogTests {
+    @Test("the log names up to 1024 pages and counts the others", arguments: [8, 9, 1024, 1025, 4000])
+    func logLines(count: UInt64) throws {
+        let block = try RAMBlock(name: "ram", byteCount: 4096 * 4096)
+        let verification = try IncomingVerification(
+            GuestMemory(blocks: [block]), MigrationIdentifier(high: 1, low: 2))
+        let pages = PageIndex(0)..<PageIndex(count)
+        verification.received(
+            CollectionOfOne(pages), of: 0, in: block.mapping, digests: (0..<count).map { $0 &* 7 &+ 1 })
+        let lines = verification.logLines()
+        // The sentence for the source names eight.
+        #expect(lines.isEmpty == (count <= 8))
+        let named = lines.reduce(0) { $0 + $1.split(separator: "0x").count - 1 }
+        guard count > 8 else { return }
+        #expect(named == min(count, 1024))
+        #expect(lines.last?.hasSuffix("and \(max(count, 1024) - 1024) more") == (count > 1024))
+    }
+}
+
 @Suite("the digest of a page")
 struct PageHasherTests {
     private let hasher: PageHasher
