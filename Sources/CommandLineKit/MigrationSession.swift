@@ -22,8 +22,17 @@ public struct MigrationSession {
         public var isResumable = false
         /// Go on with a migration that is paused.
         public var resumes = false
-        /// Pages get places of their own in a file (`mapped-ram`); false leaves what the VM has.
+        /// Pages get places of their own in a file (`mapped-ram`), and what does not fit that is turned off; false leaves what the VM has.
         public var mapsRAM = false
+        /// A file is written in one go, as pages are, and nobody answers.
+        private static let unfitForFiles = ["x-resumable", "x-verify", "xbzrle"]
+        /// All that is set with ``mapsRAM``, for those who set it back.
+        public static let setForFiles = (
+            capabilities: ["mapped-ram", "multifd"] + unfitForFiles,
+            parameters: [
+                "downtime-limit", "max-bandwidth", "multifd-channels", "direct-io", "multifd-compression", "tls-creds",
+            ]
+        )
         /// With it: past the host's page cache.
         public var usesDirectIO: Bool?
 
@@ -49,8 +58,9 @@ public struct MigrationSession {
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
             if mapsRAM {
                 capabilities.append(["capability": "mapped-ram", "state": true])
-                // A file is written in one go.
-                capabilities.append(["capability": "x-resumable", "state": false])
+                capabilities += Self.unfitForFiles.map { ["capability": .string($0), "state": false] }
+                parameters["multifd-compression"] = "none"
+                parameters["tls-creds"] = ""
             }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             if isResumable { capabilities.append(["capability": "x-resumable", "state": true]) }

@@ -178,17 +178,19 @@ struct ChannelConnectionTests {
     func raised() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 80) {
-                let source = try Migrator.source("dirty,working-set=128K,fill=1M,rate=4M", mebibytes: 16)
+                let source = try Migrator.source("dirty,working-set=128K,fill=12M,rate=4M", mebibytes: 16)
                 try source.change {
                     $0.multifdChannels = 2
-                    $0.maxBandwidthBytesPerSecond = 1_000_000
+                    $0.maxBandwidthBytesPerSecond = 4_000_000
                     $0.downtimeLimitMilliseconds = 20
                 }
                 try source.set(.multifd, true)
                 let destination = try source.destination()
                 try source.migrate(to: try destination.listen())
                 // What the guest writes meanwhile is more than 20 ms at this rate, and too little to measure another one with.
-                try waitFor("ten rounds", seconds: 40) { (source.info().ram?.dirtySyncCount ?? 0) >= 10 }
+                try waitFor("ten looks, it is \(source.info().status)", seconds: 40) {
+                    (source.info().ram?.dirtySyncCount ?? 0) >= 10
+                }
                 claim(source.info().status == .active, "the limit holds up nothing: \(source.info().status)")
                 try source.change { $0.maxBandwidthBytesPerSecond = 0 }
                 let began = Clock.monotonicNanoseconds
