@@ -10,7 +10,7 @@ public struct MigrationSession {
         /// The id of TLS credentials, and the name the destination's certificate must have; empty for none.
         public var tlsCredentials: String?
         public var tlsHostname: String?
-        /// Stop in `pre-switchover` until somebody says `migrate-continue`.
+        /// Stop in `pre-switchover` until somebody says `migrate-continue`; false leaves what the VM has.
         public var holdsBeforeSwitchover = false
         /// Channels for pages besides the main one; 0 for none.
         public var channels: Int?
@@ -38,7 +38,7 @@ public struct MigrationSession {
 
         public init() {}
 
-        /// Sets all of this but for the holding.
+        /// Sets all of this but for what goes with `migrate` itself.
         func apply(to client: QMPClient) throws(QMPClientError) {
             var parameters: [String: JSON] = [:]
             if let downtime {
@@ -89,25 +89,14 @@ public struct MigrationSession {
     /// Migrates to `uri` and waits for the end. - Returns: the last answer to `query-migrate`, whatever it says.
     /// - Throws: `QMPClientError` if the VM refuses or does not answer, `CommandFailure` for a descriptor we do not have.
     public mutating func run(to uri: String, _ settings: Settings = Settings()) throws -> JSON {
-        try apply(settings)
+        try settings.apply(to: client)
         var arguments: [String: JSON] = ["uri": .string(try passDescriptor(of: uri))]
         if settings.resumes { arguments["resume"] = true }
+        // Part of the command, and no capability: nobody need turn it off again, whoever sees this migration's end.
+        if settings.holdsBeforeSwitchover { arguments["x-hold"] = true }
         try client.execute("migrate", .object(arguments))
         defer { display.finish() }
-        let answer = try watch()
-        // One that is paused is still under way, and keeps what it began with.
-        if settings.holdsBeforeSwitchover, MigrationReading(answer).status != "x-paused" { try hold(false) }
-        return answer
-    }
-
-    private func apply(_ settings: Settings) throws {
-        try settings.apply(to: client)
-        if settings.holdsBeforeSwitchover { try hold(true) }
-    }
-
-    private func hold(_ on: Bool) throws(QMPClientError) {
-        let capability: JSON = ["capability": "pause-before-switchover", "state": .bool(on)]
-        try client.execute("migrate-set-capabilities", ["capabilities": [capability]])
+        return try watch()
     }
 
     /// `fd:N` means a descriptor of this process: the VM is given it, under a name of its own.
