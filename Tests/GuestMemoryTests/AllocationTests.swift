@@ -1,5 +1,6 @@
 import GuestMemory
 import Host
+import TestSupport
 import Testing
 
 @Suite struct AllocationTests {
@@ -66,7 +67,7 @@ import Testing
 
     @Test("random touches are found as they are, on both kinds of memory", arguments: RAMBacking.allCases)
     func model(backing: RAMBacking) throws {
-        var random = SplitMix(state: 9)
+        var random = SeededRandom(seed: 9)
         // More than there is host memory: such a block has no huge pages, so that touched pages are single ones.
         let block = try RAMBlock(name: "ram", byteCount: 4 << 40, backing: backing)
         var touched: Set<UInt64> = []
@@ -135,7 +136,7 @@ import Testing
 
     @Test("words of a range, merged into another bitmap, mark the same pages", arguments: [4, 5] as [UInt64])
     func words(seed: UInt64) throws {
-        var random = SplitMix(state: seed)
+        var random = SeededRandom(seed: seed)
         for size in [1, 63, 64, 65, 4096 * 64 + 1] as [UInt64] {
             let one = try DirtyBitmap(pageCount: size)
             for _ in 0..<50 {

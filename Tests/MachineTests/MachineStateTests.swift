@@ -3,6 +3,7 @@ import GuestMemory
 import GuestPrograms
 import Host
 import Machine
+import TestSupport
 import Testing
 
 @Suite("machine state", .serialized, .enabled(if: hasKVM, needsKVM))
@@ -129,7 +130,7 @@ struct MachineStateTests {
     func comingUp() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
-                var random = SplitMix64(state: 5)
+                var random = SeededRandom(seed: 5)
                 for trial in 0..<5 {
                     let source = try VirtualMachine.guest("dirty,working-set=1M,fill=1M", mebibytes: 16, cpus: 6)
                     try source.resume()
@@ -198,7 +199,7 @@ struct MachineStateTests {
             Child.run(seconds: 30) {
                 let source = try VirtualMachine.guest("idle,fill=1M", mebibytes: 16)
                 let states = try source.saveState()
-                var random = SplitMix64(state: seed)
+                var random = SeededRandom(seed: seed)
                 var refused = 0
                 for _ in 0..<6 {
                     let destination = try source.destination()

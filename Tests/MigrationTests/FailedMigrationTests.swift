@@ -3,6 +3,7 @@ import GuestPrograms
 import Host
 import Machine
 import Migration
+import TestSupport
 import Testing
 import Transport
 
@@ -14,7 +15,7 @@ struct FailedMigrationTests {
     func cancelled(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 50) {
-                var random = SplitMix64(state: seed)
+                var random = SeededRandom(seed: seed)
                 let source = try Migrator.source(
                     "dirty,working-set=4M,fill=16M,random,rate=100M", mebibytes: 32, cpus: 2)
                 var parameters = MigrationParameters()
@@ -54,7 +55,7 @@ struct FailedMigrationTests {
     func cancelledEarly() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 40) {
-                var random = SplitMix64(state: 3)
+                var random = SeededRandom(seed: 3)
                 let source = try Migrator.source("idle,fill=2M", mebibytes: 16)
                 var destination = try source.destination()
                 var address = try destination.listen()

@@ -2,6 +2,7 @@ import GuestMemory
 import Host
 import Machine
 import MigrationStream
+import TestSupport
 import Testing
 
 @testable import Migration
@@ -94,7 +95,7 @@ struct XBZRLETests {
         let wasActive = sender.isActive
         #expect(!wasActive)
         var seen = Set<String>()
-        var generator = SplitMix64(state: 3)
+        var generator = SeededRandom(seed: 3)
         for round in 0..<60 {
             let dirty = (0..<16).filter { _ in Bool.random(using: &generator) }
             for page in dirty { Self.change(memory, page, using: &generator) }
@@ -135,7 +136,7 @@ struct XBZRLETests {
         #expect(none == XBZRLECounts(cacheBytes: 4 * 4096))
     }
 
-    private static func change(_ memory: Mapping, _ page: Int, using generator: inout SplitMix64) {
+    private static func change(_ memory: Mapping, _ page: Int, using generator: inout SeededRandom) {
         let start = page * 4096
         switch generator.next() % 8 {
         case 0: memory.zero(at: start, count: 4096)

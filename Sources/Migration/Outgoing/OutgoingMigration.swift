@@ -81,6 +81,7 @@ final class OutgoingMigration: Sendable {
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
             overheadNanoseconds: Self.guessedOverhead(cpuCount: machine.configuration.cpuCount))
+        policy.limit(to: parameters.bandwidthLimit)
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
         }
@@ -149,6 +150,7 @@ final class OutgoingMigration: Sendable {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         convergence.update(parameters)
+        post(.setBandwidthLimit(bytesPerSecond: parameters.bandwidthLimit))
         let available = parameters.availableSwitchoverBytesPerSecond
         post(.setAvailableBandwidth(bytesPerSecond: available > 0 ? available : nil))
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
@@ -314,8 +316,9 @@ final class OutgoingMigration: Sendable {
             while true {
                 while let message = try decoder.next(from: &buffer) {
                     guard waitForRoom(), isCurrent(attempt) else { return }
-                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
+                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value),
                         sender.acknowledged(mark)
+                    {
                         continue
                     }
                     post(.received(message))

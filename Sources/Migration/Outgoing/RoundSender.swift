@@ -149,6 +149,7 @@ struct RoundSender: ~Copyable {
         guard let board = route.marks, unacknowledged.isMarkDue else { return }
         if let mark = board.take(waits: false) { unacknowledged.acknowledged(mark) }
         try synchronize(route, &report, sent)
+        board.expect()
         var writer = StreamWriter()
         writer.ramSectionEnd(id: SourceCore.ramSectionID)
         writer.command(.ping(unacknowledged.close().pingValue))

@@ -83,7 +83,8 @@ final class StreamSender: Sendable {
         isResumable.store(features.contains(.resumption), ordering: .relaxed)
     }
 
-    func acknowledged(_ mark: ResumptionMark) { marks.acknowledged(mark) }
+    /// - Returns: whether such a mark was awaited.
+    func acknowledged(_ mark: ResumptionMark) -> Bool { marks.acknowledged(mark) }
 
     /// What the destination did not acknowledge is dirty again. Waits for a round that is under way.
     func rewind() { statistics.resumed(repeatedPages: round.withLock { round in round.rewind(marks) }) }
@@ -125,6 +126,7 @@ final class StreamSender: Sendable {
         _ channel: Channel, _ group: ChannelGroup?, _ file: MappedRAMWriter?, answers: Bool,
         post: @escaping @Sendable (SourceEvent) -> Void
     ) throws(SystemError) {
+        marks.startOver()
         self.group.withLock { $0 = group }
         self.file.withLock { $0 = file }
         do throws(SystemError) {

@@ -191,6 +191,8 @@ public enum SourceEvent: Hashable, Sendable {
     case settle(Settlement)
     /// The operator changed the limit while the migration runs.
     case setDowntimeLimit(nanoseconds: UInt64)
+    /// The operator changed what all rounds but the last may send; `nil`: as much as the transport takes.
+    case setBandwidthLimit(bytesPerSecond: UInt64?)
     /// The operator changed what the last round can count on; `nil`: what was measured.
     case setAvailableBandwidth(bytesPerSecond: UInt64?)
 }

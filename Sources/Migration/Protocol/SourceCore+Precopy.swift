@@ -23,6 +23,7 @@ extension SourceCore {
         self.direction = direction
         isConnected = true
         greetedAt = now
+        (pongsAwaited, unaskedWords) = (0, 0)
         let (name, uuid) = (configuration.machineName, configuration.uuid)
         if let mapped = configuration.mapped {
             send(&actions) { $0.append(mapped.opening) }
@@ -36,6 +37,7 @@ extension SourceCore {
             writer.command(.ping(Wire.godwitPing))
         }
         if direction == .bothWays {
+            pongsAwaited = 1
             enter(.greeting, deadline: configuration.deadlines.greeting, &actions)
         } else {
             agree(on: .oneWay, features: [], &actions)
@@ -111,8 +113,7 @@ extension SourceCore {
                 send(&actions) { $0.append(piece.bytes) }
                 if piece.gap > 0 { actions.append(.skip(piece.gap)) }
             }
-            report(.active, &actions)
-            return collect(&actions)
+            return report(.active, &actions)
         }
         send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks, flushesChannels: flushesChannels) }
         if configuration.multifd != nil { actions.append(.synchronizeChannels) }
@@ -157,7 +158,7 @@ extension SourceCore {
 
     /// The kernel took the last round, but the destination may be megabytes behind: the guest need not stand still for those.
     private mutating func drain(_ actions: inout [SourceAction]) {
-        send(&actions) { $0.command(.ping(Self.drainPing)) }
+        ping(Self.drainPing, &actions)
         enter(.draining, deadline: configuration.deadlines.stall, &actions)
     }
 
@@ -219,8 +220,7 @@ extension SourceCore {
     /// The last word before END, which a QEMU destination takes for the end of RAM: it should not wait in a socket buffer.
     private mutating func confirm(_ actions: inout [SourceAction]) {
         attempt &+= 1
-        let value = Self.confirmPing &+ attempt
-        send(&actions) { $0.command(.ping(value)) }
+        ping(Self.confirmPing &+ attempt, &actions)
         enter(.confirming, deadline: configuration.deadlines.stall, &actions)
     }
 

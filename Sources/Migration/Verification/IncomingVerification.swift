@@ -44,6 +44,8 @@ final class IncomingVerification: Sendable {
     /// So many groups that differ are looked into, and so many pages are named in the sentence for the source.
     private static let groupLimit = 64
     private static let namedPages = 8
+    /// So many lines of them are for the log: a host whose memory breaks everywhere is found out by fewer.
+    private static let mostLogLines = 128
 
     init(_ memory: GuestMemory, _ migration: MigrationIdentifier) throws(SystemError) {
         hasher = try PageHasher(migration)
@@ -210,13 +212,15 @@ final class IncomingVerification: Sendable {
                 + "check memory and network of both hosts")
     }
 
-    /// All pages, some on each line, for the log.
+    /// The pages, some on each line, for the log; of very many the first, and how many more there are.
     func logLines() -> [String] {
         let all = findings
         guard all.count > Self.namedPages else { return [] }
-        return stride(from: 0, to: all.count, by: Self.namedPages).map { start in
-            let part = all[start..<min(start + Self.namedPages, all.count)]
+        let told = all.prefix(Self.namedPages * Self.mostLogLines)
+        let lines = stride(from: 0, to: told.count, by: Self.namedPages).map { start in
+            let part = told[start..<min(start + Self.namedPages, told.count)]
             return "x-verify: " + part.map { $0.words(names) }.joined(separator: ", ")
         }
+        return told.count == all.count ? lines : lines + ["x-verify: and \(all.count - told.count) more"]
     }
 }
