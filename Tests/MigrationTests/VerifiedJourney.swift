@@ -154,7 +154,7 @@ struct VerifiedJourney {
                 let digests = (first..<first + 8).map {
                     sent.digest(mapping, at: $0 * 4096, block: 0, page: UInt64($0))
                 }
-                sent.sent([run(first..<first + 8)], of: 0, digests: digests)
+                sent.sent([run(first..<first + 8)], of: 0, digests: digests[...])
                 pieces.append(
                     Piece(
                         pages: Array(first..<first + 8), head: [],

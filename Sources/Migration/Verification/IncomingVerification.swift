@@ -56,23 +56,31 @@ final class IncomingVerification: Sendable {
     // MARK: Pages
 
     /// Pages were placed into memory. - Parameter digests: of all their pages, in order.
-    func received(_ runs: some Sequence<Range<PageIndex>>, of block: Int, in mapping: Mapping, digests: [UInt64]) {
+    func received(
+        _ runs: some Sequence<Range<PageIndex>>, of block: Int, in mapping: Mapping, digests: ArraySlice<UInt64>
+    ) {
         var mismatches: [(Place, Mismatch)] = []
-        var index = 0
+        var found: [UInt64] = []
+        found.reserveCapacity(digests.count)
         for run in runs {
-            for page in run.lowerBound.value..<run.upperBound.value where index < digests.count {
-                let announced = digests[index]
-                index += 1
-                let hash = hasher.hash(mapping, at: Int(page) * PageHasher.pageBytes)
-                guard hasher.digest(hash: hash, block: block, page: page) != announced else { continue }
-                let mismatch = Mismatch(
-                    received: hash, announced: hasher.hash(behind: announced, block: block, page: page),
-                    former: ledger.digest(of: page, in: block))
-                mismatches.append((Place(block: block, page: page), mismatch))
-            }
+            let pages = run.lowerBound.value..<run.upperBound.value
+            found += hasher.digests(pages, of: block, mapping, at: Int(pages.lowerBound) * PageHasher.pageBytes)
         }
+        if !digests.elementsEqual(found) { mismatches = differences(runs, block, announced: digests, found: found) }
         ledger.record(runs, of: block, digests: digests)
         note(mismatches, among: runs, of: block)
+    }
+
+    private func differences(
+        _ runs: some Sequence<Range<PageIndex>>, _ block: Int, announced: ArraySlice<UInt64>, found: [UInt64]
+    ) -> [(Place, Mismatch)] {
+        zip(runs.joined(), zip(announced, found)).filter { $1.0 != $1.1 }.map { page, digests in
+            let mismatch = Mismatch(
+                received: hasher.hash(behind: digests.1, block: block, page: page.value),
+                announced: hasher.hash(behind: digests.0, block: block, page: page.value),
+                former: ledger.digest(of: page.value, in: block))
+            return (Place(block: block, page: page.value), mismatch)
+        }
     }
 
     func receivedZeroes(_ pages: Range<PageIndex>, of block: Int) {
