@@ -35,7 +35,7 @@ struct VerificationLogTests {
             GuestMemory(blocks: [block]), MigrationIdentifier(high: 1, low: 2))
         let pages = PageIndex(0)..<PageIndex(count)
         verification.received(
-            CollectionOfOne(pages), of: 0, in: block.mapping, digests: (0..<count).map { $0 &* 7 &+ 1 })
+            CollectionOfOne(pages), of: 0, in: block.mapping, digests: (0..<count).map { $0 &* 7 &+ 1 }[...])
         let lines = verification.logLines()
         // The sentence for the source names eight.
         #expect(lines.isEmpty == (count <= 8))
@@ -120,7 +120,7 @@ struct PageHasherTests {
 
     @Test("pages looked at together have the digests they have alone; zeros have none where they are looked for")
     func together() throws {
-        var random = SplitMix64(state: 7)
+        var random = SeededRandom(seed: 7)
         let memory = try Mapping(anonymousByteCount: 7 * 4096)
         for word in 512..<4 * 512 { memory.store(random.next(), at: word * 8) }
         memory.store(UInt8(1), at: 7 * 4096 - 1)
