@@ -93,7 +93,7 @@ import Testing
         "memory touched throughout is found as it is, with holes of all sizes in it and pages that were only read",
         arguments: [3, 8, 21] as [UInt64])
     func dense(seed: UInt64) throws {
-        var random = SplitMix(state: seed)
+        var random = SeededRandom(seed: seed)
         // Larger than this host's memory: no huge pages.
         let block = try RAMBlock(name: "ram", byteCount: HostMemory.byteCount + (1 << 30))
         var runs: [Range<PageIndex>] = []
