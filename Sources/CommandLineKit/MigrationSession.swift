@@ -10,7 +10,7 @@ public struct MigrationSession {
         /// The id of TLS credentials, and the name the destination's certificate must have; empty for none.
         public var tlsCredentials: String?
         public var tlsHostname: String?
-        /// Stop in `pre-switchover` until somebody says `migrate-continue`.
+        /// Stop in `pre-switchover` until somebody says `migrate-continue`; false leaves what the VM has.
         public var holdsBeforeSwitchover = false
         /// Channels for pages besides the main one; 0 for none.
         public var channels: Int?
@@ -22,8 +22,17 @@ public struct MigrationSession {
         public var isResumable = false
         /// Go on with a migration that is paused.
         public var resumes = false
-        /// Pages get places of their own in a file (`mapped-ram`); false leaves what the VM has.
+        /// Pages get places of their own in a file (`mapped-ram`), and what does not fit that is turned off; false leaves what the VM has.
         public var mapsRAM = false
+        /// A file is written in one go, as pages are, and nobody answers.
+        private static let unfitForFiles = ["x-resumable", "x-verify", "xbzrle"]
+        /// All that is set with ``mapsRAM``, for those who set it back.
+        public static let setForFiles = (
+            capabilities: ["mapped-ram", "multifd"] + unfitForFiles,
+            parameters: [
+                "downtime-limit", "max-bandwidth", "multifd-channels", "direct-io", "multifd-compression", "tls-creds",
+            ]
+        )
         /// With it: past the host's page cache.
         public var usesDirectIO: Bool?
         /// The guest moves before its memory (`postcopy-ram`); `nil`: it does not.
@@ -33,7 +42,7 @@ public struct MigrationSession {
 
         public init() {}
 
-        /// Sets all of this but for the holding.
+        /// Sets all of this but for what goes with `migrate` itself.
         func apply(to client: QMPClient) throws(QMPClientError) {
             var parameters: [String: JSON] = [:]
             if let downtime {
@@ -53,8 +62,9 @@ public struct MigrationSession {
             if let channels { capabilities.append(["capability": "multifd", "state": .bool(channels > 0)]) }
             if mapsRAM {
                 capabilities.append(["capability": "mapped-ram", "state": true])
-                // A file is written in one go.
-                capabilities.append(["capability": "x-resumable", "state": false])
+                capabilities += Self.unfitForFiles.map { ["capability": .string($0), "state": false] }
+                parameters["multifd-compression"] = "none"
+                parameters["tls-creds"] = ""
             }
             if throttlesGuest { capabilities.append(["capability": "auto-converge", "state": true]) }
             if isResumable { capabilities.append(["capability": "x-resumable", "state": true]) }
@@ -83,33 +93,25 @@ public struct MigrationSession {
     /// Migrates to `uri` and waits for the end. - Returns: the last answer to `query-migrate`, whatever it says.
     /// - Throws: `QMPClientError` if the VM refuses or does not answer, `CommandFailure` for a descriptor we do not have.
     public mutating func run(to uri: String, _ settings: Settings = Settings()) throws -> JSON {
-        try apply(settings)
+        try settings.apply(to: client)
+        if settings.postcopy != nil { try allowPostcopy(true, settings) }
         var arguments: [String: JSON] = ["uri": .string(try passDescriptor(of: uri))]
         if settings.resumes { arguments["resume"] = true }
+        // Part of the command, and no capability: nobody need turn it off again, whoever sees this migration's end.
+        if settings.holdsBeforeSwitchover { arguments["x-hold"] = true }
         try client.execute("migrate", .object(arguments))
         defer { display.finish() }
         let answer = try watch(settings)
         // One that is paused is still under way, and keeps what it began with.
-        guard !["x-paused", "postcopy-paused"].contains(MigrationReading(answer).status) else { return answer }
-        if settings.holdsBeforeSwitchover { try hold(false) }
-        if settings.postcopy != nil { try allowPostcopy(false, settings) }
+        guard settings.postcopy != nil, !["x-paused", "postcopy-paused"].contains(MigrationReading(answer).status)
+        else { return answer }
+        try allowPostcopy(false, settings)
         return answer
-    }
-
-    private func apply(_ settings: Settings) throws {
-        try settings.apply(to: client)
-        if settings.holdsBeforeSwitchover { try hold(true) }
-        if settings.postcopy != nil { try allowPostcopy(true, settings) }
     }
 
     private func allowPostcopy(_ on: Bool, _ settings: Settings) throws(QMPClientError) {
         let list = PostcopyStart.capabilities(on, preempts: settings.preempts)
         try client.execute("migrate-set-capabilities", ["capabilities": list])
-    }
-
-    private func hold(_ on: Bool) throws(QMPClientError) {
-        let capability: JSON = ["capability": "pause-before-switchover", "state": .bool(on)]
-        try client.execute("migrate-set-capabilities", ["capabilities": [capability]])
     }
 
     /// `fd:N` means a descriptor of this process: the VM is given it, under a name of its own.

@@ -90,6 +90,8 @@ public enum CompressionError: Error, Sendable, Equatable, CustomStringConvertibl
 /// One library's stream in one direction. Not for two threads at once.
 protocol CompressionStream: AnyObject {
     var method: CompressionMethod { get }
+    /// Whether a byte of the source is read once and no more, so that it may change meanwhile.
+    var readsOnce: Bool { get }
 
     /// Takes bytes from `source` and puts bytes into `room`, as many as go.
     ///

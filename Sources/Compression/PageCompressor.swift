@@ -2,8 +2,8 @@ public import Host
 
 /// Compresses the pages of packet after packet into one stream.
 ///
-/// Pages may change while they are compressed, because the guest runs on: each piece is copied first, and the library reads the copy
-/// alone. (zlib does not promise to read each byte once, and a stream made of two versions of a page is invalid.)
+/// Pages may change while they are compressed, because the guest runs on. A stream made of two versions of a page is invalid; so where
+/// the library does not read each byte once, each piece is copied first, and the library reads the copy alone.
 public struct PageCompressor: ~Copyable, @unchecked Sendable {
     public let method: CompressionMethod
     // SAFETY of Sendable: the stream has no other owner, and the owner of this value is one thread at a time.
@@ -11,6 +11,8 @@ public struct PageCompressor: ~Copyable, @unchecked Sendable {
     private let copy: Mapping
 
     private static let pieceBytes = 16 << 10
+    /// What zstd makes a block of.
+    private static let directBytes = 128 << 10
 
     /// - Throws: `CompressionError` for a level that does not exist, or a library that is not here.
     public init(_ method: CompressionMethod, level: Int) throws(CompressionError) {
@@ -39,13 +41,17 @@ public struct PageCompressor: ~Copyable, @unchecked Sendable {
         for range in ranges {
             var done = 0
             while done < range.count {
-                let piece = min(range.count - done, Self.pieceBytes)
-                copy.copy(from: range.mapping, at: range.offset + done, count: piece)
-                put = try run(piece, into: buffer, at: put, flush: false)
+                let piece = min(range.count - done, stream.readsOnce ? Self.directBytes : Self.pieceBytes)
+                if stream.readsOnce {
+                    put = try run(range.mapping, range.offset + done, piece, into: buffer, at: put, flush: false)
+                } else {
+                    copy.copy(from: range.mapping, at: range.offset + done, count: piece)
+                    put = try run(copy, 0, piece, into: buffer, at: put, flush: false)
+                }
                 done += piece
             }
         }
-        return try run(0, into: buffer, at: put, flush: true)
+        return try run(copy, 0, 0, into: buffer, at: put, flush: true)
     }
 
     /// The next packet begins a new stream: what came before was not sent. The other end must do the same
@@ -53,14 +59,13 @@ public struct PageCompressor: ~Copyable, @unchecked Sendable {
     public mutating func reset() throws(CompressionError) { try stream.reset() }
 
     private func run(
-        _ count: Int, into buffer: Mapping, at start: Int, flush: Bool
-    )
-        throws(CompressionError) -> Int
-    {
+        _ source: Mapping, _ offset: Int, _ count: Int, into buffer: Mapping, at start: Int, flush: Bool
+    ) throws(CompressionError) -> Int {
         var taken = 0
         var put = start
         while true {
-            let step = try unsafe copy.withBytes(at: taken, count: count - taken) { source throws(CompressionError) in
+            let step = try unsafe source.withBytes(at: offset + taken, count: count - taken) {
+                source throws(CompressionError) in
                 try unsafe buffer.withMutableBytes(at: put, count: buffer.byteCount - put) {
                     room throws(CompressionError) in
                     try unsafe stream.run(source, into: room, flush: flush)

@@ -64,6 +64,8 @@ import Host
     private static let syncFlush: CInt = 2
 
     let method = CompressionMethod.zlib
+    /// zlib does not promise it, and on some machines does not do it.
+    let readsOnce = false
     private let library: ZlibLibrary
     private let direction: Direction
     /// SAFETY: allocated in `init`, freed in `deinit`, `Field.byteCount` bytes.

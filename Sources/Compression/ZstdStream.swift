@@ -70,6 +70,9 @@ import Host
     private static let largestWindowBits: CInt = 25
 
     let method = CompressionMethod.zstd
+    /// Without its "stable buffer" options, and as long as it is never told that the frame ends, zstd copies all it takes into a window
+    /// of its own and reads that.
+    let readsOnce = true
     private let library: ZstdLibrary
     private let direction: Direction
     /// SAFETY: made in `init`, freed in `deinit`.

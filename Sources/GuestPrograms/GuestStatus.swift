@@ -5,9 +5,21 @@ public struct GuestStatus: Equatable, Sendable {
         case magic, index, phase, filled, progress, touches, beats, beatTSC, gap, backwards, late, slowest
         case clock, deadline, nextBeat, bits, half, napTicks, slice, fault
         case gapEnd = 25
+        case longGaps, gapLog
     }
 
-    static let blockWords = 26
+    static let blockWords = Word.gapLog.rawValue + 2 * gapsKept
+    /// Of each vCPU's long gaps.
+    static let gapsKept = 16
+
+    /// A time between two looks at the clock, in TSC ticks.
+    public struct Gap: Equatable, Sendable {
+        public let ticks: UInt64
+        /// The TSC at the second look.
+        public let end: UInt64
+        /// The TSC at the first.
+        public var start: UInt64 { end &- ticks }
+    }
 
     /// How far a vCPU has come.
     public enum Phase: UInt64, Sendable {
@@ -38,6 +50,10 @@ public struct GuestStatus: Equatable, Sendable {
         public let longestGapTicks: UInt64
         /// The TSC at the end of that; 0 before there was one.
         public let longestGapEnd: UInt64
+        /// How many of a millisecond or more there were so far.
+        public let longGaps: UInt64
+        /// The last of them, at most 16, in order.
+        public let latestLongGaps: [Gap]
         /// How often the TSC was lower than at the look before.
         public let tscBackwards: UInt64
         /// How often it fell so far behind its rate that it gave up making up for it.
@@ -118,6 +134,12 @@ extension GuestStatus.CPU {
         heartbeats = word(.beats)
         longestGapTicks = word(.gap)
         longestGapEnd = word(.gapEnd)
+        longGaps = word(.longGaps)
+        let kept = UInt64(GuestStatus.gapsKept)
+        latestLongGaps = (word(.longGaps) - min(word(.longGaps), kept)..<word(.longGaps)).map { number in
+            let place = GuestStatus.Word.gapLog.rawValue + 2 * Int(number % kept)
+            return GuestStatus.Gap(ticks: block[place], end: block[place + 1])
+        }
         tscBackwards = word(.backwards)
         lateSlices = word(.late)
         longestAccessTicks = word(.slowest)

@@ -19,4 +19,26 @@ extension HostThread {
         var parameters = sched_param()
         _ = unsafe sched_setscheduler(0, SCHED_OTHER, &parameters)
     }
+
+    /// How nice a thread in a hurry is (`setpriority(2)`): it is given its processor at once, and leaves the others a tenth of it.
+    private static let hastyNiceness: Int32 = -10
+    /// With the kernel's id of a thread: that one alone.
+    private static let oneThread = Int32(PRIO_PROCESS.rawValue)
+
+    /// This thread gets a processor before others of ordinary priority when it wants one, until `calm`.
+    /// - Returns: what `calm` is to be told; `nil` where the host does not allow it, or it is so already.
+    public func hasten() -> Int32? {
+        let before = niceness
+        guard before > Self.hastyNiceness else { return nil }
+        return setpriority(Self.oneThread, id_t(identifier), Self.hastyNiceness) == 0 ? before : nil
+    }
+
+    /// Undoes `hasten`, unless somebody has changed it since.
+    public func calm(to before: Int32) {
+        guard niceness == Self.hastyNiceness else { return }
+        _ = setpriority(Self.oneThread, id_t(identifier), before)
+    }
+
+    /// From -20 to 19, as the kernel shows it.
+    public var niceness: Int32 { getpriority(Self.oneThread, id_t(identifier)) }
 }

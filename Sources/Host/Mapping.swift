@@ -62,6 +62,15 @@ import Glibc
         unsafe base.storeBytes(of: value.littleEndian, toByteOffset: offset, as: T.self)
     }
 
+    /// Words one behind the other, each as the wire has it.
+    public func storeBigEndian(_ words: ArraySlice<UInt64>, at offset: Int) {
+        check(offset, words.count * 8)
+        for (index, word) in words.enumerated() {
+            // SAFETY: inside, which was checked for all.
+            unsafe base.storeBytes(of: word.bigEndian, toByteOffset: offset &+ index &* 8, as: UInt64.self)
+        }
+    }
+
     // MARK: Ranges
 
     public func read(at offset: Int, count: Int) -> [UInt8] {
@@ -111,6 +120,19 @@ import Glibc
     ) throws(E) -> R {
         check(offset, count)
         return unsafe try body(UnsafeMutableRawBufferPointer(start: base + offset, count: count))
+    }
+
+    /// Whether the page at `offset` is zero, where page after page is asked about: what a later call looks at first is fetched meanwhile.
+    /// - Parameter next: where that call will look; inside the mapping or not.
+    public func isZeroPage(at offset: Int, fetching next: Int) -> Bool {
+        // SAFETY: inside the mapping, and to fetch fails nowhere.
+        if next >= 0, next < byteCount { unsafe gw_fetch(base + next) }
+        check(offset, 4096)
+        // Most pages tell by their first words, which are one line of the processor's caches.
+        var any: UInt64 = 0
+        // SAFETY: inside the page.
+        for word in 0..<8 { any |= unsafe base.loadUnaligned(fromByteOffset: offset &+ word &* 8, as: UInt64.self) }
+        return any == 0 && isZero(at: offset, count: 4096)
     }
 
     /// Whether every byte is zero. Reads the memory: on a memory file, look for holes before.

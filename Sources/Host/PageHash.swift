@@ -21,16 +21,37 @@ public enum PageHash: Int, Sendable, CaseIterable, Comparable {
     public static func < (left: PageHash, right: PageHash) -> Bool { left.rawValue < right.rawValue }
 
     /// Of the page at `offset`. - Precondition: this machine has the loop.
-    /// - Parameter ahead: what stands so many bytes further is brought near to the processor, because it is next.
     @inline(__always)
-    public func callAsFunction(_ memory: Mapping, at offset: Int, key: Mapping, ahead: Int = 0) -> UInt64 {
+    public func callAsFunction(_ memory: Mapping, at offset: Int, key: Mapping) -> UInt64 {
         memory.check(offset, Self.pageBytes)
         key.check(0, Self.keyBytes)
-        // SAFETY: a page of bytes and a key are there, which was checked; to fetch ahead reads nothing and never fails.
+        // SAFETY: a page of bytes and a key are there, which was checked.
         return switch self {
         case .portable: unsafe Self.portably(memory.base + offset, key.base)
-        case .avx2: unsafe gw_page_hash_256(memory.base + offset, key.base, ahead)
-        case .avx512: unsafe gw_page_hash_512(memory.base + offset, key.base, ahead)
+        case .avx2: unsafe gw_page_hash_256(memory.base + offset, key.base, 0)
+        case .avx512: unsafe gw_page_hash_512(memory.base + offset, key.base, 0)
+        }
+    }
+
+    /// Of pages that stand one behind the other from `offset` on, as many as `hashes` has places. - Precondition: this machine has the loop.
+    /// - Parameter ahead: of these pages, what stands so many bytes further is brought near to the processor.
+    public func callAsFunction(
+        _ memory: Mapping, at offset: Int, key: Mapping, ahead: Int, into hashes: inout [UInt64]
+    ) {
+        let count = hashes.count
+        memory.check(offset, count * Self.pageBytes)
+        key.check(0, Self.keyBytes)
+        unsafe hashes.withUnsafeMutableBufferPointer { hashes in
+            guard let hashes = hashes.baseAddress else { return }
+            // SAFETY: so many pages, a key and so many places are there.
+            switch self {
+            case .portable:
+                for index in 0..<count {
+                    unsafe hashes[index] = unsafe Self.portably(memory.base + offset + index * Self.pageBytes, key.base)
+                }
+            case .avx2: unsafe gw_page_hashes_256(memory.base + offset, key.base, hashes, count, ahead)
+            case .avx512: unsafe gw_page_hashes_512(memory.base + offset, key.base, hashes, count, ahead)
+            }
         }
     }
 

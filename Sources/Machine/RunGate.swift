@@ -25,17 +25,20 @@ final class RunGate: Sendable {
     /// Waits until the gate is open, and goes in. - Returns: how often it has been closed so far, for `waitUntilClosed`.
     @discardableResult
     func enter() -> UInt64 {
-        state.wait { state -> UInt64? in
+        var isFirst = false
+        let closings = state.wait { state -> UInt64? in
             guard state.isOpen else { return nil }
             if let deadline = state.deadline {
                 guard Clock.monotonicNanoseconds <= deadline else { return nil }
                 state.deadline = nil
-                // Whoever opened it waits for this; the others go in as they wake.
-                isDecided.withLock { $0 = true }
+                isFirst = true
             }
             state.inside += 1
             return state.closings
-        } ?? 0
+        }
+        // Whoever opened it waits for this, and takes the lock above then: it may have a higher priority, and would find it taken.
+        if isFirst { isDecided.withLock { $0 = true } }
+        return closings ?? 0
     }
 
     func leave() { state.withLock { $0.inside -= 1 } }

@@ -25,6 +25,7 @@ public final class VirtualMachine: Sendable {
     private let bootPlan: BootPlan?
     let gate: RunGate
     private let threads = Mutex<[HostThread]>([])
+    private let haste = Mutex<VirtualCPUHaste?>(nil)
     private let control: RunControl
     private let observers = Mutex<[@Sendable (MachineEvent) -> Void]>([])
     private let requests = Monitor<[Board.Request]>([])
@@ -352,6 +353,8 @@ public final class VirtualMachine: Sendable {
     public func handOver() { control.withLock { $0 = .postMigrate } }
 
     /// The guest has arrived: it runs, or stays paused as it was.
+    ///
+    /// If it runs, and by a moment, its vCPUs are in a hurry until `endHaste`.
     /// - Parameter deadline: a moment of the monotonic clock by which a vCPU must be about to enter the guest.
     /// - Returns: `false` if none was by then; nothing has happened.
     @discardableResult
@@ -359,6 +362,7 @@ public final class VirtualMachine: Sendable {
         let starts = control.withLock { state -> Bool? in
             guard state == .inMigrate else { return nil }
             if running, let deadline, accelerator != nil {
+                hasten()
                 guard gate.open(until: deadline) else { return false }
             } else {
                 guard Clock.monotonicNanoseconds <= deadline ?? .max else { return false }
@@ -367,7 +371,21 @@ public final class VirtualMachine: Sendable {
             state = running ? .running : .paused
             return true
         }
+        if starts == false { endHaste() }
         if running, starts == true { report(.resumed) }
         return starts ?? true
+    }
+
+    private func hasten() {
+        let threads = threads.withLock { $0 }
+        haste.withLock { $0 = VirtualCPUHaste(threads) }
+    }
+
+    /// The guest runs: its vCPUs are threads like others again. Harmless if they are already.
+    public func endHaste() {
+        haste.withLock { haste in
+            haste?.end()
+            haste = nil
+        }
     }
 }

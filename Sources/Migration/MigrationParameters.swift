@@ -59,6 +59,9 @@ public struct MigrationParameters: Sendable, Equatable {
     public static let compressionNames = [noCompression] + CompressionMethod.allCases.map(\.rawValue)
     private static let noCompression = "none"
 
+    /// `max-bandwidth`; `nil`: as fast as the transport goes.
+    var bandwidthLimit: UInt64? { maxBandwidthBytesPerSecond > 0 ? maxBandwidthBytesPerSecond : nil }
+
     public static let longestDowntimeLimit: UInt64 = 2_000_000
 
     public init() {}

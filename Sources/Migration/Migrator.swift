@@ -148,7 +148,8 @@ public final class Migrator: Sendable {
     // MARK: Commands
 
     /// Starts to move the guest to where `address` says (`migrate`). Returns at once.
-    public func migrate(to address: MigrationAddress) throws(MigrationError) {
+    /// - Parameter holds: stop before the switch, as with `pause-before-switchover`, in this migration alone.
+    public func migrate(to address: MigrationAddress, holds: Bool = false) throws(MigrationError) {
         try state.withLock { (state) throws(MigrationError) in
             if let outgoing = state.outgoing, outgoing.isPaused {
                 throw MigrationError("migrate: the last migration is paused; go on with 'resume', or cancel it")
@@ -194,7 +195,8 @@ public final class Migrator: Sendable {
             }
             let outgoing = try OutgoingMigration(
                 machine, to: address, parameters: state.parameters,
-                capabilities: state.capabilities, multifd: multifd, packing: packing,
+                capabilities: holds ? state.capabilities.union([.pauseBeforeSwitchover]) : state.capabilities,
+                multifd: multifd, packing: packing,
                 tls: security.settings(state.parameters, "migrate"),
                 convergence: Convergence(machine, state.parameters, means: Self.means(state.capabilities)),
                 descriptors: { [weak self] in self?.takeDescriptor($0) }, report: { [weak self] in self?.report($0) })

@@ -47,10 +47,6 @@ struct Save: ParsableCommand {
         do { _ = try MigrationAddress(uri) } catch { throw ValidationError(error.description) }
     }
 
-    /// What the VM had before, to be set again if it is not saved.
-    private static let parameters = ["downtime-limit", "max-bandwidth", "multifd-channels", "direct-io"]
-    private static let capabilities = ["mapped-ram", "multifd", "x-resumable"]
-
     /// Where the VM is to write, and what that file is called afterwards; `nil` where it is the same file.
     private func places() throws -> (address: MigrationAddress, partial: String?, final: String) {
         guard case .file(let path, let offset) = try MigrationAddress(uri) else { return (try .init(uri), nil, file) }
@@ -109,10 +105,11 @@ struct Save: ParsableCommand {
 
     /// The VM migrates elsewhere as it would have before.
     private func restore(_ before: (JSON, JSON), _ client: QMPClient) {
-        let values = Self.parameters.compactMap { name in before.0[name].map { (name, $0) } }
+        let (capabilities, parameters) = MigrationSession.Settings.setForFiles
+        let values = parameters.compactMap { name in before.0[name].map { (name, $0) } }
         _ = try? client.execute("migrate-set-parameters", .object(Dictionary(uniqueKeysWithValues: values)))
         let states = (before.1.arrayValue ?? []).filter {
-            Self.capabilities.contains($0["capability"]?.stringValue ?? "")
+            capabilities.contains($0["capability"]?.stringValue ?? "")
         }
         _ = try? client.execute("migrate-set-capabilities", ["capabilities": .array(states)])
     }

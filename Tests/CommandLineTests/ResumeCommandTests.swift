@@ -48,6 +48,35 @@ struct ResumeCommandTests {
         #expect(late.status == .exited(1) && late.lastErrorLine.contains("no paused migration"), "\(late)")
     }
 
+    @Test(
+        "a hold is that migration's, over a lost connection too, and the VM's next one does not hold",
+        .enabled(if: Workbench.hasKVM, needsKVM))
+    func holds() throws {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let destination = try bench.startVM("destination", ["--memory", "96M", "--incoming", "tcp:127.0.0.1:0"])
+        let proxy = try FaultyProxy(to: destination.port())
+        defer { proxy.close() }
+        func isOn() throws -> JSON? {
+            try source.client.execute("query-migrate-capabilities").arrayValue?
+                .first { $0["capability"] == "pause-before-switchover" }?["state"]
+        }
+        let migration = try bench.start(["migrate", "source", proxy.uri, "--resumable", "--hold"])
+        try source.waitForMigration("pre-switchover")
+        proxy.cut()
+        #expect(bench.finish(migration).status == .exited(1))
+        #expect(try isOn() == false)
+        let resumed = try bench.start(["migrate", "source", "--resume", proxy.uri])
+        try source.waitForMigration("pre-switchover")
+        #expect(try source.status() == "finish-migrate")
+        #expect(try bench.run(["migrate", "source", "--cancel"]).status == .exited(0))
+        #expect(bench.finish(resumed).status == .exited(1))
+        #expect(try isOn() == false)
+        let next = try bench.startVM("next", ["--memory", "96M", "--incoming", "tcp:127.0.0.1:0"])
+        let outcome = try bench.run(["migrate", "source", "tcp:127.0.0.1:\(next.port())", "--downtime", "2s"])
+        #expect(outcome.status == .exited(0), "\(outcome)")
+    }
+
     @Test("what does not go together is refused before anything moves")
     func flags() throws {
         let source = try bench.startVM("source", ["--machine", "none", "--memory", "16M"])

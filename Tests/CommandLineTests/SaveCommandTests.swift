@@ -61,31 +61,65 @@ struct SaveCommandTests {
     func unwritable() throws {
         let source = try bench.startVM("source", guest)
         try source.waitForGuest()
-        let small = "\(bench.folder)/small"
-        unsafe mkdir(small, 0o700)
-        // Only root may mount; others are spared the full disk.
-        let isMounted = unsafe mount("none", small, "tmpfs", 0, "size=8m") == 0
-        defer { if isMounted { unsafe umount2(small, Int32(MNT_DETACH)) } }
         let fifo = "\(bench.folder)/fifo"
         unsafe mkfifo(fifo, 0o600)
-        var cases = [
+        let cases = [
             ("/nonexistent/saved", ["/nonexistent/saved", "no such file"]), (bench.folder, ["directory"]),
             ("/proc/saved", ["/proc/saved", "no such file"]), (fifo, [fifo]),
         ]
-        if isMounted { cases.append(("\(small)/saved", ["no space left"])) }
         for (file, words) in cases {
-            let isOld = file == "\(small)/saved"
-            if isOld { try Descriptor.create(file).writeAll(Array("older".utf8)) }
             let outcome = try bench.run(["save", "source", file])
             #expect(outcome.status == .exited(1), "\(outcome)")
             for word in words { #expect(outcome.lastErrorLine.contains(word), "\(file): \(outcome)") }
             #expect(try source.status() == "running")
             #expect(!leavesParts(file))
-            if isOld { #expect(try Descriptor.contents(of: file) == Array("older".utf8)) }
         }
         #expect(try source.client.execute("x-check-guest")["verified"] == true)
         // Its settings are as before: nothing of the attempts is left.
         #expect(try source.client.execute("query-migrate-parameters")["downtime-limit"] == 300)
+    }
+
+    @Test(
+        "on a full disk the guest goes on, and the file that was there is as it was", .enabled(if: mayMount, needsMount)
+    )
+    func fullDisk() throws {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let small = "\(bench.folder)/small"
+        unsafe mkdir(small, 0o700)
+        try #require(unsafe mount("none", small, "tmpfs", 0, "size=8m") == 0)
+        defer { unsafe umount2(small, Int32(MNT_DETACH)) }
+        let file = "\(small)/saved"
+        try Descriptor.create(file).writeAll(Array("older".utf8))
+        let outcome = try bench.run(["save", "source", file])
+        #expect(outcome.status == .exited(1) && outcome.lastErrorLine.contains("no space left"), "\(outcome)")
+        #expect(try source.status() == "running")
+        #expect(!leavesParts(file))
+        #expect(try Descriptor.contents(of: file) == Array("older".utf8))
+        #expect(try source.client.execute("x-check-guest")["verified"] == true)
+    }
+
+    @Test("what does not fit a file is no reason not to save, and is set again when saving fails")
+    func unfitting() throws {
+        let source = try bench.startVM("source", guest)
+        try source.waitForGuest()
+        let unfit = ["x-resumable", "x-verify", "xbzrle"]
+        try source.client.execute(
+            "migrate-set-capabilities",
+            ["capabilities": .array(unfit.map { ["capability": .string($0), "state": true] })])
+        try source.client.execute(
+            "migrate-set-parameters", ["multifd-compression": "zlib", "tls-creds": "somebody", "multifd-channels": 3])
+        let failed = try bench.run(["save", "source", "/nonexistent/saved"])
+        #expect(failed.status == .exited(1) && failed.lastErrorLine.contains("no such file"), "\(failed)")
+        let parameters = try source.client.execute("query-migrate-parameters")
+        #expect(parameters["multifd-compression"] == "zlib" && parameters["tls-creds"] == "somebody")
+        #expect(parameters["multifd-channels"] == 3)
+        let on =
+            try source.client.execute("query-migrate-capabilities").arrayValue?.filter { $0["state"] == true } ?? []
+        #expect(on.compactMap { $0["capability"]?.stringValue }.filter(unfit.contains).sorted() == unfit)
+        #expect(!on.contains { $0["capability"] == "mapped-ram" || $0["capability"] == "multifd" })
+        let outcome = try bench.run(["save", "source", path])
+        #expect(outcome.status == .exited(0), "\(outcome)")
     }
 
     @Test("a file that is none, or of another VM, is refused with one sentence and no guest")

@@ -1,22 +1,10 @@
 //! The Compression tests: streams of both libraries, golden bytes that other programs made with them, and bytes that lie.
 import Host
 import Synchronization
+import TestSupport
 import Testing
 
 @testable import Compression
-
-/// A generator that repeats itself from a seed (SplitMix64).
-struct SeededGenerator: RandomNumberGenerator {
-    var state: UInt64
-
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var value = state
-        value = (value ^ (value >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        value = (value ^ (value >> 27)) &* 0x94d0_49bb_1331_11eb
-        return value ^ (value >> 31)
-    }
-}
 
 /// Guest memory on both sides, and what is between them.
 struct Bench {
@@ -32,7 +20,7 @@ struct Bench {
     }
 
     /// - Parameter share: of 256 bytes, how many are noise.
-    func fill(_ page: Int, noise share: Int, using generator: inout SeededGenerator) {
+    func fill(_ page: Int, noise share: Int, using generator: inout SeededRandom) {
         for word in 0..<512 {
             let value = generator.next()
             source.store(Int(value & 0xff) < share ? value : UInt64(page), at: page * 4096 + word * 8)
@@ -56,7 +44,7 @@ struct CompressionTests {
     func roundTrips(method: CompressionMethod) throws {
         let bench = try Bench()
         for level in method.levels {
-            var generator = SeededGenerator(state: UInt64(level))
+            var generator = SeededRandom(seed: UInt64(level))
             var compressor = try PageCompressor(method, level: level)
             var decompressor = try PageDecompressor(method)
             for packet in 0..<(level > 12 ? 3 : 6) {
@@ -77,7 +65,7 @@ struct CompressionTests {
         arguments: CompressionMethod.allCases)
     func oneStream(method: CompressionMethod) throws {
         let bench = try Bench()
-        var generator = SeededGenerator(state: 1)
+        var generator = SeededRandom(seed: 1)
         bench.fill(0, noise: 256, using: &generator)
         var compressor = try PageCompressor(method, level: 1)
         let page = Bench.ranges([0], in: bench.source)
@@ -137,7 +125,7 @@ struct CompressionTests {
         let isOver = Atomic(false)
         let source = bench.source
         let guest = try HostThread(name: "guest") {
-            var generator = SeededGenerator(state: 5)
+            var generator = SeededRandom(seed: 5)
             while !isOver.load(ordering: .relaxed) {
                 for _ in 0..<64 {
                     let place = Int(generator.next() % UInt64(Bench.pages * 512)) * 8
@@ -165,7 +153,7 @@ struct CompressionTests {
 
     /// A packet of `pages` pages half full of noise, in the bench's buffer.
     private func packet(_ bench: Bench, _ method: CompressionMethod, pages: Int) throws -> Int {
-        var generator = SeededGenerator(state: 9)
+        var generator = SeededRandom(seed: 9)
         for page in 0..<pages { bench.fill(page, noise: 60, using: &generator) }
         var compressor = try PageCompressor(method, level: 1)
         return try compressor.compress(Bench.ranges(Array(0..<pages), in: bench.source), into: bench.buffer)
@@ -228,7 +216,7 @@ struct CompressionTests {
         let size = try packet(bench, method, pages: 2)
         let good = bench.buffer.read(at: 0, count: size)
         for seed in 0..<400 {
-            var generator = SeededGenerator(state: UInt64(seed))
+            var generator = SeededRandom(seed: UInt64(seed))
             var bytes = good
             if seed % 4 == 0 {
                 bytes = (0..<Int.random(in: 1...300, using: &generator)).map { _ in
@@ -296,7 +284,7 @@ struct CompressionTests {
         arguments: CompressionMethod.allCases)
     func plainAmongOthers(method: CompressionMethod) throws {
         let bench = try Bench()
-        var generator = SeededGenerator(state: 8)
+        var generator = SeededRandom(seed: 8)
         let size = 8 * 4096
         var packer = try PacketPacker(method, level: 1, packetBytes: size)
         var unpacker = try PacketUnpacker(method, packetBytes: size)

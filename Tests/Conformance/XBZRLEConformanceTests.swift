@@ -129,7 +129,7 @@ struct XBZRLEConformanceTests {
             _ = try sender.collect(with: tracker)
             writer.ramRound(final: round == 11, id: 2)
             try channel.send(writer.take())
-            sender.prepareDeltas(cacheBytes: 0, isFinal: round == 11)
+            sender.prepareDeltas(cacheBytes: 0, keepsPages: round != 11)
             let route = RoundSender.Route(
                 channel: channel, group: nil, batches: false, zeroPages: .legacy, mayGoPlain: false, marksEnd: false)
             _ = try sender.send(over: route, tracker: tracker, pacer: Pacer(bytesPerSecond: 0)) { sent in

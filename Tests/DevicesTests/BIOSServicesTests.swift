@@ -1,4 +1,5 @@
 import Devices
+import TestSupport
 import Testing
 
 @Suite("BIOS services")
@@ -183,7 +184,7 @@ struct BIOSServicesTests {
 
     @Test("no registers and no memory make a call trap or reach outside RAM")
     func randomCalls() throws {
-        var random = SeededGenerator(seed: 0xb105)
+        var random = SeededRandom(seed: 0xb105)
         let machine = try BIOSMachine(
             image: [UInt8](repeating: 0x42, count: 491_520), memoryMap: Self.map, memoryBytes: 0xa0000)
         for _ in 0..<20_000 {

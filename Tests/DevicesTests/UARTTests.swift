@@ -1,4 +1,5 @@
 import Devices
+import TestSupport
 import Testing
 
 /// A UART with recorders on its outputs and the registers by name.
@@ -348,7 +349,7 @@ struct UARTStateTests {
 
     @Test("random bodies are loaded or refused, and what is loaded is saved unchanged but for the padding")
     func randomBodies() {
-        var random = SeededGenerator(seed: 0x5eed)
+        var random = SeededRandom(seed: 0x5eed)
         let port = Port()
         var loads = 0
         for _ in 0..<20_000 {

@@ -1,5 +1,6 @@
 import GuestMemory
 import Host
+import TestSupport
 import Testing
 
 @Suite struct AllocationTests {
@@ -66,7 +67,7 @@ import Testing
 
     @Test("random touches are found as they are, on both kinds of memory", arguments: RAMBacking.allCases)
     func model(backing: RAMBacking) throws {
-        var random = SplitMix(state: 9)
+        var random = SeededRandom(seed: 9)
         // More than there is host memory: such a block has no huge pages, so that touched pages are single ones.
         let block = try RAMBlock(name: "ram", byteCount: 4 << 40, backing: backing)
         var touched: Set<UInt64> = []
@@ -86,6 +87,31 @@ import Testing
             found.formUnion(run.lowerBound.value..<run.upperBound.value)
         }
         #expect(found == touched)
+    }
+
+    @Test(
+        "memory touched throughout is found as it is, with holes of all sizes in it and pages that were only read",
+        arguments: [3, 8, 21] as [UInt64])
+    func dense(seed: UInt64) throws {
+        var random = SeededRandom(seed: seed)
+        // Larger than this host's memory: no huge pages.
+        let block = try RAMBlock(name: "ram", byteCount: HostMemory.byteCount + (1 << 30))
+        var runs: [Range<PageIndex>] = []
+        var page = random.next() % 3
+        for _ in 0..<300 {
+            let touched = random.next() % 4 == 0 ? 256 + random.next() % 600 : 1 + random.next() % 4
+            let hole = random.next() % 8 == 0 ? 60 + random.next() % 100_000 : 1 + random.next() % 4
+            for touched in page..<page + touched { block.mapping.store(UInt8(0), at: Int(touched * 4096)) }
+            runs.append(pages(page..<page + touched))
+            page += touched
+            if random.next() % 3 == 0 { #expect(block.read(at: Int(page * 4096), count: 8).count == 8) }
+            page += hole
+        }
+        #expect(try block.allocatedRuns(in: block.pages) == runs, "seed \(seed)")
+        // From inside a run to inside another.
+        let (first, last) = (runs[20].lowerBound, runs[280].upperBound.advanced(by: -1))
+        let part = runs[20...280].map { $0.clamped(to: first.advanced(by: 1)..<last) }.filter { !$0.isEmpty }
+        #expect(try block.allocatedRuns(in: first.advanced(by: 1)..<last) == part, "seed \(seed)")
     }
 
     @Test("making memory zero clears what was there and leaves holes holes", arguments: RAMBacking.allCases)
@@ -135,7 +161,7 @@ import Testing
 
     @Test("words of a range, merged into another bitmap, mark the same pages", arguments: [4, 5] as [UInt64])
     func words(seed: UInt64) throws {
-        var random = SplitMix(state: seed)
+        var random = SeededRandom(seed: seed)
         for size in [1, 63, 64, 65, 4096 * 64 + 1] as [UInt64] {
             let one = try DirtyBitmap(pageCount: size)
             for _ in 0..<50 {

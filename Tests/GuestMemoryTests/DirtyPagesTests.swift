@@ -1,4 +1,5 @@
 import GuestMemory
+import TestSupport
 import Testing
 
 /// Both kinds of record, held against a set of integers.
@@ -52,14 +53,14 @@ import Testing
         }
 
         /// A range near the end of the block: of some pages mostly, sometimes of thousands.
-        func range(_ random: inout SplitMix) -> Range<UInt64> {
+        func range(_ random: inout SeededRandom) -> Range<UInt64> {
             let window = min(size, 150_000)
             let start = size - 1 - random.next() % window
             let length = random.next() % 8 == 0 ? random.next() % 50_000 : random.next() % 200
             return start..<min(size, start + length)
         }
 
-        mutating func step(_ random: inout SplitMix) {
+        mutating func step(_ random: inout SeededRandom) {
             let range = range(&random)
             switch random.next() % 8 {
             case 0, 1:
@@ -91,7 +92,7 @@ import Testing
         }
 
         /// A report of any alignment; what goes past the end of the block is left out.
-        mutating func merge(_ random: inout SplitMix, at range: Range<UInt64>) {
+        mutating func merge(_ random: inout SeededRandom, at range: Range<UInt64>) {
             let skipped = random.next() % 150
             let reported = UInt64(range.count) + random.next() % 100
             var words: [UInt64] = []
@@ -110,7 +111,7 @@ import Testing
             }
         }
 
-        func check(_ random: inout SplitMix, _ what: String) {
+        func check(_ random: inout SeededRandom, _ what: String) {
             #expect(record.count == UInt64(pages.count), "\(what): count")
             #expect(record.isEmpty == pages.isEmpty, "\(what): emptiness")
             let limit = [1, 7, 512, .max][Int(random.next() % 4)] as UInt64
@@ -124,7 +125,7 @@ import Testing
         "whatever is done to a record, it holds what a set of integers holds", arguments: Kind.allCases, sizes)
     func model(kind: Kind, size: UInt64) throws {
         for seed in [1, 2, 3] as [UInt64] {
-            var random = SplitMix(state: seed &* 0x9E37 &+ size)
+            var random = SeededRandom(seed: seed &* 0x9E37 &+ size)
             var model = try Model(kind, size)
             for step in 0..<60 {
                 model.step(&random)
@@ -140,7 +141,7 @@ import Testing
     func take(from: Kind, into: Kind) throws {
         for size in Self.sizes {
             for seed in [4, 5] as [UInt64] {
-                var random = SplitMix(state: seed &* 0x51 &+ size)
+                var random = SeededRandom(seed: seed &* 0x51 &+ size)
                 let what = "seed \(seed), size \(size)"
                 var (one, other) = (try Model(from, size), try Model(into, size))
                 for _ in 0..<12 {
@@ -165,7 +166,7 @@ import Testing
         Kind.allCases)
     func union(from: Kind, into: Kind) throws {
         for size in Self.sizes {
-            var random = SplitMix(state: size &+ 6)
+            var random = SeededRandom(seed: size &+ 6)
             var (one, other) = (try Model(from, size), try Model(into, size))
             for round in 0..<6 {
                 for _ in 0..<4 {
@@ -183,7 +184,7 @@ import Testing
     @Test("the words of a range hold its pages", arguments: Kind.allCases)
     func words(kind: Kind) throws {
         for size in Self.sizes {
-            var random = SplitMix(state: size &+ 7)
+            var random = SeededRandom(seed: size &+ 7)
             var model = try Model(kind, size)
             for _ in 0..<20 {
                 model.step(&random)
@@ -206,7 +207,7 @@ import Testing
     func size() throws {
         let pageCount: UInt64 = 1 << 34
         let set = DirtySet(pageCount: pageCount)
-        var random = SplitMix(state: 8)
+        var random = SeededRandom(seed: 8)
         var pages: [UInt64] = []
         for _ in 0..<60_000 { pages.append(random.next() % pageCount) }
         unsafe pages.withUnsafeBufferPointer { unsafe set.insert($0) }

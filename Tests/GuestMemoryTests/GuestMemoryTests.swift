@@ -1,5 +1,6 @@
 import GuestMemory
 import Host
+import TestSupport
 import Testing
 
 @Suite struct DirtyBitmapTests {
@@ -25,7 +26,7 @@ import Testing
 
     @Test("random sets and clears agree with a set of integers", arguments: [1, 2, 3] as [UInt64])
     func model(seed: UInt64) throws {
-        var random = SplitMix(state: seed)
+        var random = SeededRandom(seed: seed)
         let size: UInt64 = 20_000
         let bitmap = try DirtyBitmap(pageCount: size)
         var model: Set<UInt64> = []
@@ -111,17 +112,5 @@ import Testing
             #expect(try block.allocatedRuns(in: block.pages).count == 1, "reading touches nothing")
         }
         #expect(try block.allocatedRuns(in: page.advanced(by: 1)..<PageIndex(block.pageCount)).isEmpty)
-    }
-}
-
-/// A small seeded generator, so that a failure can be replayed.
-struct SplitMix {
-    var state: UInt64
-    mutating func next() -> UInt64 {
-        state &+= 0x9E37_79B9_7F4A_7C15
-        var z = state
-        z = (z ^ (z >> 30)) &* 0xBF58_476D_1CE4_E5B9
-        z = (z ^ (z >> 27)) &* 0x94D0_49BB_1331_11EB
-        return z ^ (z >> 31)
     }
 }

@@ -1,3 +1,5 @@
+import TestSupport
+
 @testable import GuestMemory
 
 /// A naive reading of the tree: asks, for one address after the other, which region answers. Slow, and nothing like the painter.
@@ -45,7 +47,7 @@ extension FlatView {
 
 /// Random transactions over a small address space, from a seed.
 struct RandomLayouts {
-    var random: SplitMix
+    var random: SeededRandom
     let blocks: [RAMBlock]
     let device: any MemoryMappedDevice
     private(set) var regions: [MemoryRegionID] = []
@@ -56,7 +58,7 @@ struct RandomLayouts {
     static let grain: UInt64 = 64
 
     init(seed: UInt64, blocks: [RAMBlock], device: any MemoryMappedDevice) {
-        random = SplitMix(state: seed)
+        random = SeededRandom(seed: seed)
         self.blocks = blocks
         self.device = device
     }

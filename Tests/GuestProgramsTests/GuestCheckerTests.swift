@@ -1,3 +1,4 @@
+import TestSupport
 import Testing
 
 @testable import GuestPrograms
@@ -25,7 +26,7 @@ struct GuestCheckerTests {
     @Test("a guest stopped between any two stores is verified", arguments: guests, [1, 2, 5])
     func sound(text: String, cpus: Int) throws {
         let seed = UInt64.random(in: 0...UInt64.max)
-        var random = SplitMix(state: seed)
+        var random = SeededRandom(seed: seed)
         let model = try model(text, cpus: cpus)
         for round in 0..<24 {
             if round == 8 { model.fillAll() }
@@ -41,7 +42,7 @@ struct GuestCheckerTests {
     @Test("with every store of a short run in turn, no stop gives a false alarm", arguments: ["sequential", "random"])
     func everyStop(order: String) throws {
         let model = try model("dirty,\(order),fill=none,working-set=20K,words=2", cpus: 2)
-        var random = SplitMix(state: 7)
+        var random = SeededRandom(seed: 7)
         for stop in 0..<400 {
             let result = try check(model)
             #expect(result.isVerified, "store \(stop): \(result)")
@@ -54,7 +55,7 @@ struct GuestCheckerTests {
     private func busy(_ text: String, cpus: Int = 2) throws -> GuestModel {
         let model = try model(text, cpus: cpus)
         model.fillAll()
-        var random = SplitMix(state: 99)
+        var random = SeededRandom(seed: 99)
         while try check(model).status.passes < 2 {
             model.run(stores: 500, random: &random)
         }
@@ -203,7 +204,7 @@ struct GuestCheckerTests {
     @Test("random words in the guest's blocks give an error or faults, never a trap")
     func hostileBlocks() throws {
         let seed = UInt64.random(in: 0...UInt64.max)
-        var random = SplitMix(state: seed)
+        var random = SeededRandom(seed: seed)
         let model = try model("dirty,random,fill=none,working-set=40K,words=2")
         model.fillAll()
         model.run(stores: 100, random: &random)

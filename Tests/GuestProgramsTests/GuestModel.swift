@@ -1,17 +1,6 @@
+import TestSupport
+
 @testable import GuestPrograms
-
-/// A small deterministic source of randomness, so that a failure can be replayed.
-struct SplitMix: RandomNumberGenerator {
-    var state: UInt64
-
-    mutating func next() -> UInt64 {
-        state &+= 0x9E37_79B9_7F4A_7C15
-        var word = state
-        word = (word ^ word >> 30) &* 0xBF58_476D_1CE4_E5B9
-        word = (word ^ word >> 27) &* 0x94D0_49BB_1331_11EB
-        return word ^ word >> 31
-    }
-}
 
 /// A guest in Swift, independent of the checker's formulas: makes one store at a time, as the processor does, so that a test can
 /// stop it between any two.
@@ -154,7 +143,7 @@ final class GuestModel {
     }
 
     /// Make stores of vCPUs chosen at random.
-    func run(stores: Int, random: inout SplitMix) {
+    func run(stores: Int, random: inout SeededRandom) {
         for _ in 0..<stores { step(Int.random(in: cpus.indices, using: &random)) }
     }
 }

@@ -24,6 +24,27 @@ struct GuestStatusTests {
         #expect(status.touches == 41 && status.heartbeats == 42 && status.longestGapTicks == 44 && status.passes == 3)
     }
 
+    @Test("the last long gaps are told in order, and how many there were")
+    func longGaps() throws {
+        let model = try GuestModel(
+            "dirty,fill=none,working-set=32K", memoryBytes: 4 << 20, lowMemoryBytes: 4 << 20, cpus: 1)
+        func gaps() throws -> GuestStatus.CPU { try unsafe GuestStatus(read: model.reader).cpus[0] }
+        #expect(try gaps().longGaps == 0 && gaps().latestLongGaps.isEmpty)
+        for number in 0..<18 as Range<UInt64> {
+            model.store(number, at: model.status(0, 0xD8 + number % 16 * 16))
+            model.store(1000 + number, at: model.status(0, 0xE0 + number % 16 * 16))
+        }
+        model.store(3, at: model.status(0, 0xD0))
+        #expect(try gaps().latestLongGaps.map(\.ticks) == [16, 17, 2])
+        model.store(18, at: model.status(0, 0xD0))
+        #expect(try gaps().longGaps == 18)
+        #expect(try gaps().latestLongGaps.map(\.ticks) == Array(2..<18))
+        #expect(try gaps().latestLongGaps.allSatisfy { $0.end == 1000 + $0.ticks && $0.start == 1000 })
+        // A number that no guest counts to.
+        model.store(.max, at: model.status(0, 0xD0))
+        #expect(try gaps().latestLongGaps.count == 16)
+    }
+
     @Test("the histograms of all vCPUs are added up")
     func histogram() throws {
         let model = try GuestModel("probe,fill=none", memoryBytes: 4 << 20, lowMemoryBytes: 4 << 20, cpus: 3)

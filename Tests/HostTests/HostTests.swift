@@ -156,6 +156,28 @@ import Testing
         #expect(name.withLock { $0 } == "reaper\n")
         #expect(thread.identifier > 0)
     }
+
+    @Test("a thread in a hurry, where the host allows it, is so until it is calmed, and alone")
+    func haste() throws {
+        let isOver = Monitor(false)
+        let thread = try HostThread(name: "hasty") { isOver.wait { $0 ? () : nil } }
+        defer {
+            isOver.withLock { $0 = true }
+            thread.join()
+        }
+        let before = thread.niceness
+        guard let told = thread.hasten() else { return #expect(thread.niceness == before) }
+        #expect(told == before && thread.niceness < before)
+        #expect(getpriority(Int32(PRIO_PROCESS.rawValue), 0) > thread.niceness)
+        #expect(thread.hasten() == nil)
+        thread.calm(to: told)
+        #expect(thread.niceness == before)
+        // Changed by somebody else meanwhile: that stays.
+        _ = thread.hasten()
+        #expect(setpriority(Int32(PRIO_PROCESS.rawValue), id_t(thread.identifier), 5) == 0)
+        thread.calm(to: told)
+        #expect(thread.niceness == 5)
+    }
 }
 
 @Suite struct InterruptTests {

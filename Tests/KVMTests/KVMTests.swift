@@ -2,6 +2,7 @@ import Accelerator
 import Glibc
 import GuestMemory
 import Host
+import TestSupport
 import Testing
 
 @testable import KVM
@@ -65,7 +66,7 @@ import Testing
 
     @Test("random bytes are refused or read, and never trap")
     func fuzz() {
-        var random = SplitMix64(state: 17)
+        var random = SeededRandom(seed: 17)
         for _ in 0..<2000 {
             let bytes = (0..<Int.random(in: 0..<64, using: &random)).map { _ in
                 UInt8.random(in: 0...(Bool.random(using: &random) ? 3 : 255), using: &random)
@@ -185,17 +186,5 @@ struct KVMMachineTests {
         tracker.stop()
         tracker.stop()
         #expect(throws: AcceleratorError.self) { try tracker.collect(into: [bitmap]) }
-    }
-}
-
-/// A seeded generator, so that a failure can be replayed.
-struct SplitMix64: RandomNumberGenerator {
-    var state: UInt64
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var mixed = state
-        mixed = (mixed ^ (mixed >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        mixed = (mixed ^ (mixed >> 27)) &* 0x94d0_49bb_1331_11eb
-        return mixed ^ (mixed >> 31)
     }
 }

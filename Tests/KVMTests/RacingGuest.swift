@@ -4,6 +4,7 @@ import Glibc
 import GuestMemory
 import Host
 import Synchronization
+import TestSupport
 import Testing
 
 @testable import KVM
@@ -260,37 +261,5 @@ enum GuestCode {
         var run = kvm_mp_state()
         run.mp_state = UInt32(KVM_MP_STATE_RUNNABLE)
         _ = unsafe gw_kvm_set_mp_state(cpu.descriptor.number, &run)
-    }
-}
-
-/// What a test does in a process of its own, because vCPUs last as long as their process.
-enum Child {
-    /// Runs `body` and ends the process: with success if it comes back, else with a sentence on standard error.
-    static func run(seconds: UInt64, _ body: () throws -> Void) {
-        _ = try? HostThread(name: "alarm") {
-            Clock.sleep(nanoseconds: seconds * 1_000_000_000)
-            fail("the test was not done after \(seconds) seconds")
-        }
-        do { try body() } catch { fail("\(error)") }
-        _exit(0)
-    }
-
-    static func fail(_ sentence: String) -> Never {
-        Issue.record("\(sentence)")
-        _ = try? Descriptor.standard(2, name: "standard error").writeAll(Array((sentence + "\n").utf8))
-        _exit(1)
-    }
-}
-
-/// Ends a child process with `sentence` unless `holds`.
-func claim(_ holds: Bool, _ sentence: @autoclosure () -> String) {
-    if !holds { Child.fail(sentence()) }
-}
-
-func waitFor(_ what: String, seconds: UInt64 = 20, _ condition: () throws -> Bool) throws {
-    let deadline = Deadline.after(seconds: seconds)
-    while try !condition() {
-        if deadline.hasPassed { Child.fail("waited \(seconds) seconds for \(what)") }
-        Clock.sleep(nanoseconds: 200_000)
     }
 }

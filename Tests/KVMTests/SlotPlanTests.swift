@@ -1,4 +1,5 @@
 import GuestMemory
+import TestSupport
 import Testing
 
 @testable import KVM
@@ -72,7 +73,7 @@ private struct KernelModel {
     }
 
     /// Up to three ranges change what they show.
-    private func change(_ layout: Layout, _ random: inout SplitMix64) -> Layout {
+    private func change(_ layout: Layout, _ random: inout SeededRandom) -> Layout {
         var layout = layout
         for _ in 0..<Int.random(in: 1...3, using: &random) {
             let first = Int.random(in: 0..<layout.count, using: &random)
@@ -139,7 +140,7 @@ private struct KernelModel {
         arguments: SlotStrategy.allCases)
     func randomLayouts(strategy: SlotStrategy) throws {
         let seed = UInt64.random(in: 0..<1 << 32)
-        var random = SplitMix64(state: seed)
+        var random = SeededRandom(seed: seed)
         var model = KernelModel()
         var layout = Layout(repeating: nil, count: Int(Self.pageCount))
         var slots: [Slot] = []

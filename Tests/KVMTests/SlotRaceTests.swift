@@ -4,15 +4,14 @@ import Glibc
 import GuestMemory
 import Host
 import Synchronization
+import TestSupport
 import Testing
 
 @testable import KVM
 
-private let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
-
 @Suite(
     "changing memory under running vCPUs", .serialized,
-    .enabled(if: hasKVM, "this machine has no /dev/kvm which this user may open"))
+    .enabled(if: hasKVM, needsKVM))
 struct SlotRaceTests {
     @Test(
         "memory is exchanged behind readers, callers and page walkers: none fails, and none is stopped",
@@ -167,7 +166,7 @@ struct SlotRaceTests {
         let guest = try RacingGuest(
             [.write, .write, .read], showing: [(all, 1, false)], strategy: strategy, observer: { log.attach(to: $0) })
         try guest.awaitPasses()
-        var (random, lost) = (SplitMix64(state: 11), UInt64(0))
+        var (random, lost) = (SeededRandom(seed: 11), UInt64(0))
         for round in 0..<rounds {
             let before = try guest.slots.hold.hold {
                 try log.collect(guest.slots.slots)
@@ -288,7 +287,7 @@ struct SlotRaceTests {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 55) {
                 let seed = UInt64.random(in: 0..<1 << 32)
-                var random = SplitMix64(state: seed)
+                var random = SeededRandom(seed: seed)
                 let guest = try RacingGuest([.read, .read, .walk], showing: [(0..<1024, 1, false)])
                 for round in 0..<1000 {
                     var pieces: [(pages: Range<Int>, block: Int, isReadOnly: Bool)] = []

@@ -3,14 +3,13 @@ import CLinux
 import Glibc
 import GuestMemory
 import Host
+import TestSupport
 import Testing
 
 @testable import KVM
 
-private let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
-
 /// Without vCPUs that run: what a guest would write, the tests do.
-@Suite("tracking while slots change", .enabled(if: hasKVM, "this machine has no /dev/kvm which this user may open"))
+@Suite("tracking while slots change", .enabled(if: hasKVM, needsKVM))
 struct SlotTrackingTests {
     private let memory: GuestMemory
     private let low: FlatRange

@@ -1,6 +1,7 @@
 import Devices
 import Host
 import Machine
+import TestSupport
 import Testing
 
 private typealias Segment = ELFBuilder.Segment
@@ -236,7 +237,7 @@ struct BootPVHKernelTests {
     @Test("a file with random damage gives a plan within RAM or an error")
     func randomDamage() throws {
         let seed: UInt64 = 0xe1f
-        var random = BootTestGenerator(seed: seed)
+        var random = SeededRandom(seed: seed)
         let files = [(true, true), (true, false), (false, true), (false, false)].map {
             ELFBuilder.kernel(is64Bit: $0.0, noteInSection: $0.1).file
         }

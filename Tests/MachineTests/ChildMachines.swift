@@ -5,11 +5,8 @@ import GuestPrograms
 import Host
 import Machine
 import Synchronization
+import TestSupport
 import Testing
-
-/// Whether virtual machines can run here; tests that need them say so where they cannot.
-let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
-let needsKVM: Comment = "this machine has no /dev/kvm which this user may open"
 
 /// Whether guests in real and 32-bit mode run on the processor itself; where KVM emulates them, it cannot emulate all faults.
 let hasHardwareVirtualization: Bool = {
@@ -17,39 +14,6 @@ let hasHardwareVirtualization: Bool = {
     let flags = text.split(separator: "\n").first { $0.hasPrefix("flags") }?.split(separator: " ") ?? []
     return flags.contains("vmx") || flags.contains("svm")
 }()
-
-/// What a test does in a process of its own, because a virtual machine lasts as long as its process.
-enum Child {
-    /// Runs `body` and ends the process: with success if it comes back, else with a sentence on standard error.
-    static func run(seconds: UInt64, _ body: () throws -> Void) {
-        _ = try? HostThread(name: "alarm") {
-            Clock.sleep(nanoseconds: seconds * 1_000_000_000)
-            fail("the test was not done after \(seconds) seconds")
-        }
-        do { try body() } catch { fail("\(error)") }
-        _exit(0)
-    }
-
-    static func fail(_ sentence: String) -> Never {
-        Issue.record("\(sentence)")
-        _ = try? Descriptor.standard(2, name: "standard error").writeAll(Array((sentence + "\n").utf8))
-        _exit(1)
-    }
-}
-
-/// Ends a child process with `sentence` unless `holds`.
-func claim(_ holds: Bool, _ sentence: @autoclosure () -> String) {
-    if !holds { Child.fail(sentence()) }
-}
-
-/// Waits until `condition` holds.
-func waitFor(_ what: String, seconds: UInt64 = 20, _ condition: () throws -> Bool) throws {
-    let deadline = Deadline.after(seconds: seconds)
-    while try !condition() {
-        if deadline.hasPassed { Child.fail("waited \(seconds) seconds for \(what)") }
-        Clock.sleep(nanoseconds: 1_000_000)
-    }
-}
 
 extension VirtualMachine {
     /// A machine with a built-in guest, not started.

@@ -3,6 +3,7 @@ import GuestMemory
 import GuestPrograms
 import Host
 import Machine
+import TestSupport
 import Testing
 
 @Suite("dirty limits", .serialized, .enabled(if: hasKVM, needsKVM))

@@ -4,6 +4,7 @@ import GuestPrograms
 import Host
 import Machine
 import Synchronization
+import TestSupport
 import Testing
 
 /// What the tests run with: small rings run full all the time.
@@ -234,7 +235,7 @@ struct DirtyTrackingTests {
                 let writes = Atomic(0)
                 let memory = machine.memory
                 let writer = try HostThread(name: "writer") {
-                    var random = SplitMix64(state: 7)
+                    var random = SeededRandom(seed: 7)
                     while !isOver.load(ordering: .relaxed) {
                         // Behind what the guest uses: across page borders, and pages that were holes.
                         let address = GuestPhysicalAddress((32 << 20) + random.next() % (24 << 20))
@@ -433,17 +434,5 @@ struct DirtyTrackingTests {
         claim(highRun != nil, "nothing was reported above \(high)")
         let allocated = try machine.memory.blocks[0].allocatedPages()
         claim(shadow.everReported.count <= allocated, "more pages were reported than ever touched")
-    }
-}
-
-/// A seeded generator, so that a failure can be replayed.
-struct SplitMix64: RandomNumberGenerator {
-    var state: UInt64
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var mixed = state
-        mixed = (mixed ^ (mixed >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        mixed = (mixed ^ (mixed >> 27)) &* 0x94d0_49bb_1331_11eb
-        return mixed ^ (mixed >> 31)
     }
 }

@@ -4,6 +4,7 @@ import Host
 import KVM
 import Machine
 import Synchronization
+import TestSupport
 import Testing
 
 @Suite("processors held for a change of the memory layout", .serialized, .enabled(if: hasKVM, needsKVM))

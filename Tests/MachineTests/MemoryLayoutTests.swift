@@ -2,6 +2,7 @@ import GuestMemory
 import Host
 import Machine
 import Synchronization
+import TestSupport
 import Testing
 
 @Suite("memory layout of a machine", .serialized, .timeLimit(.minutes(10))) struct MemoryLayoutTests {

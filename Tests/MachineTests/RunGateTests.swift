@@ -40,6 +40,24 @@ import Testing
         #expect(inside.wait(deadline: .after(seconds: 10)) { $0 == 2 ? $0 : nil } == 2)
     }
 
+    @Test("the first of several threads decides: who comes after the moment goes in, too")
+    func late() throws {
+        let gate = RunGate()
+        let inside = Monitor(0)
+        func vcpu() throws {
+            _ = try HostThread(name: "vcpu") {
+                gate.enter()
+                inside.withLock { $0 += 1 }
+            }
+        }
+        try vcpu()
+        let moment = Clock.monotonicNanoseconds + 2_000_000_000
+        #expect(gate.open(until: moment))
+        while Clock.monotonicNanoseconds <= moment { Clock.sleep(nanoseconds: 10_000_000) }
+        try vcpu()
+        #expect(inside.wait(deadline: .after(seconds: 10)) { $0 == 2 ? $0 : nil } == 2)
+    }
+
     @Test("a gate whose threads do not come in time is closed again when the moment comes")
     func nobody() {
         let gate = RunGate()

@@ -2,6 +2,7 @@ import GuestMemory
 import GuestPrograms
 import Host
 import Machine
+import TestSupport
 import Testing
 
 @Suite("running machine", .serialized, .enabled(if: hasKVM, needsKVM))
@@ -111,7 +112,7 @@ struct RunningMachineTests {
                 let asker = try HostThread(name: "asker") {
                     while !isOver.withLock({ $0 }) { _ = machine.whileStopped { machine.memory.byteCount } }
                 }
-                var random = SplitMix64(state: 11)
+                var random = SeededRandom(seed: 11)
                 for _ in 0..<500 {
                     machine.pause()
                     if random.next() % 4 == 0 { Clock.sleep(nanoseconds: random.next() % 300_000) }
@@ -135,7 +136,7 @@ struct RunningMachineTests {
                 let machine = try VirtualMachine.bootSector(BootCode.leave)
                 let ends = Monitor(0)
                 machine.observe { if case .shutdown = $0 { ends.withLock { $0 += 1 } } }
-                var random = SplitMix64(state: 20_261_121)
+                var random = SeededRandom(seed: 20_261_121)
                 var refusals = 0
                 // How long the guest needs to its end, on this host.
                 var typical: UInt64 = 0

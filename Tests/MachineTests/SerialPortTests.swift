@@ -1,6 +1,7 @@
 import GuestMemory
 import Host
 import Machine
+import TestSupport
 import Testing
 
 @Suite("serial port", .serialized, .enabled(if: hasKVM, needsKVM))

@@ -4,6 +4,7 @@ import GuestMemory
 import GuestPrograms
 import Host
 import Machine
+import TestSupport
 
 /// A copy of a machine's memory that is kept up by dirty tracking alone, as a migration's destination is.
 @safe final class ShadowMemory {

@@ -2,6 +2,7 @@ import Accelerator
 import GuestPrograms
 import Host
 import Machine
+import TestSupport
 import Testing
 
 @Suite("throttling", .serialized, .enabled(if: hasKVM, needsKVM))

@@ -1,4 +1,5 @@
 import MigrationStream
+import TestSupport
 import Testing
 
 @Suite("The wire")
@@ -18,7 +19,7 @@ struct MigrationStreamTests {
     @Test("a stream fed in random pieces gives the same items", arguments: 1...20)
     func randomPieces(seed: Int) throws {
         let sample = Sample.everything()
-        var generator = SeededGenerator(seed: UInt64(seed))
+        var generator = SeededRandom(seed: UInt64(seed))
         let items = try decode(sample.bytes) { Int.random(in: 1...6000, using: &generator) }
         #expect(items == sample.items, "seed \(seed)")
     }
@@ -131,7 +132,7 @@ struct MigrationStreamTests {
 
     @Test("the buffer keeps its bytes in order however it is filled and consumed", arguments: 1...20)
     func receiveBuffer(seed: Int) {
-        var generator = SeededGenerator(seed: UInt64(seed))
+        var generator = SeededRandom(seed: UInt64(seed))
         var buffer = ReceiveBuffer(capacity: 16)
         var model: [UInt8] = []
         for _ in 0..<300 {

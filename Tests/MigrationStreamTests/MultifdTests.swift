@@ -1,4 +1,5 @@
 import MigrationStream
+import TestSupport
 import Testing
 
 @Suite("The wire of multifd channels")
@@ -167,7 +168,7 @@ struct MultifdTests {
         let samples = [Self.sample, Self.codec.head(of: MultifdPacket(isSync: true, number: 1))]
         let greeting = MultifdGreeting(channel: 1, mark: Self.mark).bytes
         for seed in (part * 500)..<(part * 500 + 500) {
-            var generator = SeededGenerator(seed: UInt64(seed) | 1 << 34)
+            var generator = SeededRandom(seed: UInt64(seed) | 1 << 34)
             var head = samples[seed % 2]
             var hello = greeting
             for _ in 0..<Int.random(in: 1...5, using: &generator) {

@@ -1,4 +1,5 @@
 import MigrationStream
+import TestSupport
 import Testing
 
 private func discard(_ ranges: [UInt8], name: String = "ram", version: UInt8 = 0, terminator: UInt8 = 0) -> [UInt8] {
@@ -220,7 +221,7 @@ struct PostcopyErrorTests {
             request(0, 4096) + [0, 4, 0, 12] + be64(0) + [0, 0, 0x10, 0] + [0, 5, 0, 4, 3] + Array("ram".utf8) + be64(8)
             + be64(1) + be64(0x0123_4567_89ab_cdef) + [0, 6, 0, 4, 0, 0, 0, 1]
         for seed in (part * 500)..<(part * 500 + 500) {
-            var generator = SeededGenerator(seed: UInt64(seed) | 1 << 34)
+            var generator = SeededRandom(seed: UInt64(seed) | 1 << 34)
             func changed(_ bytes: [UInt8]) -> [UInt8] {
                 var bytes = bytes
                 for _ in 0..<Int.random(in: 1...3, using: &generator) {

@@ -1,4 +1,5 @@
 import MigrationStream
+import TestSupport
 import Testing
 
 /// Nothing that comes from outside traps, hangs or grows without bound. A failing run names its seed.
@@ -8,7 +9,7 @@ struct StreamFuzzTests {
     func mutated(part: Int) {
         let sample = Sample.everything().bytes
         for seed in (part * 100)..<(part * 100 + 100) {
-            var generator = SeededGenerator(seed: UInt64(seed))
+            var generator = SeededRandom(seed: UInt64(seed))
             var bytes = sample
             for _ in 0..<Int.random(in: 1...6, using: &generator) { Self.mutate(&bytes, using: &generator) }
             let whole = Self.outcome(bytes) { Int.max }
@@ -20,7 +21,7 @@ struct StreamFuzzTests {
     @Test("random bytes behind a valid opening are rejected, never trap", arguments: 0..<4)
     func random(part: Int) {
         for seed in (part * 200)..<(part * 200 + 200) {
-            var generator = SeededGenerator(seed: UInt64(seed) | 1 << 32)
+            var generator = SeededRandom(seed: UInt64(seed) | 1 << 32)
             let openings: [[UInt8]] = [[], Sample.opening().bytes, Sample.setup(), Sample.setup() + [2, 0, 0, 0, 2]]
             let noise = (0..<Int.random(in: 0...300, using: &generator)).map { _ in Self.byte(using: &generator) }
             let bytes = openings[Int.random(in: 0..<4, using: &generator)] + noise
@@ -40,7 +41,7 @@ struct StreamFuzzTests {
     func summarised(part: Int) {
         let sample = Sample.everything().bytes
         for seed in (part * 100)..<(part * 100 + 100) {
-            var generator = SeededGenerator(seed: UInt64(seed) | 1 << 33)
+            var generator = SeededRandom(seed: UInt64(seed) | 1 << 33)
             var bytes = sample
             for _ in 0..<Int.random(in: 0...4, using: &generator) { Self.mutate(&bytes, using: &generator) }
             let whole = Self.summary(bytes, piece: bytes.count)
@@ -66,13 +67,13 @@ struct StreamFuzzTests {
         }
     }
 
-    private static func byte(using generator: inout SeededGenerator) -> UInt8 {
+    private static func byte(using generator: inout SeededRandom) -> UInt8 {
         let likely: [UInt8] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 0x10, 0x20, 0x7e, 0xff, 0x47]
         return Bool.random(using: &generator)
             ? likely.randomElement(using: &generator) ?? 0 : .random(in: 0...255, using: &generator)
     }
 
-    private static func mutate(_ bytes: inout [UInt8], using generator: inout SeededGenerator) {
+    private static func mutate(_ bytes: inout [UInt8], using generator: inout SeededRandom) {
         guard bytes.count > 2 else { return }
         // Heads matter more than page contents.
         let end = Bool.random(using: &generator) ? min(bytes.count, 500) : bytes.count

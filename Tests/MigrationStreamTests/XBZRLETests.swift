@@ -1,3 +1,4 @@
+import TestSupport
 import Testing
 
 @testable import MigrationStream
@@ -44,7 +45,7 @@ struct XBZRLETests {
         return bytes
     }
 
-    private static func changed(_ old: [UInt8], using generator: inout SeededGenerator) -> [UInt8] {
+    private static func changed(_ old: [UInt8], using generator: inout SeededRandom) -> [UInt8] {
         var new = old
         switch Int.random(in: 0..<4, using: &generator) {
         case 0:
@@ -65,7 +66,7 @@ struct XBZRLETests {
         return new
     }
 
-    private static func noise(using generator: inout SeededGenerator) -> [UInt8] {
+    private static func noise(using generator: inout SeededRandom) -> [UInt8] {
         (0..<4096).map { _ in .random(in: 0...255, using: &generator) }
     }
 
@@ -92,7 +93,7 @@ struct XBZRLETests {
     @Test("what was encoded makes the old page the new one, and is no longer than the plain encoding", arguments: 0..<4)
     func roundTrips(part: Int) throws {
         for seed in (part * 60)..<(part * 60 + 60) {
-            var generator = SeededGenerator(seed: UInt64(seed))
+            var generator = SeededRandom(seed: UInt64(seed))
             let old = Self.noise(using: &generator)
             let new = Self.changed(old, using: &generator)
             let plain = Self.plainEncoding(old, new)
@@ -133,7 +134,7 @@ struct XBZRLETests {
     @Test("random and mutated encodings change the page as far as they say, or nothing", arguments: 0..<4)
     func fuzz(part: Int) {
         for seed in (part * 2000)..<(part * 2000 + 2000) {
-            var generator = SeededGenerator(seed: UInt64(seed) | 1 << 34)
+            var generator = SeededRandom(seed: UInt64(seed) | 1 << 34)
             let before = [UInt8](repeating: 3, count: 4096)
             var encoding = (0..<Int.random(in: 0...64, using: &generator)).map { _ -> UInt8 in
                 .random(in: 0...(Bool.random(using: &generator) ? 8 : 255), using: &generator)

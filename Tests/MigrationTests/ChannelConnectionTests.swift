@@ -5,6 +5,7 @@ import Machine
 import Migration
 import MigrationStream
 import Synchronization
+import TestSupport
 import Testing
 import Transport
 
@@ -122,7 +123,7 @@ struct ChannelConnectionTests {
     func cancelled(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 80) {
-                var random = SplitMix64(state: seed)
+                var random = SeededRandom(seed: seed)
                 let source = try Migrator.source("idle,fill=1M", mebibytes: 16)
                 try source.change {
                     $0.multifdChannels = 8
@@ -162,6 +163,35 @@ struct ChannelConnectionTests {
                 Clock.sleep(nanoseconds: 1_500_000_000)
                 let pages = source.info().ram?.normal ?? 0
                 claim(pages < 8, "\(pages) pages at 4000 bytes per second")
+                try source.change { $0.maxBandwidthBytesPerSecond = 0 }
+                let began = Clock.monotonicNanoseconds
+                try source.claimArrival(at: destination, "after the limit was raised")
+                let seconds = Double(Clock.monotonicNanoseconds - began) / 1e9
+                claim(seconds < 15, "it took \(seconds) s")
+            }
+        }
+    }
+
+    @Test(
+        "rounds that were measured under a low limit do not hold up the switch once it is raised",
+        .timeLimit(.minutes(10)))
+    func raised() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 80) {
+                let source = try Migrator.source("dirty,working-set=128K,fill=12M,rate=4M", mebibytes: 16)
+                try source.change {
+                    $0.multifdChannels = 2
+                    $0.maxBandwidthBytesPerSecond = 4_000_000
+                    $0.downtimeLimitMilliseconds = 20
+                }
+                try source.set(.multifd, true)
+                let destination = try source.destination()
+                try source.migrate(to: try destination.listen())
+                // What the guest writes meanwhile is more than 20 ms at this rate, and too little to measure another one with.
+                try waitFor("ten looks, it is \(source.info().status)", seconds: 40) {
+                    (source.info().ram?.dirtySyncCount ?? 0) >= 10
+                }
+                claim(source.info().status == .active, "the limit holds up nothing: \(source.info().status)")
                 try source.change { $0.maxBandwidthBytesPerSecond = 0 }
                 let began = Clock.monotonicNanoseconds
                 try source.claimArrival(at: destination, "after the limit was raised")

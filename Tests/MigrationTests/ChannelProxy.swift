@@ -1,5 +1,6 @@
 import Host
 import Synchronization
+import TestSupport
 import Transport
 
 /// A proxy for the connections of one migration, numbered as they come (0 is the main one), which strikes one of them.

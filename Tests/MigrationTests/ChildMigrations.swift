@@ -4,45 +4,9 @@ import GuestPrograms
 import Host
 import Machine
 import Migration
+import TestSupport
 import Testing
 import Transport
-
-/// Whether virtual machines can run here; tests that need them say so where they cannot.
-let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
-let needsKVM: Comment = "this machine has no /dev/kvm which this user may open"
-
-/// What a test does in a process of its own, because a virtual machine lasts as long as its process.
-enum Child {
-    /// Runs `body` and ends the process: with success if it comes back, else with a sentence.
-    static func run(seconds: UInt64, _ body: () throws -> Void) {
-        _ = try? HostThread(name: "alarm") {
-            Clock.sleep(nanoseconds: seconds * 1_000_000_000)
-            fail("the test was not done after \(seconds) seconds")
-        }
-        do { try body() } catch { fail("\(error)") }
-        _exit(0)
-    }
-
-    static func fail(_ sentence: String) -> Never {
-        Issue.record("\(sentence)")
-        _ = try? Descriptor.standard(2, name: "standard error").writeAll(Array((sentence + "\n").utf8))
-        _exit(1)
-    }
-}
-
-/// Ends a child process with `sentence` unless `holds`.
-func claim(_ holds: Bool, _ sentence: @autoclosure () -> String) {
-    if !holds { Child.fail(sentence()) }
-}
-
-/// Waits until `condition` holds.
-func waitFor(_ what: @autoclosure () -> String, seconds: UInt64 = 20, _ condition: () throws -> Bool) throws {
-    let deadline = Deadline.after(seconds: seconds)
-    while try !condition() {
-        if deadline.hasPassed { Child.fail("waited \(seconds) seconds for \(what())") }
-        Clock.sleep(nanoseconds: 1_000_000)
-    }
-}
 
 /// A path nobody else uses.
 func temporaryPath(_ name: String) -> String { "/tmp/godwit-test-\(getpid())-\(name)" }
@@ -107,17 +71,5 @@ extension Migrator {
         claim(machine.runState == .postMigrate, "\(when): the source is \(machine.runState)")
         try destination.claimGuestRuns(when)
         claim(destination.info().status == .completed, "\(when): the destination says \(destination.info().status)")
-    }
-}
-
-/// A seeded generator, so that a failure can be replayed.
-struct SplitMix64: RandomNumberGenerator {
-    var state: UInt64
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var mixed = state
-        mixed = (mixed ^ (mixed >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        mixed = (mixed ^ (mixed >> 27)) &* 0x94d0_49bb_1331_11eb
-        return mixed ^ (mixed >> 31)
     }
 }

@@ -5,6 +5,7 @@ import Host
 import Machine
 import Migration
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 
@@ -20,7 +21,7 @@ struct CompressionMigrationTests {
                 let source = try Migrator.source("dirty,working-set=8M,fill=24M,random,rate=100M", cpus: 2)
                 let block = source.machine.memory.blocks[0]
                 // Noise where the guest does not look.
-                var random = SplitMix64(state: 7)
+                var random = SeededRandom(seed: 7)
                 let noisePages: UInt64 = 1024
                 for word in 0..<Int(noisePages) * 512 { block.mapping.store(random.next(), at: 56 << 20 | word << 3) }
                 let noise = block.mapping.read(at: 56 << 20, count: Int(noisePages) << 12)

@@ -1,6 +1,7 @@
 import Glibc
 import Host
 import Machine
+import TestSupport
 import Testing
 
 @testable import Migration
@@ -103,7 +104,7 @@ struct ConvergenceTests {
     private func observation(
         _ groups: [(pages: Int, writesPerSecond: Double)], seed: UInt64, allocated: Int
     ) -> DirtyObservation {
-        var random = SplitMix64(state: seed)
+        var random = SeededRandom(seed: seed)
         var seen = DirtyObservation(allocatedPages: Double(allocated))
         var marks = [UInt8](repeating: 0, count: allocated)
         var dirty = [Bool](repeating: false, count: allocated)

@@ -1,5 +1,6 @@
 import Glibc
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 
@@ -46,7 +47,7 @@ private struct Saboteur {
     }
 
     /// - Returns: `nil` when it found nothing to do.
-    mutating func inflict(_ corruption: Corruption, _ random: inout SplitMix64) -> Damage? {
+    mutating func inflict(_ corruption: Corruption, _ random: inout SeededRandom) -> Damage? {
         let last = journey.pieces.indices.filter { journey.pieces[$0].isLast && !dropped.contains($0) }
         guard let piece = last.randomElement(using: &random) else { return nil }
         let pages = journey.pieces[piece].pages
@@ -68,7 +69,7 @@ private struct Saboteur {
     }
 
     private mutating func spoil(
-        _ piece: Int, _ index: Int, _ corruption: Corruption, _ random: inout SplitMix64
+        _ piece: Int, _ index: Int, _ corruption: Corruption, _ random: inout SeededRandom
     ) -> Damage? {
         let page = pieces[piece].pages[index]
         let contents = journey.vehicle == .deltas ? pieces[piece].contents.indices : pieces[piece].page(index)
@@ -99,7 +100,7 @@ private struct Saboteur {
 
     /// Two pages come with each other's contents.
     private mutating func swap(
-        _ piece: Int, _ index: Int, _ last: [Int], _ random: inout SplitMix64
+        _ piece: Int, _ index: Int, _ last: [Int], _ random: inout SeededRandom
     ) -> Damage? {
         guard let other = last.randomElement(using: &random) else { return nil }
         let second = Int.random(in: 0..<pieces[other].pages.count, using: &random)
@@ -124,7 +125,7 @@ private struct Saboteur {
 
     /// A whole piece vanishes, is followed by an older one, or goes to the place of another.
     private mutating func displace(
-        _ piece: Int, _ corruption: Corruption, _ random: inout SplitMix64
+        _ piece: Int, _ corruption: Corruption, _ random: inout SeededRandom
     ) -> Damage? {
         let pages = journey.pieces[piece].pages
         var damage = Damage(pages: Set(pages), words: "dropped")
@@ -189,7 +190,7 @@ struct CorruptionTests {
         arguments: Vehicle.allCases)
     func corruptions(vehicle: Vehicle) throws {
         let share = Int(Self.count) / Vehicle.allCases.count
-        var random = SplitMix64(state: Self.seed &+ UInt64(vehicle.rawValue.utf8.reduce(0) { $0 * 31 + Int($1) }))
+        var random = SeededRandom(seed: Self.seed &+ UInt64(vehicle.rawValue.utf8.reduce(0) { $0 * 31 + Int($1) }))
         let nothing = try VerifiedJourney.nothing()
         var tally = Tally()
         while tally.total < share {
@@ -213,7 +214,7 @@ struct CorruptionTests {
     }
 
     private static func trial(
-        _ journey: VerifiedJourney, _ nothing: Channel, _ tally: inout Tally, _ random: inout SplitMix64
+        _ journey: VerifiedJourney, _ nothing: Channel, _ tally: inout Tally, _ random: inout SeededRandom
     ) throws {
         var saboteur = Saboteur(journey)
         var damages: [(Corruption, Damage)] = []

@@ -5,6 +5,7 @@ import Host
 import Machine
 import Migration
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 
@@ -168,15 +169,16 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("where the file system has no direct I/O saving is refused with a sentence", .timeLimit(.minutes(10)))
+    @Test(
+        "where the file system has no direct I/O saving is refused with a sentence", .timeLimit(.minutes(10)),
+        .enabled(if: mayMount, needsMount))
     func noDirect() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
                 let folder = temporaryPath("ramfs")
                 unsafe mkdir(folder, 0o700)
                 defer { unsafe rmdir(folder) }
-                // Only root may mount; for others this is no test.
-                guard unsafe mount("none", folder, "ramfs", 0, nil) == 0 else { return }
+                claim(unsafe mount("none", folder, "ramfs", 0, nil) == 0, "a ramfs is not mounted")
                 defer { unsafe umount2(folder, 0) }
                 let path = "\(folder)/saved"
                 let source = try Migrator.source("dirty,working-set=2M,fill=8M,rate=20M")
@@ -226,15 +228,16 @@ struct MappedRAMMigrationTests {
         }
     }
 
-    @Test("a full disk lets the guest run on, and leaves nothing that looks like a saved VM", .timeLimit(.minutes(10)))
+    @Test(
+        "a full disk lets the guest run on, and leaves nothing that looks like a saved VM", .timeLimit(.minutes(10)),
+        .enabled(if: mayMount, needsMount))
     func fullDisk() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
                 let folder = temporaryPath("small")
                 unsafe mkdir(folder, 0o700)
                 defer { unsafe rmdir(folder) }
-                // Only root may mount; for others this is no test.
-                guard unsafe mount("none", folder, "tmpfs", 0, "size=6m") == 0 else { return }
+                claim(unsafe mount("none", folder, "tmpfs", 0, "size=6m") == 0, "a tmpfs is not mounted")
                 defer { unsafe umount2(folder, 0) }
                 let path = "\(folder)/saved"
                 defer { Descriptor.remove(path) }

@@ -3,6 +3,7 @@ import GuestPrograms
 import Host
 import Machine
 import Migration
+import TestSupport
 import Testing
 import Transport
 

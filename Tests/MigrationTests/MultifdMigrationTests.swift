@@ -4,6 +4,7 @@ import Host
 import Machine
 import Migration
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 
@@ -102,7 +103,7 @@ struct MultifdMigrationTests {
     func cancelled(seed: UInt64) async {
         await #expect(processExitsWith: .success) { [seed] in
             Child.run(seconds: 80) {
-                var random = SplitMix64(state: seed)
+                var random = SeededRandom(seed: seed)
                 let source = try Migrator.source(
                     "dirty,working-set=4M,fill=16M,random,rate=100M", mebibytes: 32, cpus: 2)
                 try source.useChannels(4) { $0.maxBandwidthBytesPerSecond = 200 << 20 }

@@ -1,4 +1,5 @@
 import Host
+import TestSupport
 import Testing
 
 @testable import Migration
@@ -34,9 +35,9 @@ struct PacerTests {
 
     /// - Parameter lateness: how much too late each sleep ends, in nanoseconds.
     private func run(
-        _ rate: UInt64, seconds: UInt64, senders: Int = 1, lateness: (inout SplitMix64) -> UInt64
+        _ rate: UInt64, seconds: UInt64, senders: Int = 1, lateness: (inout SeededRandom) -> UInt64
     ) -> PacedRun {
-        var random = SplitMix64(state: rate)
+        var random = SeededRandom(seed: rate)
         let pacer = Pacer(bytesPerSecond: rate)
         var run = PacedRun()
         var next = [UInt64](repeating: Self.second, count: senders)

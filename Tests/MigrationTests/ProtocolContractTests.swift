@@ -172,6 +172,34 @@ struct ProtocolContractTests {
         }
     }
 
+    @Test(
+        "a limit that is changed during the standstill binds it: less may be used up already, more gives more time, zero all"
+    )
+    func changedLimit() throws {
+        for (limit, expected) in [(2, 1), (10, 7_000_000), (40, 37_000_000)] as [(UInt64, UInt64)] {
+            var driver = Standstill()
+            driver.stop()
+            driver.collect()
+            driver.sendLast()
+            let old = try #require(driver.contract).event
+            driver.feed(.setDowntimeLimit(nanoseconds: limit * 1_000_000))
+            let timer = try #require(driver.contract)
+            #expect(timer.event != old && timer.nanoseconds == expected, "a limit of \(limit) ms")
+            #expect(!driver.feed(old).contains(.resumeGuest), "the old timer does not count any more")
+            #expect(driver.feed(timer.event, after: timer.nanoseconds).contains(.resumeGuest))
+            #expect(driver.broken.map(\.limitNanoseconds) == [limit * 1_000_000])
+        }
+        var driver = Standstill()
+        driver.stop()
+        driver.feed(.setDowntimeLimit(nanoseconds: 0))
+        #expect(driver.actions.last == .cancelTimer(.contract))
+        driver.collect()
+        // Told with every other parameter: nothing has changed.
+        #expect(driver.feed(.setDowntimeLimit(nanoseconds: 0), after: 1_000_000_000).isEmpty)
+        driver.feed(.setDowntimeLimit(nanoseconds: 5_000_000))
+        #expect(driver.feed(try #require(driver.contract).event).contains(.resumeGuest))
+    }
+
     @Test("COMMIT allows what is left of the limit when READY is heard, and none is said when nothing is left")
     func left() {
         var driver = Standstill()

@@ -95,6 +95,56 @@ struct ProtocolSourceTests {
         #expect(driver.feed(.collected(remainingPages: 5)).contains(.stopGuest))
     }
 
+    @Test(
+        "a destination that goes on answering what nobody asked is left, with the guest running; a few such words do no harm",
+        arguments: [.pong(7), .pong(ResumptionMark(number: 5).pingValue), .switchoverAcknowledged]
+            as [ReturnPathMessage])
+    func endlessTalk(word: ReturnPathMessage) throws {
+        var driver = Driver()
+        driver.reachRound()
+        for _ in 0..<60 { driver.feed(.received(word)) }
+        #expect(driver.core.phase == .sendingRound)
+        var words = 60
+        while driver.core.phase == .sendingRound, words < 1000 {
+            driver.feed(.received(word))
+            words += 1
+        }
+        #expect(words < 100)
+        driver.feed(.roundSent(RoundReport(pages: 1, bytes: 4104, nanoseconds: 1000, interrupted: true)))
+        #expect(driver.outcome == .failed("the destination goes on answering what it was not asked"))
+        #expect(driver.core.mayRun)
+    }
+
+    @Test("dirty pages are collected once before the first round, also where pages have places in a file")
+    func firstCollect() {
+        for isMapped in [false, true] {
+            var configuration = Driver().core.configuration
+            if isMapped {
+                configuration.mapped = MappedRAMSetup(
+                    machine: "m", uuid: nil, blocks: configuration.blocks, ramSectionID: 2, at: 0)
+            }
+            var core = SourceCore(configuration)
+            let actions = [.start, .connected(.oneWay), .trackingStarted].flatMap { core.handle($0) }
+            #expect(actions.count { $0 == .collect(final: false) } == 1)
+            #expect(core.phase == .collecting)
+        }
+    }
+
+    @Test("answers to as many PINGs as were said are never too many")
+    func keptAlive() throws {
+        var driver = Driver(pauses: true)
+        driver.reachRound()
+        driver.feed(Driver.round, .collected(remainingPages: 3), .guestStopped(wasRunning: true))
+        for _ in 0..<1000 {
+            let timers = driver.actions.compactMap { action -> ProtocolTimer? in
+                if case .setTimer(let timer, _) = action, timer.kind == .keepAlive { timer } else { nil }
+            }
+            driver.feed(.timer(try #require(timers.last)), .received(.pong(1)))
+            driver.actions = driver.actions.suffix(8)
+        }
+        #expect(driver.core.phase == .preSwitchover)
+    }
+
     @Test("a destination that does not take what was sent ends the migration, with the guest running")
     func drainDeadline() {
         var driver = Driver()
@@ -147,7 +197,7 @@ struct ProtocolSourceTests {
         driver.feed(.received(.shut(0)))
         let commands = try driver.items().compactMap { if case .command(let command) = $0 { command } else { nil } }
         #expect(commands == [.openReturnPath, .ping(Wire.godwitPing)])
-        #expect(driver.actions.contains(.sendRound(final: false, batches: false)))
+        #expect(driver.actions.contains(.sendRound(final: false, batches: false, keepsPages: false)))
         #expect(driver.outcome == .completed)
     }
 

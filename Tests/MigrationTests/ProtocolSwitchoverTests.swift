@@ -128,6 +128,41 @@ struct ProtocolSwitchoverTests {
         #expect(policy.bandwidthBytesPerSecond > 900_000_000)
     }
 
+    @Test("a limit that is raised takes back what was measured under it, also in the round that was under way then")
+    func raisedLimit() {
+        var slow = SwitchoverPolicy(downtimeLimitNanoseconds: 20_000_000)
+        slow.limit(to: 100_000)
+        for _ in 0..<4 {
+            _ = slow.decide(remainingPages: 100)
+            slow.sent(round(pages: 100, bytesPerSecond: 100_000))
+        }
+        #expect(slow.bandwidthBytesPerSecond < 101_000)
+        // A guest that writes a page now and then: the remainder is never enough to measure with.
+        for raised in [nil, 1_000_000_000] as [UInt64?] {
+            var policy = slow
+            policy.limit(to: raised, roundIsUnderWay: true)
+            policy.sent(round(pages: 100, bytesPerSecond: 200_000, interrupted: true))
+            #expect(!policy.knowsBandwidth, "half of that round was sent at the old rate")
+            #expect(policy.decide(remainingPages: 10) == .switchOver)
+            policy.sent(round(pages: 10_000))
+            #expect(policy.bandwidthBytesPerSecond > 900_000_000)
+        }
+        // The same limit again, or a lower one, which the last round need not keep: what is known stays.
+        for other in [100_000, 50_000] as [UInt64] {
+            var policy = slow
+            policy.limit(to: other, roundIsUnderWay: true)
+            #expect(policy.knowsBandwidth)
+            guard case .rest = policy.decide(remainingPages: 10) else {
+                Issue.record("10 pages at 100 kB/s do not fit 20 ms")
+                return
+            }
+        }
+        // More than a handful: another round first, which measures.
+        var policy = slow
+        policy.limit(to: nil)
+        #expect(policy.decide(remainingPages: 500) == .iterate)
+    }
+
     @Test("an interrupted round is no proof that rounds stopped helping")
     func interrupted() {
         var policy = SwitchoverPolicy()

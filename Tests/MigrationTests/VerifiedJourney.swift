@@ -3,6 +3,7 @@ import Glibc
 import GuestMemory
 import Host
 import MigrationStream
+import TestSupport
 import Transport
 
 @testable import Migration
@@ -59,7 +60,7 @@ struct VerifiedJourney {
 
     /// Two rounds: all pages, eight a piece, then half of them with new contents. With differences three: all twice, then single words.
     init(_ vehicle: Vehicle, seed: UInt64) throws {
-        var random = SplitMix64(state: seed)
+        var random = SeededRandom(seed: seed)
         self.vehicle = vehicle
         truth = try Self.memory()
         sent = try OutgoingVerification(truth, Self.migration)
@@ -84,7 +85,7 @@ struct VerifiedJourney {
     }
 
     /// Words with a few bits each, so that compressors find something.
-    private static func fill(_ memory: GuestMemory, _ page: Int, _ random: inout SplitMix64) {
+    private static func fill(_ memory: GuestMemory, _ page: Int, _ random: inout SeededRandom) {
         for word in 0..<512 {
             memory.blocks[0].mapping.store(random.next() & 0x0101_0303_0101_0303, at: page * 4096 + word * 8)
         }
@@ -95,7 +96,7 @@ struct VerifiedJourney {
     }
 
     private static func records(
-        _ memory: GuestMemory, _ sent: OutgoingVerification, rounds: Int, deltas: Bool, _ random: inout SplitMix64
+        _ memory: GuestMemory, _ sent: OutgoingVerification, rounds: Int, deltas: Bool, _ random: inout SeededRandom
     ) throws -> [Piece] {
         var records = try RecordWriter(
             memory, blocks: blocks, xbzrleCacheBytes: deltas ? 1 << 20 : nil, verification: sent)
@@ -143,7 +144,7 @@ struct VerifiedJourney {
     }
 
     private static func packets(
-        _ memory: GuestMemory, _ sent: OutgoingVerification, _ random: inout SplitMix64
+        _ memory: GuestMemory, _ sent: OutgoingVerification, _ random: inout SeededRandom
     ) -> [Piece] {
         let mapping = memory.blocks[0].mapping
         var pieces: [Piece] = []
@@ -153,7 +154,7 @@ struct VerifiedJourney {
                 let digests = (first..<first + 8).map {
                     sent.digest(mapping, at: $0 * 4096, block: 0, page: UInt64($0))
                 }
-                sent.sent([run(first..<first + 8)], of: 0, digests: digests)
+                sent.sent([run(first..<first + 8)], of: 0, digests: digests[...])
                 pieces.append(
                     Piece(
                         pages: Array(first..<first + 8), head: [],

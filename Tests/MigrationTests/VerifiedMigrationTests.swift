@@ -3,6 +3,7 @@ import Host
 import Machine
 import Migration
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 

@@ -2,6 +2,7 @@ import GuestMemory
 import Host
 import Machine
 import MigrationStream
+import TestSupport
 import Testing
 
 @testable import Migration
@@ -15,38 +16,74 @@ struct XBZRLETests {
         var cache = try XBZRLECache(byteCount: pages * 4096)
         var kept: [UInt64: Int] = [:]
         for page in 1000..<1000 + pages {
-            let isNew = cache.find(block: 0, page: page, round: 1) == nil
-            kept[page] = cache.insert(block: 0, page: page, round: 1)
+            let isNew = cache.find(block: 0, page: page) == nil
+            kept[page] = cache.insert(block: 0, page: page)
             #expect(isNew)
         }
         #expect(kept.values.allSatisfy { $0 % 4096 == 0 && $0 < Int(pages) * 4096 })
         #expect(Set(kept.values).count == kept.count && kept.count + 8 >= min(Int(pages), 1016))
         for page in 1000..<1000 + pages {
-            let place = cache.find(block: 0, page: page, round: 2)
-            let other = cache.find(block: 1, page: page, round: 2)
+            let place = cache.find(block: 0, page: page)
+            let other = cache.find(block: 1, page: page)
             #expect(place == kept[page])
             // The same number in another block is another page.
             #expect(other == nil)
         }
     }
 
-    @Test("a page used in this round or the last keeps its place; one unused for longer makes room")
+    @Test("a page keeps its place for four cache sizes and two rounds; one unused for longer makes room")
     func ageing() throws {
         var cache = try XBZRLECache(byteCount: 8 * 4096)
-        func inserted(_ pages: Range<UInt64>, _ round: UInt64, _ cache: inout XBZRLECache) -> Int {
-            pages.count { cache.insert(block: 0, page: $0, round: round) != nil }
-        }
-        func found(_ pages: Range<UInt64>, _ round: UInt64, _ cache: inout XBZRLECache) -> [UInt64] {
-            pages.filter { cache.find(block: 0, page: $0, round: round) != nil }
-        }
-        var counts = [inserted(0..<8, 1, &cache), inserted(8..<9, 1, &cache), inserted(8..<9, 2, &cache)]
-        #expect(counts == [8, 0, 0])
+        cache.roundBegins()
+        let first = Self.visit(0..<9, &cache)
+        #expect(first.found.isEmpty && first.kept == Array(0..<8))
+        // Long after, but in the same round and the next: nothing of it may go, it may be on its way to the socket.
+        let strangers = UInt64(100)..<200
+        let same = Self.visit(strangers, &cache)
+        cache.roundBegins()
+        let next = Self.visit(strangers, &cache)
+        #expect(same.kept.isEmpty && next.kept.isEmpty)
         // Page 3 is used again, the others are not.
-        let again = found(3..<4, 2, &cache)
-        counts = [inserted(8..<15, 3, &cache), inserted(15..<16, 3, &cache)]
-        #expect(again == [3] && counts == [7, 0])
-        let left = found(0..<16, 3, &cache)
-        #expect(left == [3] + Array(8..<15))
+        cache.roundBegins()
+        let again = Self.visit(3..<4, &cache)
+        let others = Self.visit(20..<30, &cache)
+        #expect(again.found == [3] && others.kept == Array(20..<27))
+        // Rounds alone age nobody.
+        for _ in 0..<10 { cache.roundBegins() }
+        let young = Self.visit(30..<31, &cache)
+        let left = Self.visit(0..<30, &cache)
+        #expect(young.kept.isEmpty && left.found == [3] + Array(20..<27))
+    }
+
+    @Test(
+        "of a working set twice as large as the cache half is found in every cycle, however short the rounds are",
+        arguments: [30, 100, 512, 2000])
+    func cycles(roundPages: Int) throws {
+        var cache = try XBZRLECache(byteCount: 256 * 4096)
+        var found = 0
+        var looked = 0
+        for cycle in 0..<10 {
+            for page in 0..<UInt64(512) {
+                if looked % roundPages == 0 { cache.roundBegins() }
+                looked += 1
+                let place = cache.find(block: 0, page: page)
+                if place == nil { _ = cache.insert(block: 0, page: page) } else if cycle > 0 { found += 1 }
+            }
+        }
+        #expect(found > 9 * 512 * 45 / 100)
+    }
+
+    /// - Returns: the pages that were there, and those that found room.
+    private static func visit(_ pages: Range<UInt64>, _ cache: inout XBZRLECache) -> (found: [UInt64], kept: [UInt64]) {
+        var result: (found: [UInt64], kept: [UInt64]) = ([], [])
+        for page in pages {
+            if cache.find(block: 0, page: page) != nil {
+                result.found.append(page)
+            } else if cache.insert(block: 0, page: page) != nil {
+                result.kept.append(page)
+            }
+        }
+        return result
     }
 
     @Test("what is told to the destination makes its page the source's, whatever the page goes through")
@@ -58,7 +95,7 @@ struct XBZRLETests {
         let wasActive = sender.isActive
         #expect(!wasActive)
         var seen = Set<String>()
-        var generator = SplitMix64(state: 3)
+        var generator = SeededRandom(seed: 3)
         for round in 0..<60 {
             let dirty = (0..<16).filter { _ in Bool.random(using: &generator) }
             for page in dirty { Self.change(memory, page, using: &generator) }
@@ -99,7 +136,7 @@ struct XBZRLETests {
         #expect(none == XBZRLECounts(cacheBytes: 4 * 4096))
     }
 
-    private static func change(_ memory: Mapping, _ page: Int, using generator: inout SplitMix64) {
+    private static func change(_ memory: Mapping, _ page: Int, using generator: inout SeededRandom) {
         let start = page * 4096
         switch generator.next() % 8 {
         case 0: memory.zero(at: start, count: 4096)

@@ -1,5 +1,6 @@
 import Migration
 import MigrationStream
+import TestSupport
 
 /// A guest of a few pages, each with one number as its content (zero: a zero page), and the dirty log over them. While it
 /// runs it writes random pages; what it wrote is worked out when somebody looks.
@@ -9,7 +10,7 @@ struct SimulatedGuest {
     /// The device state: counts the starts, so a stale one shows.
     var deviceState: UInt64 = 0
     private var dirtyLog: [Bool]
-    private var generator: SeededGenerator
+    private var generator: SeededRandom
     private let writeInterval: UInt64
     private var lastWrite: UInt64 = 0
     private var written: UInt64 = 1
@@ -19,7 +20,7 @@ struct SimulatedGuest {
     init(pages count: Int, writeInterval: UInt64, seed: UInt64) {
         pages = (0..<UInt64(count)).map { $0 % 3 == 0 ? 0 : $0 << 32 }
         dirtyLog = [Bool](repeating: false, count: count)
-        generator = SeededGenerator(seed: seed)
+        generator = SeededRandom(seed: seed)
         self.writeInterval = writeInterval
     }
 
@@ -27,7 +28,7 @@ struct SimulatedGuest {
     init(emptyPages count: Int) {
         pages = [UInt64](repeating: 0, count: count)
         dirtyLog = [Bool](repeating: false, count: count)
-        generator = SeededGenerator(seed: 0)
+        generator = SeededRandom(seed: 0)
         writeInterval = millisecond
     }
 

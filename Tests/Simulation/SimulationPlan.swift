@@ -1,20 +1,8 @@
 import Migration
 import MigrationStream
+import TestSupport
 
-/// A generator that repeats itself from a seed (SplitMix64).
-struct SeededGenerator: RandomNumberGenerator {
-    private var state: UInt64
-
-    init(seed: UInt64) { state = seed }
-
-    mutating func next() -> UInt64 {
-        state &+= 0x9e37_79b9_7f4a_7c15
-        var value = state
-        value = (value ^ (value >> 30)) &* 0xbf58_476d_1ce4_e5b9
-        value = (value ^ (value >> 27)) &* 0x94d0_49bb_1331_11eb
-        return value ^ (value >> 31)
-    }
-
+extension SeededRandom {
     /// True with that probability.
     mutating func chance(_ probability: Double) -> Bool { Double.random(in: 0..<1, using: &self) < probability }
 
@@ -128,7 +116,7 @@ struct SimulationPlan: Sendable {
     var generousLimit: UInt64 { 2 * (40 * millisecond + 8 * latency.upperBound) }
 
     /// The plan that belongs to a seed.
-    static func random(using generator: inout SeededGenerator) -> SimulationPlan {
+    static func random(using generator: inout SeededRandom) -> SimulationPlan {
         var plan = SimulationPlan()
         let kind = Int.random(in: 0..<10, using: &generator)
         plan.rule = kind == 0 ? .qemu : kind == 1 ? .oneWay : .twoPhase
@@ -163,7 +151,7 @@ struct SimulationPlan: Sendable {
     }
 
     /// Cuts at any step, while the migration is taken up again, and people who make mistakes.
-    private mutating func interruptOften(using generator: inout SeededGenerator) {
+    private mutating func interruptOften(using generator: inout SeededRandom) {
         if generator.chance(0.6) {
             furtherCuts = (0..<Int.random(in: 1...6, using: &generator)).map { _ in
                 switch Int.random(in: 0..<4, using: &generator) {
@@ -187,7 +175,7 @@ struct SimulationPlan: Sendable {
     }
 
     /// Around the switchover, where it breaks the limit.
-    private static func stall(using generator: inout SeededGenerator) -> Fault {
+    private static func stall(using generator: inout SeededRandom) -> Fault {
         let phases: [SourcePhase] = [
             .finalSending, .savingState, .preparing, .preparing, .committed, .retracting, .breakingOff, .collecting,
         ]
@@ -201,7 +189,7 @@ struct SimulationPlan: Sendable {
             for: generator.duration(1 * millisecond, 1500 * millisecond))
     }
 
-    private static func fault(_ plan: SimulationPlan, using generator: inout SeededGenerator) -> Fault {
+    private static func fault(_ plan: SimulationPlan, using generator: inout SeededRandom) -> Fault {
         let side: Side = Bool.random(using: &generator) ? .source : .destination
         switch Int.random(in: 0..<20, using: &generator) {
         case 0..<2:
@@ -225,7 +213,7 @@ struct SimulationPlan: Sendable {
     }
 
     /// Half of the blows fall around the handover, where they matter most.
-    private static func trigger(using generator: inout SeededGenerator) -> Trigger {
+    private static func trigger(using generator: inout SeededRandom) -> Trigger {
         if Bool.random(using: &generator) { return .step(.random(in: 0...150, using: &generator)) }
         let phases: [SourcePhase] = [
             .greeting, .sendingRound, .stoppingGuest, .savingState, .preparing, .preparing, .committed, .committed,

@@ -42,7 +42,7 @@ extension Simulator {
                 feedSource(.trackingFailed("tracking is not available"))
             }
         case .collect(let final): collect(final)
-        case .sendRound(let final, let batches):
+        case .sendRound(let final, let batches, _):
             round = SimulatedRound(final: final, batches: batches, began: now)
             schedule(after: microsecond, 50 * microsecond) { [self] in batch() }
         case .interruptRound:

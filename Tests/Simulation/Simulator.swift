@@ -1,5 +1,6 @@
 import Migration
 import MigrationStream
+import TestSupport
 
 /// What a run violated.
 struct Violation: Error, CustomStringConvertible {
@@ -17,7 +18,7 @@ final class Simulator {
     let plan: SimulationPlan
     let bug: PlantedBug?
     let map: SimulatedMemoryMap
-    var generator: SeededGenerator
+    var generator: SeededRandom
     var now: UInt64 = 0
     var steps = 0
     var violation: Violation?
@@ -82,7 +83,7 @@ final class Simulator {
     static let machineName = "simulated"
 
     init(seed: UInt64, plan givenPlan: SimulationPlan? = nil, bug: PlantedBug? = nil, isTracing: Bool = false) {
-        var generator = SeededGenerator(seed: seed)
+        var generator = SeededRandom(seed: seed)
         let drawn = SimulationPlan.random(using: &generator)
         let plan = givenPlan ?? drawn
         self.plan = plan

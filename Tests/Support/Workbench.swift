@@ -33,7 +33,7 @@ public final class Workbench {
     private var children: [ChildProcess] = []
     private var counter = 0
 
-    public static var hasKVM: Bool { unsafe access("/dev/kvm", R_OK | W_OK) == 0 }
+    public static var hasKVM: Bool { TestSupport.hasKVM }
 
     public init() throws {
         var template = Array("/tmp/godwit-test-XXXXXX".utf8CString)

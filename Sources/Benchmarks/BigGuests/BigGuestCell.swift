@@ -2,7 +2,7 @@ import CommandLineKit
 
 /// One guest of `godwit bench big-guests`, and who runs it.
 struct BigGuestCell: Hashable, Sendable {
-    var vmm: TrackedVMM
+    var vmm: MeasuredVMM
     var gibibytes: UInt64
     var cpuCount: Int
     /// Bytes of memory that are not zero, before rounding to pages.

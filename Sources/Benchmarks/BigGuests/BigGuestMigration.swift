@@ -20,7 +20,6 @@ struct BigGuestMigration {
     private static let readySeconds: UInt64 = 300
     /// QEMU's default; what it costs to keep a shorter limit is not the question here.
     private static let downtimeLimitMilliseconds = 300
-    private static let unlimitedBytesPerSecond = 1 << 40
     /// What a process takes besides its guest's pages, and the huge pages at the edges of what was filled.
     private static let processBytes: UInt64 = 128 << 20
 
@@ -39,14 +38,14 @@ struct BigGuestMigration {
         let processes = [source.child, destination.child].map(\.process.identifier)
         warmMemory.follow(processes)
         let uri = try destination.child.listeningAddress()
-        for vm in [source.child, destination.child] { try prepare(vm) }
+        for vm in [source.child, destination.child] {
+            try vm.prepareMigration(downtimeLimitMilliseconds: Self.downtimeLimitMilliseconds)
+        }
         try waitUntilReady(source)
         // Again: what KVM keeps for itself has taken of what was free.
         warmMemory.follow(processes)
         let answer = try source.child.migrate(to: uri, what: cell.name, seconds: seconds, options)
-        guard let blackout = watch.gapMilliseconds() else {
-            throw CommandFailure("\(cell.name): no heartbeat of the guest at the destination within 10 s")
-        }
+        let blackout = try watch.gapMilliseconds()
         try destination.verify()
         let memory = ProcessMemory.residentBytes(of: destination.child.process.identifier)
         try requireHoles(memory)
@@ -55,16 +54,12 @@ struct BigGuestMigration {
 
     private func sample(_ answer: JSON, blackout: Double, residentBytes: UInt64) throws(CommandFailure) -> Sample {
         let reading = MigrationReading(answer)
-        // What is not told is not nothing.
-        guard let setup = reading.setupMilliseconds, let total = reading.totalMilliseconds,
-            let downtime = reading.downtimeNanoseconds.map({ Double($0) / 1e6 })
-                ?? reading.downtimeMilliseconds.map({ Double($0) })
-        else { throw CommandFailure("\(cell.name): query-migrate does not tell setup, total time and downtime") }
+        let figures = try MigrationFigures(reading, of: cell.name)
         var sample = Sample()
         sample.quantities = [
-            "setup-ms": Double(setup), "total-ms": Double(total), "downtime-ms": downtime,
-            "blackout-ms": blackout, "sent-mb": Double(reading.transferredBytes) / 1e6,
-            "destination-mb": Double(residentBytes) / 1e6,
+            "setup-ms": figures.setupMilliseconds, "total-ms": figures.totalMilliseconds,
+            "downtime-ms": figures.downtimeMilliseconds, "blackout-ms": blackout,
+            "sent-mb": Double(figures.transferredBytes) / 1e6, "destination-mb": Double(residentBytes) / 1e6,
         ]
         sample.parts = reading.downtimeParts.map { ($0.name, Double($0.nanoseconds) / 1e6) }
         return sample
@@ -76,37 +71,22 @@ struct BigGuestMigration {
         let machine = MeasuredMachine(
             method: .log, memoryMegabytes: cell.gibibytes << 10, cpuCount: cell.cpuCount, guest: cell.guest,
             isDestination: isDestination, serialPath: Self.serial(role, folder))
-        switch cell.vmm {
-        case .godwit: return try GodwitVM(role, in: folder, machine)
-        case .qemu: return try QEMUVM(role, in: folder, machine)
-        }
-    }
-
-    private func prepare(_ vm: ChildVM) throws {
-        try vm.execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
-        try vm.execute(
-            "migrate-set-parameters",
-            [
-                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
-                "downtime-limit": JSON(Self.downtimeLimitMilliseconds),
-            ])
+        return try machine.start(role, in: folder, by: cell.vmm)
     }
 
     /// Until all vCPUs have filled their part; then they sleep.
     private func waitUntilReady(_ vm: any MeasuredVM) throws {
-        let deadline = Deadline.after(seconds: Self.readySeconds)
-        while try !vm.guest().isReady {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else {
-                throw CommandFailure("\(cell.name): the guest was not ready within \(Self.readySeconds) s")
-            }
-            Clock.sleep(nanoseconds: 100_000_000)
+        try options.waitUntilReady(cell.name, seconds: Self.readySeconds, lookEveryMilliseconds: 100) {
+            try vm.guest().isReady
         }
         Clock.sleep(nanoseconds: 300_000_000)
     }
 
     /// The checker looks at every page the guest filled. The others must not be there at all.
     private func requireHoles(_ residentBytes: UInt64) throws(CommandFailure) {
+        guard residentBytes > 0 else {
+            throw CommandFailure("\(cell.name): the host does not tell what memory the destination has taken")
+        }
         guard cell.vmm == .godwit, residentBytes > cell.filledBytes + Self.processBytes else { return }
         throw CommandFailure(
             "\(cell.name): the destination has taken \(Amount.memory(residentBytes)) for \(BigGuestCell.words(cell.filledBytes)) "

@@ -7,7 +7,7 @@ struct BigGuestWorker: BenchmarkWorker {
 
     /// Takes `vmm`, `gibibytes`, `cpus` and `filled` (bytes). - Returns: what was measured, by name.
     static func measure(_ arguments: JSON) throws -> JSON {
-        guard let vmm = arguments["vmm"]?.stringValue.flatMap(TrackedVMM.init(rawValue:)),
+        guard let vmm = arguments["vmm"]?.stringValue.flatMap(MeasuredVMM.init(rawValue:)),
             let gibibytes = arguments["gibibytes"]?.integerValue(as: UInt64.self), (1...65_536).contains(gibibytes),
             let cpus = arguments["cpus"]?.integerValue(), (1...64).contains(cpus),
             let filled = arguments["filled"]?.integerValue(as: UInt64.self), filled < gibibytes << 30

@@ -37,6 +37,7 @@ final class HeartbeatWatch: Sendable {
         var open = lines.map(Optional.some)
         while true {
             let wanted = open.compactMap(\.self).map { ($0, Readiness.readable) } + [(wake.descriptor, .readable)]
+            // Whatever goes wrong here, and with a line below, ends in no heartbeat at the destination: `gapMilliseconds` fails.
             guard let ready = try? poll(wanted) else { return }
             let now = Clock.monotonicNanoseconds
             if ready.last?.isEmpty == false { return }
@@ -65,13 +66,21 @@ final class HeartbeatWatch: Sendable {
         }
     }
 
-    /// Waits for the first heartbeat there. - Returns: the gap in milliseconds; `nil` if it does not come within 10 s.
-    func gapMilliseconds() -> Double? {
-        state.wait(deadline: .after(seconds: 10)) { state in
-            guard let last = state.lastAtSource, let first = state.firstAtDestination else { return nil }
-            // In whichever order the two lines were read.
-            return Double(first - min(first, last)) / 1e6
+    /// Waits for the first heartbeat there. - Returns: the gap in milliseconds.
+    /// - Throws: `CommandFailure` if it does not come within 10 s, and if the two lines were read too late to tell which was first: that
+    ///   is no gap of nothing.
+    func gapMilliseconds() throws(CommandFailure) -> Double {
+        let ends = state.wait(deadline: .after(seconds: 10)) { state in
+            state.firstAtDestination.map { (last: state.lastAtSource, first: $0) }
         }
+        guard let ends else { throw CommandFailure("no heartbeat of the guest at the destination within 10 s") }
+        guard let last = ends.last else { throw CommandFailure("no heartbeat of the guest at the source") }
+        guard last < ends.first else {
+            throw CommandFailure(
+                "the last heartbeat of the source was not read before the first of the destination: the gap is not known"
+            )
+        }
+        return Double(ends.first - last) / 1e6
     }
 
     func end() {

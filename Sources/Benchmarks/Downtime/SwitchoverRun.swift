@@ -5,13 +5,14 @@ import QMP
 /// What one switchover was like, in milliseconds.
 struct SwitchoverSample {
     var limit: Double
-    /// The longest gap in the guest's own clock that can be of the standstill that was committed.
-    var gap: Double
+    /// The standstill that was committed, by the guest's own clock.
+    var standstill: SwitchoverGap
     /// What the source says of it, and its parts.
     var reported: Double
     var parts: [MigrationReading.DowntimePart]
-    /// The longest gap at the destination that came after it: the host's doing.
-    var later: Double
+    /// What the source does not know of: how long the guest had not looked at its clock when it was told to stop, and did not yet when the
+    /// source had heard that it runs. `nil` where that was not found out.
+    var unseen: (before: Double, after: Double)?
     var total: Double
     /// Standstills that were broken off, and the longest of them.
     var broken: Int
@@ -21,15 +22,26 @@ struct SwitchoverSample {
     var controlGuest: Double
     /// How long the host kept the vCPU at the destination waiting for a processor while it was ready to run.
     var waited: Double
+    /// What an outer host took of this one's processors in the whole migration, in steps of 10 ms; `nil` where that is not known.
+    var stolen: Double?
     var stalls: Int
 
     /// What is allowed above the limit.
     static let tolerance = 5.0
 
-    var isViolation: Bool { gap > limit + Self.tolerance }
+    var gap: Double { standstill.milliseconds }
+    var isViolation: Bool { standstill.isCertain && gap > limit + Self.tolerance }
+    /// It may have been one: the guest's record does not tell.
+    var isUndecided: Bool { !standstill.isCertain && gap > limit + Self.tolerance }
     /// Above by more than the host kept the control thread, the control guest or the vCPU waiting.
     func isBeyondHost(calm: Double) -> Bool {
-        gap > limit + Self.tolerance + max(control, waited, controlGuest - calm)
+        isViolation && gap > limit + Self.tolerance + max(control, waited, controlGuest - calm)
+    }
+
+    private var unseenWords: String {
+        guard let unseen else { return "" }
+        let (before, after) = (Amount.decimal(unseen.before, digits: 2), Amount.decimal(unseen.after, digits: 2))
+        return "\(before) ms before it told the guest to stop and \(after) ms behind; "
     }
 
     /// For a note: where the time went.
@@ -37,9 +49,10 @@ struct SwitchoverSample {
         func amount(_ milliseconds: Double) -> String { Amount.decimal(milliseconds, digits: 2) }
         let told = parts.map { "\($0.name) \(amount(Double($0.nanoseconds) / 1e6))" }.joined(separator: ", ")
         return
-            "limit \(Amount.decimal(limit, digits: 0)) ms: gap \(amount(gap)) ms; by the source's clock \(amount(reported)) ms "
-            + "(\(told)); the host kept the control thread waiting for \(amount(control)) ms, the vCPU at the destination for "
+            "limit \(Amount.decimal(limit, digits: 0)) ms: gap \(isUndecided ? "at most " : "")\(amount(gap)) ms; by the source's clock \(amount(reported)) ms "
+            + "(\(told)), \(unseenWords)the host kept the control thread waiting for \(amount(control)) ms, the vCPU at the destination for "
             + "\(amount(waited)) ms, the control guest's longest gap was \(amount(controlGuest)) ms"
+            + (stolen.map { ", an outer host took \(Amount.decimal($0, digits: 0)) ms" } ?? "")
     }
 }
 
@@ -61,6 +74,8 @@ final class SwitchoverChain {
     private static let migrationSeconds: UInt64 = 60
     /// The network: a stall every so often, from a fraction of a millisecond to three times the limit.
     private static let meanGapMilliseconds = 30.0
+    /// Of the guest at its clock, at the destination.
+    private static let looksWanted = 4
 
     init(options: BenchmarkOptions, seed: UInt64) throws {
         folder = try PrivateFolder("bench")
@@ -89,11 +104,8 @@ final class SwitchoverChain {
         if let source { return source }
         let vm = try start(["--guest", Self.guest])
         source = vm
-        let deadline = Deadline.after(seconds: 60)
-        while try vm.execute("x-query-guest")["ready"] != true {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else { throw CommandFailure("the guest was not ready within 60 s") }
-            Clock.sleep(nanoseconds: 5_000_000)
+        try options.waitUntilReady("downtime", lookEveryMilliseconds: 5) {
+            try vm.execute("x-query-guest")["ready"] == true
         }
         return vm
     }
@@ -122,6 +134,7 @@ final class SwitchoverChain {
             Self.runQueueMilliseconds(process: destination.process.identifier, threads: threads)
         }
         let before = waited()
+        let stolenBefore = SchedulingControl.stolenMilliseconds
         try controlGuest.execute("x-reset-guest-gap")
         _ = control.takeLongestNanoseconds()
         try source.execute("migrate", ["uri": .string(proxy.uri)])
@@ -129,26 +142,45 @@ final class SwitchoverChain {
             destination.end()
             return nil
         }
+        let waitedAfter = waited()
         let here = try source.execute("x-query-guest")
-        let there = try lookAgain(destination, after: here)
+        var clock = GuestClock()
+        let there = try lookAgain(destination, after: here, &clock)
         guard there["tsc-backwards"] == 0 else { throw CommandFailure("the guest's clock went back over a migration") }
         let reading = MigrationReading(answer)
-        let reported = Double(reading.downtimeNanoseconds ?? 0) / 1e6
-        let (gap, later) = try Self.gap(here, there, reported: reported)
+        let figures = try MigrationFigures(reading, of: "switchover \(count)")
+        let standstill = try SwitchoverGap(from: here, to: there)
+        let stop = try source.client().takeEvents().last { $0.name == "STOP" }
+        let unseen = Self.unseen(standstill, clock, stop, reading.downtimeParts, figures)
         let sample = SwitchoverSample(
-            limit: Double(limit), gap: gap, reported: reported, parts: reading.downtimeParts, later: later,
-            total: Double(reading.totalMilliseconds ?? 0), broken: Int(reading.brokenSwitchovers),
+            limit: Double(limit), standstill: standstill, reported: figures.downtimeMilliseconds,
+            parts: reading.downtimeParts, unseen: unseen,
+            total: figures.totalMilliseconds, broken: Int(reading.brokenSwitchovers),
             longestBroken: Double(reading.longestBrokenNanoseconds) / 1e6,
             control: Double(control.takeLongestNanoseconds()) / 1e6, controlGuest: try longestControlGap(),
-            waited: waited() - before,
+            waited: waitedAfter - before,
+            stolen: stolenBefore.flatMap { before in SchedulingControl.stolenMilliseconds.map { $0 - before } },
             stalls: proxy.held.stalls)
         source.end()
         self.source = destination
         return sample
     }
 
+    /// Lays what the guest saw beside what the source says, whose event STOP has the moment at which the guest stood.
+    private static func unseen(
+        _ standstill: SwitchoverGap, _ clock: GuestClock, _ stop: QMPEvent?, _ parts: [MigrationReading.DowntimePart],
+        _ figures: MigrationFigures
+    ) -> (before: Double, after: Double)? {
+        guard let span = standstill.span, let start = clock.onHost(span.lowerBound),
+            let end = clock.onHost(span.upperBound), let stop, let stopping = parts.first(where: { $0.name == "stop" })
+        else { return nil }
+        let toMonotonic = Double(Clock.monotonicNanoseconds) / 1e6 - Double(Clock.realtimeNanoseconds) / 1e6
+        let told = Double(stop.microseconds) / 1e3 + toMonotonic - Double(stopping.nanoseconds) / 1e6
+        return (told - start, end - (told + figures.downtimeMilliseconds))
+    }
+
     /// How long threads were ready to run, and did not: the second field of schedstat (Documentation/scheduler/sched-stats.rst of the
-    /// kernel).
+    /// kernel). Where the kernel does not tell, none of it: that excuses nothing.
     private static func runQueueMilliseconds(process: Int32, threads: [Int]) -> Double {
         threads.reduce(0) { sum, thread in
             let bytes = (try? Descriptor.contents(of: "/proc/\(process)/task/\(thread)/schedstat", limit: 4096)) ?? []
@@ -165,29 +197,24 @@ final class SwitchoverChain {
         return gap / kilohertz
     }
 
-    /// The standstill that was committed, by the guest's clock: the gap that began with its last look at the source, whose memory still
-    /// holds that look. If another gap was longer, before or after, it is no longer than that one, nor than the source's account.
-    private static func gap(
-        _ here: JSON, _ there: JSON, reported: Double
-    ) throws(CommandFailure) -> (gap: Double, later: Double) {
-        guard let kilohertz = there["tsc-kilohertz"]?.doubleValue, kilohertz > 0,
-            let last = here["cpus"]?.arrayValue?.first?["last-tsc"]?.doubleValue,
-            let cpu = there["cpus"]?.arrayValue?.first, let longest = cpu["longest-gap-ticks"]?.doubleValue,
-            let end = cpu["longest-gap-end"]?.doubleValue
-        else { throw CommandFailure("the guest does not tell its longest gap") }
-        let began = (end - longest - last) / kilohertz
-        // It may have been stopped between its look and the note of it.
-        if abs(began) < 1 { return (longest / kilohertz, 0) }
-        return (min(longest / kilohertz, reported), began > 0 ? longest / kilohertz : 0)
-    }
-
-    /// The guest must have looked at its clock since it was started there.
-    private func lookAgain(_ destination: ChildVM, after here: JSON) throws -> JSON {
-        func touches(_ guest: JSON) -> UInt64 { guest["touches"]?.integerValue(as: UInt64.self) ?? 0 }
+    /// The guest must have looked at its clock since it was started there: twice, as it keeps a gap just behind the look that ends it, and
+    /// some more for what is known of its clock.
+    private func lookAgain(_ destination: ChildVM, after here: JSON, _ clock: inout GuestClock) throws -> JSON {
+        guard let last = SwitchoverGap.lastLook(here) else {
+            throw CommandFailure("the guest does not tell when it looked at its clock")
+        }
         let deadline = Deadline.after(seconds: 20)
+        var looks: Set<UInt64> = []
+        var found: JSON?
         while true {
             let there = try destination.execute("x-query-guest")
-            if touches(there) > touches(here) { return there }
+            if let look = SwitchoverGap.lastLook(there), look != last {
+                clock.look(there, answered: Clock.monotonicNanoseconds)
+                looks.insert(look)
+                // The first that is sure: later ones may have lost what it keeps.
+                if looks.count > 1, found == nil { found = there }
+                if let found, looks.count == Self.looksWanted { return found }
+            }
             guard !deadline.hasPassed else { throw CommandFailure("the guest does not run on at its destination") }
             Clock.sleep(nanoseconds: 1_000_000)
         }

@@ -69,8 +69,9 @@ struct RealForecast {
                 "max-bandwidth": JSON(megabytesPerSecond * 1_000_000),
                 "downtime-limit": JSON(downtimeLimitMilliseconds),
             ])
-        try awaitGuest(source, options)
+        try options.waitUntilReady(name) { try source.execute("x-query-guest")["ready"] == true }
         let before = try rate(of: source)
+        guard before > 0 else { throw CommandFailure("\(name): the guest touches nothing") }
         let began = Clock.monotonicNanoseconds
         let touchesBefore = try touches(of: source)
         let prediction = try source.execute("x-migrate-dry-run", deadline: .after(seconds: 60))
@@ -82,24 +83,29 @@ struct RealForecast {
         let converged = reading.status == "completed"
         var quantities: [(String, Double)] = [
             ("right", predicted == converged ? 1 : 0), ("of", 1), ("converge", converged ? 1 : 0),
-            ("guest-speed-while-watched", before > 0 ? during / before : 1),
+            ("guest-speed-while-watched", during / before),
         ]
-        if predicted, converged, let total = reading.totalMilliseconds, total > 0 {
-            let expected = prediction["expected-total-ms"]?.doubleValue ?? 0
-            quantities.append(("total-error", abs(expected - Double(total)) / Double(total)))
-            quantities.append(("predicted-ms", expected))
-            quantities.append(("total-ms", Double(total)))
-            // Less than one: the host was too busy for the link to be what limits, which no dry run knows of.
-            let achieved = Double(reading.transferredBytes) / Double(total) / 1000
-            quantities.append(("link-share", achieved / Double(megabytesPerSecond)))
-            quantities.append(("predicted-downtime-ms", prediction["expected-downtime-ms"]?.doubleValue ?? 0))
-            quantities.append(("downtime-ms", Double(reading.downtimeNanoseconds ?? 0) / 1e6))
-        }
+        if predicted, converged { quantities += try compare(prediction, with: reading) }
         return quantities
     }
 
+    /// What was predicted beside what came of it.
+    private func compare(_ prediction: JSON, with reading: MigrationReading) throws -> [(String, Double)] {
+        guard let expected = prediction["expected-total-ms"]?.doubleValue,
+            let downtime = prediction["expected-downtime-ms"]?.doubleValue
+        else { throw CommandFailure("\(name): the dry run that converges does not tell total time and downtime") }
+        let figures = try MigrationFigures(reading, of: name)
+        let total = max(1, figures.totalMilliseconds)
+        return [
+            ("total-error", abs(expected - total) / total), ("predicted-ms", expected), ("total-ms", total),
+            // Less than one: the host was too busy for the link to be what limits, which no dry run knows of.
+            ("link-share", Double(figures.transferredBytes) / total / 1000 / Double(megabytesPerSecond)),
+            ("predicted-downtime-ms", downtime), ("downtime-ms", figures.downtimeMilliseconds),
+        ]
+    }
+
     private func touches(of vm: ChildVM) throws -> UInt64 {
-        try vm.execute("x-query-guest")["touches"]?.integerValue(as: UInt64.self) ?? 0
+        try vm.touches(vm.execute("x-query-guest"))
     }
 
     private func rate(of vm: ChildVM) throws -> Double {
@@ -107,15 +113,6 @@ struct RealForecast {
         Clock.sleep(nanoseconds: Self.settleMilliseconds * 1_000_000)
         let second = try touches(of: vm)
         return Double(second - first) / (Double(Clock.monotonicNanoseconds - began) / 1e9)
-    }
-
-    private func awaitGuest(_ vm: ChildVM, _ options: BenchmarkOptions) throws {
-        let deadline = Deadline.after(seconds: 60)
-        while try vm.execute("x-query-guest")["ready"] != true {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else { throw CommandFailure("\(name): the guest was not ready within 60 s") }
-            Clock.sleep(nanoseconds: 20_000_000)
-        }
     }
 
     /// - Returns: the last look at it; one that does not converge is cancelled when patience ends.

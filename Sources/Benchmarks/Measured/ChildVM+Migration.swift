@@ -11,6 +11,29 @@ struct MigrationTookTooLong: Error, CustomStringConvertible {
 }
 
 extension ChildVM {
+    /// So that nothing holds a migration up but the VM and the host.
+    private static let unlimitedBytesPerSecond = 1 << 40
+
+    /// The same for all VMMs: no limit to its bandwidth to speak of, and events that tell its end.
+    func prepareMigration(downtimeLimitMilliseconds: Int) throws {
+        try execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
+        try execute(
+            "migrate-set-parameters",
+            [
+                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
+                "downtime-limit": JSON(downtimeLimitMilliseconds),
+            ])
+    }
+
+    /// - Parameter guest: what `x-query-guest` answered.
+    /// - Returns: the pages that a built-in guest has touched so far.
+    func touches(_ guest: JSON) throws(CommandFailure) -> UInt64 {
+        guard let touches = guest["touches"]?.integerValue(as: UInt64.self) else {
+            throw CommandFailure("\(role) VM: x-query-guest does not tell how many pages the guest has touched")
+        }
+        return touches
+    }
+
     /// Migrates, and waits for the end by events (the capability `events` is on), because asking would take time from what is measured.
     ///
     /// - Returns: the last answer to `query-migrate`.

@@ -2,6 +2,9 @@ import CommandLineKit
 import Host
 import QMP
 
+/// Who runs a measured guest.
+enum MeasuredVMM: String, Sendable { case godwit, qemu }
+
 /// A VM with a built-in guest that can be measured and checked, whoever runs it.
 protocol MeasuredVM: AnyObject {
     var child: ChildVM { get }
@@ -26,6 +29,30 @@ struct MeasuredMachine: Sendable {
     var serialPath: String?
 
     var memoryBytes: UInt64 { memoryMegabytes << 20 }
+
+    /// Starts it in a process of its own. - Parameter folder: for sockets and logs, which are named after the role.
+    func start(_ role: String, in folder: String, by vmm: MeasuredVMM) throws -> any MeasuredVM {
+        switch vmm {
+        case .godwit: try GodwitVM(role, in: folder, self)
+        case .qemu: try QEMUVM(role, in: folder, self)
+        }
+    }
+}
+
+extension BenchmarkOptions {
+    /// Asks again and again until a guest has filled its memory. - Throws: `CommandFailure` if it has not in time.
+    func waitUntilReady(
+        _ what: String, seconds: UInt64 = 60, lookEveryMilliseconds pause: UInt64 = 20, _ isReady: () throws -> Bool
+    ) throws {
+        let deadline = Deadline.after(seconds: seconds)
+        while try !isReady() {
+            try checkInterruption()
+            guard !deadline.hasPassed else {
+                throw CommandFailure("\(what): the guest was not ready within \(seconds) s")
+            }
+            Clock.sleep(nanoseconds: pause * 1_000_000)
+        }
+    }
 }
 
 /// A `godwit run` of this program.
@@ -45,7 +72,7 @@ final class GodwitVM: MeasuredVM {
 
     func guest() throws -> (isReady: Bool, touches: UInt64) {
         let status = try child.execute("x-query-guest")
-        return (status["ready"] == true, status["touches"]?.integerValue(as: UInt64.self) ?? 0)
+        return (status["ready"] == true, try child.touches(status))
     }
 
     func verify() throws {

@@ -114,12 +114,11 @@ private struct MemslotsSession {
     }
 
     private static func quantities(_ answer: JSON) -> [(name: String, samples: [Double])] {
-        let lists = ["sequence-ms", "commit-ms", "longest-commit-ms", "tracked-commit-ms"].map {
+        let lists = ["sequence-ms", "commit-ms", "longest-commit-ms", "tracked-commit-ms", "outside-gap-ms"].map {
             (name: $0, samples: numbers(answer, $0))
         }
         let single = [
             ("rounds-inside", "rounds"), ("guest-failures", "failures"), ("pauses", "pauses"),
-            ("outside-gap-ms", "gap-ms"),
             ("lost-pages", "lost-pages"), ("lost-writes", "lost-writes"),
         ].map { (name: $0.0, samples: [answer[$0.1]?.doubleValue ?? .nan]) }
         return (lists + single).filter { !$0.samples.isEmpty }

@@ -26,8 +26,8 @@ struct MemslotsRun {
         var longestCommitMilliseconds: [Double] = []
         /// The same of passes with dirty tracking.
         var trackedCommitMilliseconds: [Double] = []
-        /// The longest time a vCPU outside did not run; 0 if there is none outside.
-        var gapMilliseconds = 0.0
+        /// The longest time a vCPU outside did not run; `nil` if there is none outside.
+        var gapMilliseconds: Double?
         var failures: UInt64 = 0
         var firstFailure: String?
         /// Times all vCPUs were held, while timed and while tracked.
@@ -55,13 +55,13 @@ struct MemslotsRun {
         for run in 0..<timedRuns where run == 0 || !deadline.hasPassed {
             let times = try pass(scene, machine)
             outcome.sequenceMilliseconds.append(times.reduce(0, +))
-            outcome.commitMilliseconds.append(times.median ?? 0)
-            outcome.longestCommitMilliseconds.append(times.max() ?? 0)
+            outcome.commitMilliseconds.append(times.median ?? .nan)
+            outcome.longestCommitMilliseconds.append(times.max() ?? .nan)
         }
-        outcome.gapMilliseconds = machine.longestGapMilliseconds ?? 0
+        outcome.gapMilliseconds = machine.longestGapMilliseconds
         let shadow = try trackedRuns > 0 ? ShadowBlocks(of: machine) : nil
         for run in 0..<trackedRuns where run == 0 || !deadline.hasPassed {
-            outcome.trackedCommitMilliseconds.append(try pass(scene, machine).median ?? 0)
+            outcome.trackedCommitMilliseconds.append(try pass(scene, machine).median ?? .nan)
             try shadow?.round()
         }
         try outcome.account(for: machine, shadow) { scene.counted(by: $0, in: guest) }

@@ -33,7 +33,8 @@ extension MemslotsRun.Outcome {
         [
             "sequence-ms": Self.list(sequenceMilliseconds), "commit-ms": Self.list(commitMilliseconds),
             "longest-commit-ms": Self.list(longestCommitMilliseconds),
-            "tracked-commit-ms": Self.list(trackedCommitMilliseconds), "gap-ms": .double(gapMilliseconds),
+            "tracked-commit-ms": Self.list(trackedCommitMilliseconds),
+            "outside-gap-ms": Self.list(gapMilliseconds.map { [$0] } ?? []),
             "first": .bool(isFirst), "failures": JSON(failures),
             "first-failure": firstFailure.map { .string($0) } ?? .null,
             "pauses": JSON(pauses), "commits": JSON(commits), "lost-pages": JSON(lostPages),

@@ -32,12 +32,7 @@ struct DirtyLimitRun {
             guest: "dirty,working-set=\(scale.workingSetMegabytes)M,sequential", isDestination: false)
         let vm = try GodwitVM("limited", in: folder.path, machine)
         defer { vm.child.end() }
-        let deadline = Deadline.after(seconds: 60)
-        while try !vm.guest().isReady {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else { throw CommandFailure("dirty-limit: the guest was not ready within 60 s") }
-            Clock.sleep(nanoseconds: 20_000_000)
-        }
+        try options.waitUntilReady("dirty-limit") { try vm.guest().isReady }
         let results = try wanted.map { limit in
             try progress.step("\(Self.name(limit)) for \(scale.limitSeconds) s")
             return (limit, [try rate(of: vm, limit)])

@@ -1,3 +1,4 @@
+import CommandLineKit
 import Host
 
 /// CPU time of another process, from /proc.
@@ -8,22 +9,29 @@ struct ProcessorTime: Sendable {
     var threadMilliseconds: Double
 
     /// - Parameter threads: kernel ids, such as those of the vCPUs.
-    init(process: Int32, threads: [Int]) {
-        processMilliseconds = Self.ticks("/proc/\(process)/stat") * 10
-        threadMilliseconds = threads.reduce(0) { sum, thread in
+    /// - Throws: `CommandFailure` for a process or thread that is not there: it is not one that took no time.
+    init(process: Int32, threads: [Int]) throws(CommandFailure) {
+        processMilliseconds = try Self.ticks("/proc/\(process)/stat") * 10
+        threadMilliseconds = 0
+        for thread in threads {
             let path = "/proc/\(process)/task/\(thread)"
             // Nanoseconds on a processor, where the kernel keeps them.
             let precise = Self.text("\(path)/schedstat").split(separator: " ").first.flatMap { Double($0) }
-            return sum + (precise.map { $0 / 1e6 } ?? Self.ticks("\(path)/stat") * 10)
+            if let precise {
+                threadMilliseconds += precise / 1e6
+            } else {
+                threadMilliseconds += try Self.ticks("\(path)/stat") * 10
+            }
         }
     }
 
     /// User and system time: fields 14 and 15, of which the second field, in brackets, may hold anything.
-    static func ticks(_ path: String) -> Double {
+    static func ticks(_ path: String) throws(CommandFailure) -> Double {
         let line = text(path)
-        guard let end = line.lastIndex(of: ")") else { return 0 }
-        let fields = line[end...].split(separator: " ").dropFirst()
-        return fields.dropFirst(11).prefix(2).reduce(0) { $0 + (Double($1) ?? 0) }
+        let fields = line.lastIndex(of: ")").map { line[$0...].split(separator: " ").dropFirst().dropFirst(11) } ?? []
+        let times = fields.prefix(2).compactMap { Double($0) }
+        guard times.count == 2 else { throw CommandFailure("read \(path): it tells no processor time") }
+        return times[0] + times[1]
     }
 
     private static func text(_ path: String) -> String {

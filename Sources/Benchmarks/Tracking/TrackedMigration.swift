@@ -11,10 +11,7 @@ struct TrackedMigration {
     /// One run's quantities, in the order of the table.
     typealias Sample = [(name: String, value: Double)]
 
-    /// The same for both VMMs: no limit to speak of.
-    private static let unlimitedBytesPerSecond = 1 << 40
     private static let migrationSeconds: UInt64 = 60
-    private static let readySeconds: UInt64 = 60
 
     /// - Throws: `CommandFailure` for a run that failed, or whose memory does not verify.
     func measure() throws -> (sample: Sample, method: String?) {
@@ -25,29 +22,27 @@ struct TrackedMigration {
         let destination = try start("destination", in: folder.path, isDestination: true)
         defer { destination.child.end() }
         let uri = try destination.child.listeningAddress()
-        for vm in [source, destination] { try prepare(vm.child) }
-        try waitUntilReady(source)
+        for vm in [source, destination] {
+            try vm.child.prepareMigration(downtimeLimitMilliseconds: cell.load.downtimeLimitMilliseconds)
+        }
+        try options.waitUntilReady(cell.name) { try source.guest().isReady }
 
         let rateBefore = try rate(of: source)
         let threads = try source.child.execute("query-cpus-fast").arrayValue ?? []
         let threadIDs = threads.compactMap { $0["thread-id"]?.integerValue() }
-        let before = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
+        let before = try ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
         let touchesBefore = try source.guest().touches
         let answer = try source.child.migrate(to: uri, what: cell.name, seconds: Self.migrationSeconds, options)
-        let after = ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
+        let after = try ProcessorTime(process: source.child.process.identifier, threads: threadIDs)
         let touches = try source.guest().touches - touchesBefore
         try destination.verify()
 
-        let reading = MigrationReading(answer)
-        let total = Double(reading.totalMilliseconds ?? 0)
+        let figures = try MigrationFigures(MigrationReading(answer), of: cell.name)
+        let total = figures.totalMilliseconds
         let process = after.processMilliseconds - before.processMilliseconds
         var sample: Sample = [
-            ("total-ms", total),
-            (
-                "downtime-ms",
-                reading.downtimeNanoseconds.map { Double($0) / 1e6 } ?? Double(reading.downtimeMilliseconds ?? 0)
-            ),
-            ("rounds", Double(reading.round)), ("sent-mb", Double(reading.transferredBytes) / 1e6),
+            ("total-ms", total), ("downtime-ms", figures.downtimeMilliseconds), ("rounds", Double(figures.rounds)),
+            ("sent-mb", Double(figures.transferredBytes) / 1e6),
             ("source-cpu-ms", process),
             ("source-vmm-cpu-ms", max(0, process - (after.threadMilliseconds - before.threadMilliseconds))),
             ("rate-before-mbs", rateBefore), ("rate-during-mbs", Double(touches) * 4096 / 1e3 / max(1, total)),
@@ -63,31 +58,7 @@ struct TrackedMigration {
             method: cell.method, memoryMegabytes: scale.memoryMegabytes,
             guest: cell.load.guest(workingSetMegabytes: scale.workingSetMegabytes), isDestination: isDestination,
             takesMemoryBeforehand: isDestination)
-        switch cell.vmm {
-        case .godwit: return try GodwitVM(role, in: folder, machine)
-        case .qemu: return try QEMUVM(role, in: folder, machine)
-        }
-    }
-
-    private func prepare(_ vm: ChildVM) throws {
-        try vm.execute("migrate-set-capabilities", ["capabilities": [["capability": "events", "state": true]]])
-        try vm.execute(
-            "migrate-set-parameters",
-            [
-                "max-bandwidth": JSON(Self.unlimitedBytesPerSecond),
-                "downtime-limit": JSON(cell.load.downtimeLimitMilliseconds),
-            ])
-    }
-
-    private func waitUntilReady(_ vm: any MeasuredVM) throws {
-        let deadline = Deadline.after(seconds: Self.readySeconds)
-        while try !vm.guest().isReady {
-            try options.checkInterruption()
-            guard !deadline.hasPassed else {
-                throw CommandFailure("\(cell.name): the guest was not ready within \(Self.readySeconds) s")
-            }
-            Clock.sleep(nanoseconds: 20_000_000)
-        }
+        return try machine.start(role, in: folder, by: cell.vmm)
     }
 
     /// Megabytes of pages that the guest touches per second, left alone.

@@ -51,12 +51,9 @@ struct TrackingLoad: Hashable, Sendable {
     }
 }
 
-/// Who runs the guest.
-enum TrackedVMM: String, Sendable { case godwit, qemu }
-
 /// One cell of the table.
 struct TrackingCell: Hashable, Sendable {
-    var vmm: TrackedVMM
+    var vmm: MeasuredVMM
     var method: TrackingMethod
     var load: TrackingLoad
 

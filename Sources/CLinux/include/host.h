@@ -80,6 +80,9 @@ static inline int gw_pagemap_scan(int fd, struct gw_pm_scan_arg *_Nonnull argume
     return r < 0 ? -errno : r;
 }
 
+/* Has the processor fetch what stands there, if it is memory; never fails. */
+static inline void gw_fetch(const void *_Nonnull address) { __builtin_prefetch(address); }
+
 enum { GW_SEEK_DATA = 3, GW_SEEK_HOLE = 4 };
 
 /* prctl(2), pthread_setname_np(3) and fcntl(2) are variadic or hidden from Swift. They return -errno. */

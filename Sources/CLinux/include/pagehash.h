@@ -46,4 +46,15 @@ static inline int gw_vector_bits(void) {
     }
 GW_PAGE_HASH(gw_page_hash_256, "avx2")
 GW_PAGE_HASH(gw_page_hash_512, "avx512f,avx512dq")
+
+/* Of `count` pages one behind the other, into `hashes`; each but the last has those behind it fetched, so far ahead and no further. */
+#define GW_PAGE_HASHES(name, one, features)                                                          \
+    GW_TARGET(features)                                                                              \
+    static inline void name(const void *_Nonnull pages, const void *_Nonnull key, uint64_t *_Nonnull hashes, long count, \
+                            long ahead) {                                                            \
+        for (long i = 0; i < count; i++)                                                             \
+            hashes[i] = one((const char *)pages + 4096 * i, key, (i + 1) * 4096 + ahead <= count * 4096 ? ahead : 0); \
+    }
+GW_PAGE_HASHES(gw_page_hashes_256, gw_page_hash_256, "avx2")
+GW_PAGE_HASHES(gw_page_hashes_512, gw_page_hash_512, "avx512f,avx512dq")
 #endif

@@ -11,16 +11,30 @@ final class AnswerQueue: Sendable {
     }
 
     private struct Line {
+        let channel: Channel
         var words: [Word] = []
         var byteCount = 0
+        /// Of a connection that is closed behind all that was said: so long its peer may take to read it.
+        var end: Deadline?
     }
 
-    /// Connections whose peers are waited for, each by a thread.
-    private let lines = Mutex<[ConnectionID: Line]>([:])
+    private struct State {
+        /// Connections whose peers are waited for, each by a thread.
+        var lines: [ConnectionID: Line] = [:]
+        /// A thread looks at the ends of lines.
+        var isWatched = false
+    }
+
+    private let state = Monitor(State())
     /// Held by who says something.
     private let turn = Mutex(())
+    private let closingNanoseconds: UInt64
     /// So much is kept for a peer that does not read.
     private static let mostBytes = 1 << 16
+
+    /// - Parameter closingNanoseconds: how long the peer of a connection that is closed may take to read its last words, whatever it reads
+    ///   meanwhile: to the channel every byte is a sign of life.
+    init(closingNanoseconds: UInt64 = 10_000_000_000) { self.closingNanoseconds = closingNanoseconds }
 
     /// From any thread; nobody waits here for a peer. - Parameter failed: called on the thread that waited, with a sentence, if nothing came of it.
     /// - Throws: `ChannelError` where that is known at once, and for a peer that has been told too much already.
@@ -33,29 +47,62 @@ final class AnswerQueue: Sendable {
     private func sayInTurn(
         _ bytes: [UInt8], on channel: Channel, _ id: ConnectionID, _ failed: @escaping @Sendable (String) -> Void
     ) throws(ChannelError) {
-        let isWaitedFor = try lines.withLock { (lines) throws(ChannelError) -> Bool in
-            guard lines[id] != nil else { return false }
-            guard (lines[id]?.byteCount ?? 0) + bytes.count <= Self.mostBytes else {
+        let isWaitedFor = try state.withLock { (state) throws(ChannelError) -> Bool in
+            guard let line = state.lines[id] else { return false }
+            guard line.byteCount + bytes.count <= Self.mostBytes else {
                 throw .unusable("\(channel.peer) does not read what it is told")
             }
-            lines[id]?.words.append(.bytes(bytes))
-            lines[id]?.byteCount += bytes.count
+            state.lines[id]?.words.append(.bytes(bytes))
+            state.lines[id]?.byteCount += bytes.count
             return true
         }
         guard !isWaitedFor else { return }
         if channel.takesBytesNow { return try channel.send(bytes) }
-        try wait(for: channel, id, .bytes(bytes), failed)
+        try wait(for: channel, id, bytes, failed)
     }
 
     /// Says behind everything else that nothing more comes, and closes.
     func close(_ channel: Channel, _ id: ConnectionID) {
-        let isWaitedFor = lines.withLock { lines in
-            lines[id]?.words.append(.close)
-            return lines[id] != nil
+        let (isWaitedFor, isWatched) = state.withLock { state in
+            guard state.lines[id] != nil else { return (false, false) }
+            state.lines[id]?.words.append(.close)
+            state.lines[id]?.end = .after(nanoseconds: closingNanoseconds)
+            defer { state.isWatched = true }
+            return (true, state.isWatched)
         }
-        guard !isWaitedFor else { return }
-        if !channel.takesBytesNow, (try? wait(for: channel, id, .close) { _ in }) != nil { return }
-        Self.finish(channel)
+        guard isWaitedFor else { return Self.finish(channel) }
+        guard !isWatched else { return }
+        do throws(SystemError) { try HostThread.detached(name: "migration-last") { [self] in watchEnds() } } catch {
+            // Nobody can look at the clock: then nobody is waited for.
+            let closed = state.withLock { state in
+                state.isWatched = false
+                return state.lines.values.filter { $0.end != nil }.map(\.channel)
+            }
+            for channel in closed { channel.cancel() }
+        }
+    }
+
+    /// Cancels connections that are closed and take too long, as long as there are any that are closed.
+    private func watchEnds() {
+        while let next = nextEnd() {
+            // Those that are closed later have more time: only this end matters, as long as its peer is waited for.
+            state.wait(deadline: next) { state in state.lines.values.contains { $0.end == next } ? nil : () }
+            let late = state.withLock { state in
+                let ids = state.lines.keys.filter { state.lines[$0]?.end?.hasPassed == true }
+                // Their threads notice, and are not looked at any more.
+                for id in ids { state.lines[id]?.end = nil }
+                return ids.compactMap { state.lines[$0]?.channel }
+            }
+            for channel in late { channel.cancel() }
+        }
+    }
+
+    private func nextEnd() -> Deadline? {
+        state.withLock { state in
+            let next = state.lines.values.compactMap(\.end).min()
+            state.isWatched = next != nil
+            return next
+        }
     }
 
     private static func finish(_ channel: Channel) {
@@ -65,9 +112,9 @@ final class AnswerQueue: Sendable {
     }
 
     private func wait(
-        for channel: Channel, _ id: ConnectionID, _ first: Word, _ failed: @escaping @Sendable (String) -> Void
+        for channel: Channel, _ id: ConnectionID, _ first: [UInt8], _ failed: @escaping @Sendable (String) -> Void
     ) throws(ChannelError) {
-        lines.withLock { $0[id] = Line(words: [first]) }
+        state.withLock { $0.lines[id] = Line(channel: channel, words: [.bytes(first)], byteCount: first.count) }
         do throws(SystemError) {
             _ = try HostThread(name: "migration-word") { [self] in
                 do throws(ChannelError) {
@@ -77,24 +124,28 @@ final class AnswerQueue: Sendable {
                     }
                 } catch {
                     let isClosed =
-                        lines.withLock { $0.removeValue(forKey: id) }?.words.contains(where: \.isClose) == true
+                        state.withLock { $0.lines.removeValue(forKey: id) }?.words.contains(where: \.isClose) == true
                     if isClosed { channel.cancel() } else { failed(error.description) }
                 }
             }
         } catch {
-            lines.withLock { $0[id] = nil }
+            state.withLock { $0.lines[id] = nil }
             throw .system(error)
         }
     }
 
     private func next(_ id: ConnectionID) -> Word? {
-        lines.withLock { lines in
-            guard let line = lines[id], let word = line.words.first else {
-                lines[id] = nil
+        state.withLock { state in
+            guard let word = state.lines[id]?.words.first else {
+                state.lines[id] = nil
                 return nil
             }
-            lines[id]?.words.removeFirst()
-            if case .bytes(let bytes) = word { lines[id]?.byteCount -= bytes.count } else { lines[id] = nil }
+            state.lines[id]?.words.removeFirst()
+            if case .bytes(let bytes) = word {
+                state.lines[id]?.byteCount -= bytes.count
+            } else {
+                state.lines[id] = nil
+            }
             return word
         }
     }

@@ -53,6 +53,8 @@ final class IncomingMigration: Sendable {
     private static let hearingNanoseconds: UInt64 = 1_000_000_000
     /// How long an arrived guest's process answers where the migration came in.
     private static let answeringNanoseconds: UInt64 = 60_000_000_000
+    /// So long the vCPUs of a guest that has arrived are in a hurry: what they touch first is slow, and others may be many.
+    private static let hasteNanoseconds: UInt64 = 50_000_000
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
 
     init(
@@ -256,16 +258,21 @@ final class IncomingMigration: Sendable {
                     if case .loadState = action, !state.core.isPulling {
                         state.isUrgent = HostThread.runBeforeOthers()
                     }
+                    // The guest runs and the source was told: from here on the vCPUs want the processors more.
+                    if case .report(.completed) = action { runAmongOthers(&state) }
                     let answer = state.core.isPulling ? performPulling(action) : perform(action)
                     if let answer { events.append(answer) }
                 }
             }
             // RAM again, which is work for long.
-            if state.isUrgent, state.core.phase == .receiving {
-                state.isUrgent = false
-                HostThread.runAmongOthers()
-            }
+            if state.core.phase == .receiving { runAmongOthers(&state) }
         }
+    }
+
+    private func runAmongOthers(_ state: inout State) {
+        guard state.isUrgent else { return }
+        state.isUrgent = false
+        HostThread.runAmongOthers()
     }
 
     /// - Returns: the event that answers the action, if it is known at once.
@@ -323,10 +330,15 @@ final class IncomingMigration: Sendable {
     private func stopListeningLater() {
         do throws(SystemError) {
             _ = try HostThread(name: "migration-free") { [self] in
+                Clock.sleep(nanoseconds: Self.hasteNanoseconds)
+                machine.endHaste()
                 Clock.sleep(nanoseconds: Self.answeringNanoseconds)
                 listener.close()
             }
-        } catch { report(.notice("the migration address stays in use: \(error.description)")) }
+        } catch {
+            machine.endHaste()
+            report(.notice("the migration address stays in use: \(error.description)"))
+        }
     }
 
     private func verify(_ migration: MigrationIdentifier) -> DestinationEvent? {

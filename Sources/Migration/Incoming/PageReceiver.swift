@@ -303,7 +303,7 @@ struct PageReceiver: ~Copyable {
     /// Compares pages that were placed with the digests of the item.
     private func verify(_ runs: some Sequence<Range<PageIndex>>, of block: Int) {
         verification?.received(
-            runs, of: block, in: memory.blocks[block].mapping, digests: decoder.digests)
+            runs, of: block, in: memory.blocks[block].mapping, digests: decoder.digests[...])
     }
 
     private static func apply(

@@ -14,6 +14,11 @@ struct ChannelCall: Sendable {
     /// So many handshakes are under way at most: a burst of more would overflow what a listener holds for its process.
     static let atOnce = 16
 
+    /// Starts a thread; another one in tests.
+    var startThread: @Sendable (@escaping @Sendable () -> Void) throws(SystemError) -> Void = {
+        (body) throws(SystemError) in _ = try HostThread(name: "multifd-conn", body)
+    }
+
     private struct State {
         var next = 0
         var working = 0
@@ -32,10 +37,10 @@ struct ChannelCall: Sendable {
             state.withLock { $0.failure = $0.failure ?? error }
             token.cancel()
         }
-        for _ in 0..<min(count, Self.atOnce) {
+        for number in 0..<min(count, Self.atOnce) {
             state.withLock { $0.working += 1 }
             do throws(SystemError) {
-                _ = try HostThread(name: "multifd-conn") {
+                try startThread {
                     while let index = Self.next(state, count) {
                         do throws(ChannelError) {
                             let channel = try one(index, to: address, connector: connector, cancel: token)
@@ -46,6 +51,8 @@ struct ChannelCall: Sendable {
                 }
             } catch {
                 state.withLock { $0.working -= 1 }
+                // A host short of threads: those that it had for us connect all channels, in more time.
+                guard number == 0 else { break }
                 fail(.system(error))
             }
         }

@@ -91,7 +91,9 @@ private struct PacketSender: ~Copyable {
         for run in item.runs {
             for page in run {
                 let offset = page.offset.value
-                if item.zeroPages != .none, mapping.isZero(at: Int(offset), count: Wire.pageSize) {
+                if item.zeroPages != .none,
+                    mapping.isZeroPage(at: Int(offset), fetching: Int(offset) + RecordWriter.fetchedAheadBytes)
+                {
                     packet.zero.append(offset)
                 } else {
                     packet.normal.append(offset)
@@ -144,16 +146,10 @@ private struct PacketSender: ~Copyable {
         let (block, mapping) = (packet.block, group.memory.blocks[packet.block].mapping)
         var digests: [UInt64] = []
         digests.reserveCapacity(packet.normal.count)
-        for (index, offset) in packet.normal.enumerated() {
-            let page = offset / UInt64(Wire.pageSize)
-            let readsOn =
-                index + 2 < packet.normal.count && packet.normal[index + 2] == offset + 2 * UInt64(Wire.pageSize)
-            let digest = verification.digest(mapping, at: Int(offset), block: block, page: page, readsOn: readsOn)
-            head.store(digest.byteSwapped, at: MultifdWire.headBytes + 8 * digests.count)
-            digests.append(digest)
-        }
-        let pages = packet.normal.lazy.map { RAMOffset($0).page..<RAMOffset($0).page.advanced(by: 1) }
-        verification.sent(pages, of: block, digests: digests)
+        let runs = PacketPacking.runs(packet.normal)
+        for run in runs { digests += verification.digests(of: run, in: block, mapping) }
+        head.storeBigEndian(digests[...], at: MultifdWire.headBytes)
+        verification.sent(runs, of: block, digests: digests[...])
         verification.sentZeroes(packet.zero.lazy.map { $0 / UInt64(Wire.pageSize) }, of: block)
         return digests.count * 8
     }

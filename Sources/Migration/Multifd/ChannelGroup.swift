@@ -5,7 +5,8 @@ import Synchronization
 import Transport
 
 /// The channels of an outgoing migration over which pages go (multifd): one blocking thread each, `multifd-send-N`, which takes the
-/// next pages from a short queue, looks for zeros, and sends a packet's head and contents in one gathering write from guest memory.
+/// next pages from a short queue, looks for zeros, and sends a packet's head and contents in one gathering write from guest memory; under
+/// a bandwidth limit in several, each when its turn has come.
 ///
 /// One thread, that of the main channel, fills the queue and asks for SYNC: what it asks for comes after all it enqueued before.
 final class ChannelGroup: Sendable {

@@ -79,7 +79,7 @@ struct ChannelReceiver: ~Copyable {
     /// - Throws: `ChannelError`; the `StreamError` of contents that cannot be unpacked; `CompressionError` where the library is not here.
     mutating func place(_ packet: MultifdPacket) throws {
         try check(packet)
-        let normal = Self.runs(packet.normal)
+        let normal = PacketPacking.runs(packet.normal)
         if normal.count == 1, packet.normal.count == MultifdWire.packetPages {
             populating?.reached(packet.normal[0], of: packet.block)
         }
@@ -92,7 +92,7 @@ struct ChannelReceiver: ~Copyable {
                 try unpack(packet)
             }
         }
-        for run in Self.runs(packet.zero) { received.clear(run, of: packet.block) }
+        for run in PacketPacking.runs(packet.zero) { received.clear(run, of: packet.block) }
         verify(packet, normal)
         position += UInt64(packet.contentBytes + digestBytes(packet))
         statistics.received(
@@ -171,21 +171,7 @@ struct ChannelReceiver: ~Copyable {
     private func verify(_ packet: MultifdPacket, _ normal: [Range<PageIndex>]) {
         guard let verification, let digests else { return }
         let values = packet.normal.indices.map { digests.load(at: 8 * $0, as: UInt64.self).byteSwapped }
-        verification.received(normal, of: packet.block, in: memory.blocks[packet.block].mapping, digests: values)
-        for run in Self.runs(packet.zero) { verification.receivedZeroes(run, of: packet.block) }
-    }
-
-    /// Neighbours in the list that are neighbours in memory, joined; the order stays.
-    private static func runs(_ offsets: [UInt64]) -> [Range<PageIndex>] {
-        var runs: [Range<PageIndex>] = []
-        for offset in offsets {
-            let page = RAMOffset(offset).page
-            if let last = runs.last, last.upperBound == page {
-                runs[runs.count - 1] = last.lowerBound..<page.advanced(by: 1)
-            } else {
-                runs.append(page..<page.advanced(by: 1))
-            }
-        }
-        return runs
+        verification.received(normal, of: packet.block, in: memory.blocks[packet.block].mapping, digests: values[...])
+        for run in PacketPacking.runs(packet.zero) { verification.receivedZeroes(run, of: packet.block) }
     }
 }

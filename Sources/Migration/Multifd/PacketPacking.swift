@@ -1,4 +1,5 @@
 import Compression
+import GuestMemory
 import Host
 import MigrationStream
 
@@ -26,6 +27,20 @@ struct PacketPacking: Sendable {
             }
         }
         return ranges
+    }
+
+    /// Neighbours in the list that are neighbours in memory, joined; the order stays.
+    static func runs(_ offsets: [UInt64]) -> [Range<PageIndex>] {
+        var runs: [Range<PageIndex>] = []
+        for offset in offsets {
+            let page = RAMOffset(offset).page
+            if let last = runs.last, last.upperBound == page {
+                runs[runs.count - 1] = last.lowerBound..<page.advanced(by: 1)
+            } else {
+                runs.append(page..<page.advanced(by: 1))
+            }
+        }
+        return runs
     }
 }
 

@@ -81,6 +81,7 @@ final class OutgoingMigration: Sendable {
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
             overheadNanoseconds: Self.guessedOverhead(cpuCount: machine.configuration.cpuCount))
+        policy.limit(to: parameters.bandwidthLimit)
         if parameters.availableSwitchoverBytesPerSecond > 0 {
             policy.availableBytesPerSecond = parameters.availableSwitchoverBytesPerSecond
         }
@@ -159,6 +160,7 @@ final class OutgoingMigration: Sendable {
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         sender.postcopy?.pacer.bytesPerSecond = parameters.maxPostcopyBandwidthBytesPerSecond
         convergence.update(parameters)
+        post(.setBandwidthLimit(bytesPerSecond: parameters.bandwidthLimit))
         let available = parameters.availableSwitchoverBytesPerSecond
         post(.setAvailableBandwidth(bytesPerSecond: available > 0 ? available : nil))
         post(.setDowntimeLimit(nanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000))
@@ -250,7 +252,8 @@ final class OutgoingMigration: Sendable {
             convergence.end()
             stopTracking()
         case .collect(let final): collect(final: final)
-        case .sendRound(let final, let batches): sender.enqueue(.round(final: final, batches: batches))
+        case .sendRound(let final, let batches, let keepsPages):
+            sender.enqueue(.round(final: final, batches: batches, keepsPages: keepsPages))
         case .synchronizeChannels: sender.enqueue(.synchronize)
         case .abandon: abandon()
         case .paused(let reason):
@@ -302,6 +305,8 @@ final class OutgoingMigration: Sendable {
             if [.completed, .postcopyActive].contains(status) { statistics.endDowntime(completed: true) }
             statistics.enter(status)
             report(.status(status))
+            // What is left to do is tidying up, and the guest, if it is on this host, wants its processor.
+            if status == .completed { HostThread.runAmongOthers() }
         case .agreed(let rule, let features):
             noteHome()
             statistics.agreed(rule)
@@ -330,8 +335,9 @@ final class OutgoingMigration: Sendable {
                 while let message = try decoder.next(from: &buffer) {
                     if try tookRequest(message) { continue }
                     guard waitForRoom(), isCurrent(attempt) else { return }
-                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
+                    if case .pong(let value) = message, let mark = ResumptionMark(pong: value),
                         sender.acknowledged(mark)
+                    {
                         continue
                     }
                     post(.received(message))

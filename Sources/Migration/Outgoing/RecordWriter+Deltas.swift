@@ -77,10 +77,14 @@ extension RecordWriter {
                 encoder.page(block: block, offset: runs[start].offset, into: &head)
             }
             append(head)
-            if batches {
-                var places = contents.makeIterator()
-                let nowhere = (mapping: heads, offset: 0)
-                appendDigests(of: part, of: block) { _ in places.next() ?? nowhere }
+            if batches, let verification {
+                let pages = part.lazy.filter { $0.kind == .data }.flatMap {
+                    $0.offset / 4096..<$0.offset / 4096 + UInt64($0.pages)
+                }
+                var digests = zip(pages, contents).map { page, place in
+                    verification.digest(place.mapping, at: place.offset, block: block, page: page)
+                }[...]
+                appendDigests(of: part, of: block, from: &digests)
             }
             for run in part where run.kind == .data {
                 for content in contents.prefix(Int(run.pages)) {

@@ -23,6 +23,8 @@ struct RecordWriter: ~Copyable {
     static let batchRuns = StreamLimit.batchRuns / 2
     /// A classic record needs two entries of the vector.
     static let classicPages: UInt64 = 256
+    /// In a search for zeros the beginnings of pages come from memory one after the other, unless they are fetched before.
+    static let fetchedAheadBytes = 8 * Wire.pageSize
     /// Zero records of one write.
     private static let zeroRecords = 4096
 
@@ -95,9 +97,21 @@ struct RecordWriter: ~Copyable {
     ) {
         let mapping = memory.blocks[block].mapping
         var runs: [PageRun] = []
+        // Of the pages of data, in order.
+        var digests: [UInt64] = []
+        if verification != nil { digests.reserveCapacity(StreamLimit.batchDataBytes / Wire.pageSize) }
         for range in ranges {
-            for page in range {
-                let isZero = findsZeroes && mapping.isZero(at: Int(page.offset.value), count: 4096)
+            // Whoever looks at all of a page need not look for zeros before.
+            let looked = verification?.digests(of: range, in: block, mapping, findsZeroes: findsZeroes)
+            for (index, page) in range.enumerated() {
+                let isZero: Bool
+                if let looked {
+                    isZero = looked[index] == 0
+                    if !isZero { digests.append(looked[index]) }
+                } else {
+                    let offset = Int(page.offset.value)
+                    isZero = findsZeroes && mapping.isZeroPage(at: offset, fetching: offset + Self.fetchedAheadBytes)
+                }
                 let kind: PageRunKind = isZero ? .zero : .data
                 if isZero { sent.zero += 1 } else { sent.normal += 1 }
                 if let last = runs.last, last.kind == kind, last.offset + last.length == page.offset.value {
@@ -108,12 +122,13 @@ struct RecordWriter: ~Copyable {
             }
         }
         // Alternating contents could make more runs than a record holds: then it takes several records.
+        var left = digests[...]
         for start in stride(from: 0, to: runs.count, by: StreamLimit.batchRuns) {
             let part = runs[start..<min(start + StreamLimit.batchRuns, runs.count)]
             var head: [UInt8] = []
             encoder.batch(block: block, runs: part, into: &head)
             append(head)
-            appendDigests(of: part, of: block) { (mapping, Int($0) * 4096) }
+            appendDigests(of: part, of: block, from: &left)
             for run in part where run.kind == .data {
                 vector.append(mapping, offset: Int(run.offset), count: Int(run.length))
             }
@@ -141,29 +156,21 @@ struct RecordWriter: ~Copyable {
         }
     }
 
-    /// With `x-verify`: the digests of all pages of the data runs, which are read at the place that `contents` says. All runs are recorded.
-    mutating func appendDigests(
-        of runs: ArraySlice<PageRun>, of block: Int, contents: (UInt64) -> (mapping: Mapping, offset: Int)
-    ) {
+    /// With `x-verify`: the digests of all pages of the data runs, which are the first of `left` and go from there. All runs are recorded.
+    mutating func appendDigests(of runs: ArraySlice<PageRun>, of block: Int, from left: inout ArraySlice<UInt64>) {
         guard let verification else { return }
-        var sent: [Range<PageIndex>] = []
-        var digests: [UInt64] = []
+        var pageCount = 0
         for run in runs {
             let pages = run.offset / 4096..<run.offset / 4096 + UInt64(run.pages)
-            guard run.kind == .data else {
-                verification.sentZeroes(pages, of: block)
-                continue
-            }
-            for page in pages {
-                let place = contents(page)
-                let digest = verification.digest(
-                    place.mapping, at: place.offset, block: block, page: page, readsOn: page + 2 < pages.upperBound)
-                heads.store(digest.byteSwapped, at: headBytes + 8 * digests.count)
-                digests.append(digest)
-            }
-            sent.append(PageIndex(pages.lowerBound)..<PageIndex(pages.upperBound))
+            if run.kind == .data { pageCount += pages.count } else { verification.sentZeroes(pages, of: block) }
+        }
+        let digests = left.prefix(pageCount)
+        left = left.dropFirst(pageCount)
+        let sent = runs.lazy.filter { $0.kind == .data }.map {
+            RAMOffset($0.offset).page..<RAMOffset($0.offset + $0.length).page
         }
         verification.sent(sent, of: block, digests: digests)
+        heads.storeBigEndian(digests, at: headBytes)
         vector.append(heads, offset: headBytes, count: 8 * digests.count)
         headBytes += 8 * digests.count
     }

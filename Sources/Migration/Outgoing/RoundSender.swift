@@ -79,10 +79,10 @@ struct RoundSender: ~Copyable {
         _ postcopy: PostcopySource, over channel: Channel, sent: (UInt64) -> Void
     ) throws(ChannelError) { try postcopy.discard(bitmaps, over: channel, sent: sent) }
 
-    /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether this is the last round, whose pages need not be kept.
-    mutating func prepareDeltas(cacheBytes: UInt64, isFinal: Bool) {
+    /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether pages that are not in it are to be kept.
+    mutating func prepareDeltas(cacheBytes: UInt64, keepsPages: Bool) {
         if cacheBytes > 0 { records.deltas?.resize(to: cacheBytes) }
-        records.keepsPages = !isFinal
+        records.keepsPages = keepsPages
     }
 
     /// A machine without vCPUs: whatever is allocated, once.
@@ -158,6 +158,7 @@ struct RoundSender: ~Copyable {
         guard let board = route.marks, unacknowledged.isMarkDue else { return }
         if let mark = board.take(waits: false) { unacknowledged.acknowledged(mark) }
         try synchronize(route, &report, sent)
+        board.expect()
         var writer = StreamWriter()
         writer.ramSectionEnd(id: SourceCore.ramSectionID)
         writer.command(.ping(unacknowledged.close().pingValue))

@@ -11,7 +11,7 @@ final class StreamSender: Sendable {
         case bytes([UInt8])
         /// So many bytes further in the file.
         case skip(UInt64)
-        case round(final: Bool, batches: Bool)
+        case round(final: Bool, batches: Bool, keepsPages: Bool)
         case flush
         /// SYNC on all other channels.
         case synchronize
@@ -92,7 +92,8 @@ final class StreamSender: Sendable {
         isResumable.store(features.contains(.resumption), ordering: .relaxed)
     }
 
-    func acknowledged(_ mark: ResumptionMark) { marks.acknowledged(mark) }
+    /// - Returns: whether such a mark was awaited.
+    func acknowledged(_ mark: ResumptionMark) -> Bool { marks.acknowledged(mark) }
 
     /// What the destination did not acknowledge is dirty again. Waits for a round that is under way.
     func rewind() { statistics.resumed(repeatedPages: round.withLock { round in round.rewind(marks) }) }
@@ -138,6 +139,7 @@ final class StreamSender: Sendable {
         _ channel: Channel, _ group: ChannelGroup?, _ file: MappedRAMWriter?, answers: Bool,
         post: @escaping @Sendable (SourceEvent) -> Void
     ) throws(SystemError) {
+        marks.startOver()
         self.group.withLock { $0 = group }
         self.file.withLock { $0 = file }
         do throws(SystemError) {
@@ -167,7 +169,8 @@ final class StreamSender: Sendable {
                     try send(bytes, to: channel)
                 case .root: if let verification { try send(.root(verification.ledger.root), to: channel) }
                 case .digests(let range): if let verification { try send(verification.answer(range), to: channel) }
-                case .round(let final, let batches): try send(channel, final: final, batches: batches, post)
+                case .round(let final, let batches, let keepsPages):
+                    try send(channel, final: final, batches: batches, keepsPages: keepsPages, post)
                 case .skip(let count): try channel.skip(count)
                 case .flush:
                     try file.withLock { $0 }?.seal { post(.progressed) }
@@ -201,7 +204,8 @@ final class StreamSender: Sendable {
     }
 
     private func send(
-        _ channel: Channel, final: Bool, batches: Bool, _ post: @escaping @Sendable (SourceEvent) -> Void
+        _ channel: Channel, final: Bool, batches: Bool, keepsPages: Bool,
+        _ post: @escaping @Sendable (SourceEvent) -> Void
     )
         throws(ChannelError)
     {
@@ -209,7 +213,7 @@ final class StreamSender: Sendable {
         var progress = Progress(post: post)
         var failure: ChannelError?
         var report = round.withLock { round -> RoundReport in
-            round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), isFinal: final)
+            round.prepareDeltas(cacheBytes: xbzrleCache.load(ordering: .relaxed), keepsPages: keepsPages)
             do throws(RoundSender.Failure) {
                 return try round.send(
                     over: route(channel, batches: batches), tracker: tracker, pacer: final ? .unlimited : pacer

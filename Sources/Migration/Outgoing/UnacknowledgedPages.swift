@@ -1,6 +1,7 @@
 import GuestMemory
 import Host
 import MigrationStream
+import Synchronization
 
 /// Which pages were sent and not acknowledged: what may have been lost with the connection (capability `x-resumable`).
 ///
@@ -54,13 +55,30 @@ struct UnacknowledgedPages {
     }
 }
 
-/// The last mark that the destination acknowledged on the connection that is open. Written where answers are read, waited for where
+/// The last mark that the destination acknowledged. Written where answers are read, waited for where
 /// pages are sent.
 final class MarkBoard: Sendable {
     private let latest = Monitor<ResumptionMark?>(nil)
+    /// Marks that were said on this connection and not acknowledged.
+    private let awaited = Mutex<UInt64>(0)
     private static let lookMilliseconds: UInt64 = 20
 
-    func acknowledged(_ mark: ResumptionMark) { latest.withLock { $0 = mark } }
+    /// Before a mark is said.
+    func expect() { awaited.withLock { $0 += 1 } }
+
+    /// - Returns: false if no mark is awaited: then it changes nothing.
+    func acknowledged(_ mark: ResumptionMark) -> Bool {
+        let isAwaited = awaited.withLock { count -> Bool in
+            guard count > 0 else { return false }
+            count -= 1
+            return true
+        }
+        if isAwaited { latest.withLock { $0 = mark } }
+        return isAwaited
+    }
+
+    /// Another connection begins, on which nothing was said yet. What was acknowledged on the last one holds.
+    func startOver() { awaited.withLock { $0 = 0 } }
 
     /// The last one since this was asked before, if any; waits a moment for it where `waits`.
     func take(waits: Bool) -> ResumptionMark? {

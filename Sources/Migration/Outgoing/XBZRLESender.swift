@@ -49,7 +49,11 @@ struct XBZRLESender: ~Copyable {
     var pages: Mapping { cache.pages }
 
     /// A round of so many pages begins. One that goes on after an interruption belongs to the same pass.
-    mutating func roundBegins(pages: UInt64) { pagesLeft = pagesLeft ?? pages }
+    mutating func roundBegins(pages: UInt64) {
+        guard pagesLeft == nil else { return }
+        pagesLeft = pages
+        cache.roundBegins()
+    }
 
     /// A pass is over when a round was sent to its end, or when as many pages were sent as there were at its beginning: on a slow link
     /// every round may be interrupted.
@@ -76,14 +80,14 @@ struct XBZRLESender: ~Copyable {
         return true
     }
 
-    /// The page is not zero. - Parameter keeps: also the pages that are not in the cache go into it (not in the last round: they will not
-    /// be asked for).
+    /// The page is not zero. - Parameter keeps: also the pages that are not in the cache go into it (not in the last round, nor when few are left: to keep
+    /// one takes longer than to send it over a fast link).
     mutating func form(block: Int, page: PageIndex, in memory: Mapping, keeps: Bool) -> Form {
         let offset = Int(page.offset.value)
         counts.seen += 1
-        guard let place = cache.find(block: block, page: page.value, round: round) else {
+        guard let place = cache.find(block: block, page: page.value) else {
             counts.misses += 1
-            guard keeps, let place = cache.insert(block: block, page: page.value, round: round) else { return .direct }
+            guard keeps, let place = cache.insert(block: block, page: page.value) else { return .direct }
             cache.pages.copy(from: memory, at: offset, count: XBZRLECache.pageBytes, to: place)
             return .copy(at: place)
         }
@@ -106,7 +110,7 @@ struct XBZRLESender: ~Copyable {
     /// The page is sent as zeros.
     mutating func sentZero(block: Int, page: PageIndex) {
         counts.seen += 1
-        guard let place = cache.find(block: block, page: page.value, round: round) else { return }
+        guard let place = cache.find(block: block, page: page.value) else { return }
         cache.pages.zero(at: place, count: XBZRLECache.pageBytes)
     }
 

@@ -214,6 +214,8 @@ public enum SourceEvent: Hashable, Sendable {
     case pagesServed
     /// The operator changed the limit while the migration runs.
     case setDowntimeLimit(nanoseconds: UInt64)
+    /// The operator changed what all rounds but the last may send; `nil`: as much as the transport takes.
+    case setBandwidthLimit(bytesPerSecond: UInt64?)
     /// The operator changed what the last round can count on; `nil`: what was measured.
     case setAvailableBandwidth(bytesPerSecond: UInt64?)
 }
@@ -232,8 +234,9 @@ public enum SourceAction: Hashable, Sendable {
     case collect(final: Bool)
     /// Write records for all dirty pages known, after the section head that the core sent just before; no EOS. `final`:
     /// without bandwidth limit. `batches`: the peer understands page batches. Between batches, look whether events wait;
-    /// if so and it is not final, end the round as interrupted. -> `roundSent`.
-    case sendRound(final: Bool, batches: Bool)
+    /// if so and it is not final, end the round as interrupted. `keepsPages`: what remains is too much to be the last, so that pages
+    /// are worth a place in a cache. -> `roundSent`.
+    case sendRound(final: Bool, batches: Bool, keepsPages: Bool)
     /// With multifd, once behind the list of blocks: SYNC on every channel. A round ends with it by itself.
     case synchronizeChannels
     /// Send ROOT over all that was sent: every round has ended.

@@ -21,9 +21,23 @@ extension SourceCore {
     mutating func beginStandstill(_ actions: inout [SourceAction]) {
         stoppedAt = now
         partBegan = now
-        isBound = limit > 0
+        isBound = true
+        if limit > 0 { setContractTimer(&actions) }
+    }
+
+    private mutating func setContractTimer(_ actions: inout [SourceAction]) {
+        let end = limit - reserve
+        let left = max(end - min(end, standstill), 1)
+        actions.append(.setTimer(timers.set(.contract), nanoseconds: left))
+    }
+
+    /// The operator changed the limit: it holds for a standstill that is under way, too.
+    mutating func setDowntimeLimit(_ nanoseconds: UInt64, _ actions: inout [SourceAction]) {
+        // With every parameter that is changed all are told.
+        guard limit != nanoseconds else { return }
+        configuration.switchover.downtimeLimitNanoseconds = nanoseconds
         guard isBound else { return }
-        actions.append(.setTimer(timers.set(.contract), nanoseconds: max(limit - reserve, 1)))
+        if limit > 0 { setContractTimer(&actions) } else { cancelTimer(.contract, &actions) }
     }
 
     /// The operator's hold, or the end of the standstill.
@@ -49,14 +63,14 @@ extension SourceCore {
     /// Whether the guest would stand still for too long if `rest` were still to come before the destination is told to start it.
     /// A timer says so, too; but events may have been waiting before it.
     func isTooLate(withRest rest: UInt64 = 0) -> Bool {
-        guard isBound else { return false }
+        guard isBound, limit > 0 else { return false }
         let (sum, overflow) = standstill.addingReportingOverflow(rest)
         return overflow || sum > limit - reserve
     }
 
     /// What COMMIT_WITHIN allows: what is left of the limit, less the start itself. Without a limit, for ever.
     var timeLeft: UInt64 {
-        guard isBound else { return .max }
+        guard isBound, limit > 0 else { return .max }
         let spent = standstill + min(configuration.switchover.costs.nanoseconds(.start), reserve)
         return limit > spent ? limit - spent : 0
     }

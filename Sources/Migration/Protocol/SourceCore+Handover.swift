@@ -51,7 +51,7 @@ extension SourceCore {
             return retreat(.failed(reason), farewell: nil, &actions)
         }
         unansweredPings += 1
-        send(&actions) { $0.command(.ping(1)) }
+        ping(1, &actions)
         scheduleKeepAlive(&actions)
     }
 
@@ -154,12 +154,19 @@ extension SourceCore {
     }
 
     mutating func received(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
+        if isUnasked(message) {
+            unaskedWords += 1
+            if unaskedWords > Self.unaskedWordLimit { return endlessTalk(&actions) }
+        }
         if case .switchoverAcknowledged = message {
             switchoverIsAcknowledged = true
             return
         }
-        // Marks between pages are the shell's, which knows what stood before each.
-        if case .pong(let value) = message, ResumptionMark(pong: value) != nil { return }
+        // Marks between pages are the shell's, which knows what stood before each, and keeps those that it said.
+        if case .pong(let value) = message {
+            if ResumptionMark(pong: value) != nil { return }
+            pongsAwaited -= min(pongsAwaited, 1)
+        }
         if case .digestsWanted(let range) = message, answerDigests(range, &actions) { return }
         switch phase {
         case .greeting: greeted(message, &actions)
@@ -180,6 +187,22 @@ extension SourceCore {
         case .startingTracking..<SourcePhase.preparing, .narrowing: outOfTurn(message, &actions)
         default: break
         }
+    }
+
+    /// Words that change nothing and may come at any time: the only ones of which there could be any number.
+    private func isUnasked(_ message: ReturnPathMessage) -> Bool {
+        switch message {
+        case .pong(let value): pongsAwaited == 0 || ResumptionMark(pong: value) != nil
+        case .switchoverAcknowledged: switchoverIsAcknowledged
+        default: false
+        }
+    }
+
+    /// Once the destination was told to start, a deadline ends the wait for its answer in any case.
+    private mutating func endlessTalk(_ actions: inout [SourceAction]) {
+        let reason = "the destination goes on answering what it was not asked"
+        if isResuming { return pause(reason, &actions) }
+        retreat(.failed(reason), farewell: reason, &actions)
     }
 
     private mutating func answered(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {

@@ -127,6 +127,7 @@ extension SourceCore {
         for (index, entry) in describedSections.enumerated() {
             package.deviceSection(entry.section, id: Self.ramSectionID + 1 + UInt32(index), layout: entry.layout)
         }
+        pongsAwaited += 1
         package.command(.ping(Self.packagePing))
         package.command(.postcopy(.run))
         guard package.bytes.count <= StreamLimit.packageBytes else {
@@ -143,7 +144,7 @@ extension SourceCore {
     private mutating func sendPackage(_ actions: inout [SourceAction]) {
         guard discardsAreSent, let state = packagedState else { return }
         packagedState = nil
-        send(&actions) { $0.command(.ping(Self.discardPing)) }
+        ping(Self.discardPing, &actions)
         mayRun = false
         actions.append(.giveUpRightToRun)
         var writer = StreamWriter()

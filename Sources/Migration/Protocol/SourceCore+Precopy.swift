@@ -23,6 +23,7 @@ extension SourceCore {
         self.direction = direction
         isConnected = true
         greetedAt = now
+        (pongsAwaited, unaskedWords) = (0, 0)
         let (name, uuid) = (configuration.machineName, configuration.uuid)
         if let mapped = configuration.mapped {
             send(&actions) { $0.append(mapped.opening) }
@@ -36,6 +37,7 @@ extension SourceCore {
             writer.command(.ping(Wire.godwitPing))
         }
         if direction == .bothWays {
+            pongsAwaited = 1
             enter(.greeting, deadline: configuration.deadlines.greeting, &actions)
             expectUrgentChannel(&actions)
         } else {
@@ -114,8 +116,7 @@ extension SourceCore {
                 send(&actions) { $0.append(piece.bytes) }
                 if piece.gap > 0 { actions.append(.skip(piece.gap)) }
             }
-            report(.active, &actions)
-            return collect(&actions)
+            return report(.active, &actions)
         }
         let advised = configuration.postcopy != nil
         send(&actions) {
@@ -168,7 +169,7 @@ extension SourceCore {
 
     /// The kernel took the last round, but the destination may be megabytes behind: the guest need not stand still for those.
     mutating func drain(_ actions: inout [SourceAction]) {
-        send(&actions) { $0.command(.ping(Self.drainPing)) }
+        ping(Self.drainPing, &actions)
         enter(.draining, deadline: configuration.deadlines.stall, &actions)
     }
 
@@ -187,7 +188,10 @@ extension SourceCore {
 
     private mutating func askForRound(final: Bool, _ actions: inout [SourceAction]) {
         roundIsUnderWay = true
-        actions.append(.sendRound(final: final, batches: features.contains(.pageBatches)))
+        actions.append(
+            .sendRound(
+                final: final, batches: features.contains(.pageBatches),
+                keepsPages: !final && !configuration.switchover.isFitting))
         enter(final ? .finalSending : .sendingRound, deadline: configuration.deadlines.stall, &actions)
     }
 
@@ -227,8 +231,7 @@ extension SourceCore {
     /// The last word before END, which a QEMU destination takes for the end of RAM: it should not wait in a socket buffer.
     private mutating func confirm(_ actions: inout [SourceAction]) {
         attempt &+= 1
-        let value = Self.confirmPing &+ attempt
-        send(&actions) { $0.command(.ping(value)) }
+        ping(Self.confirmPing &+ attempt, &actions)
         enter(.confirming, deadline: configuration.deadlines.stall, &actions)
     }
 

@@ -106,6 +106,11 @@ public struct SourceCore: Sendable {
     var stopWasAsked = false
     var isTracking = false
     var unansweredPings: UInt64 = 0
+    /// PINGs of this core on this connection that no PONG was heard for, and words that came without having been asked for.
+    var pongsAwaited: UInt64 = 0
+    var unaskedWords: UInt64 = 0
+    /// So many are put up with: a destination that never stops would cost a processor for as long as the migration takes.
+    static let unaskedWordLimit: UInt64 = 64
     /// The destination said that the guest may be stopped (SWITCHOVER_ACK).
     var switchoverIsAcknowledged = false
     /// What the destination may not have taken yet: sent since its last PONG.
@@ -119,7 +124,7 @@ public struct SourceCore: Sendable {
     var stoppedAt: UInt64?
     /// When the part of the standstill that is under way began.
     var partBegan: UInt64 = 0
-    /// Whether the downtime limit binds the standstill that is under way.
+    /// Whether the downtime limit, if there is one, binds the standstill that is under way.
     var isBound = false
     /// Attempts that came as far as PREPARE, or as far as the PING of `confirming`.
     var attempt: UInt32 = 0
@@ -194,8 +199,9 @@ public struct SourceCore: Sendable {
         case .proceed: proceed(&actions)
         case .resume: resume(&actions)
         case .settle(let settlement): settle(settlement, &actions)
-        case .setDowntimeLimit(let nanoseconds):
-            configuration.switchover.downtimeLimitNanoseconds = nanoseconds
+        case .setDowntimeLimit(let nanoseconds): setDowntimeLimit(nanoseconds, &actions)
+        case .setBandwidthLimit(let bytesPerSecond):
+            configuration.switchover.limit(to: bytesPerSecond, roundIsUnderWay: roundIsUnderWay)
         case .setAvailableBandwidth(let bytesPerSecond):
             configuration.switchover.availableBytesPerSecond = bytesPerSecond
         }
@@ -225,6 +231,11 @@ public struct SourceCore: Sendable {
     mutating func send(_ actions: inout [SourceAction], _ write: (inout StreamWriter) -> Void) {
         write(&writer)
         actions.append(.send(writer.take()))
+    }
+
+    mutating func ping(_ value: UInt32, _ actions: inout [SourceAction]) {
+        pongsAwaited += 1
+        send(&actions) { $0.command(.ping(value)) }
     }
 
     private mutating func progressed(_ actions: inout [SourceAction]) {

@@ -18,6 +18,10 @@ public struct SwitchoverPolicy: Hashable, Sendable {
     public var costs: SwitchoverCosts
     /// The bandwidth to count on for the final round (QEMU's `avail-switchover-bandwidth`); nil: what was measured.
     public var availableBytesPerSecond: UInt64?
+    /// What all rounds but the last may send (QEMU's `max-bandwidth`); nil: as much as the transport takes.
+    private var limitBytesPerSecond: UInt64?
+    /// The round under way began under a lower limit.
+    private var roundIsMixed = false
     /// So few pages are sent at once, without another round.
     public var trivialPages: UInt64 = 64
     /// The same in time.
@@ -50,6 +54,8 @@ public struct SwitchoverPolicy: Hashable, Sendable {
     private var share = 1.0
     /// Switchovers that were broken off in this migration.
     public private(set) var brokenSwitchovers: UInt64 = 0
+    /// Whether what remained at the last decision fits the limit, whatever was decided.
+    public private(set) var isFitting = false
     private var mustRest = false
     /// How often there was nothing to do but wait for better conditions.
     private var restsInARow: UInt64 = 0
@@ -78,9 +84,23 @@ public struct SwitchoverPolicy: Hashable, Sendable {
         recover()
     }
 
+    /// All rounds but the last are limited from now on. What was measured under a lower limit may be that limit, and not the transport's
+    /// rate: it is forgotten, and measured anew before the guest is stopped.
+    public mutating func limit(to bytesPerSecond: UInt64?, roundIsUnderWay: Bool = false) {
+        let isRaised = limitBytesPerSecond ?? .max < bytesPerSecond ?? .max
+        limitBytesPerSecond = bytesPerSecond
+        guard isRaised else { return }
+        rates = []
+        fastestRate = 0
+        previousRemaining = nil
+        roundIsMixed = roundIsUnderWay
+    }
+
     /// - Returns: whether there was something to measure.
     @discardableResult
     private mutating func measure(_ round: RoundReport) -> Bool {
+        defer { roundIsMixed = false }
+        guard !roundIsMixed else { return false }
         // Pages that shrink are that much faster: what counts is how long as many as remain will take.
         let bytes = max(round.bytes, round.contentBytes)
         guard round.nanoseconds > 0, bytes >= Self.measurableBytes, bytes / 2048 >= round.pages else { return false }
@@ -102,6 +122,7 @@ public struct SwitchoverPolicy: Hashable, Sendable {
         brokenSwitchovers += 1
         share = max(Self.leastShare, share * Self.shareLost)
         mustRest = true
+        isFitting = false
         // What the broken attempt left says nothing about the guest.
         previousRemaining = nil
     }
@@ -126,7 +147,8 @@ public struct SwitchoverPolicy: Hashable, Sendable {
             return .rest(nanoseconds: min(Self.firstRestNanoseconds << doublings, Self.longestRestNanoseconds))
         }
         if downtimeLimitNanoseconds == 0 { return remainingPages == 0 ? .switchOver : .iterate }
-        guard fits(remainingPages) else {
+        isFitting = fits(remainingPages)
+        guard isFitting else {
             guard isTrivial(remainingPages) else { return .iterate }
             recover()
             liftSlowestRate()

@@ -44,6 +44,8 @@ final class IncomingVerification: Sendable {
     /// So many groups that differ are looked into, and so many pages are named in the sentence for the source.
     private static let groupLimit = 64
     private static let namedPages = 8
+    /// So many lines of them are for the log: a host whose memory breaks everywhere is found out by fewer.
+    private static let mostLogLines = 128
 
     init(_ memory: GuestMemory, _ migration: MigrationIdentifier) throws(SystemError) {
         hasher = try PageHasher(migration)
@@ -54,23 +56,31 @@ final class IncomingVerification: Sendable {
     // MARK: Pages
 
     /// Pages were placed into memory. - Parameter digests: of all their pages, in order.
-    func received(_ runs: some Sequence<Range<PageIndex>>, of block: Int, in mapping: Mapping, digests: [UInt64]) {
+    func received(
+        _ runs: some Sequence<Range<PageIndex>>, of block: Int, in mapping: Mapping, digests: ArraySlice<UInt64>
+    ) {
         var mismatches: [(Place, Mismatch)] = []
-        var index = 0
+        var found: [UInt64] = []
+        found.reserveCapacity(digests.count)
         for run in runs {
-            for page in run.lowerBound.value..<run.upperBound.value where index < digests.count {
-                let announced = digests[index]
-                index += 1
-                let hash = hasher.hash(mapping, at: Int(page) * PageHasher.pageBytes)
-                guard hasher.digest(hash: hash, block: block, page: page) != announced else { continue }
-                let mismatch = Mismatch(
-                    received: hash, announced: hasher.hash(behind: announced, block: block, page: page),
-                    former: ledger.digest(of: page, in: block))
-                mismatches.append((Place(block: block, page: page), mismatch))
-            }
+            let pages = run.lowerBound.value..<run.upperBound.value
+            found += hasher.digests(pages, of: block, mapping, at: Int(pages.lowerBound) * PageHasher.pageBytes)
         }
+        if !digests.elementsEqual(found) { mismatches = differences(runs, block, announced: digests, found: found) }
         ledger.record(runs, of: block, digests: digests)
         note(mismatches, among: runs, of: block)
+    }
+
+    private func differences(
+        _ runs: some Sequence<Range<PageIndex>>, _ block: Int, announced: ArraySlice<UInt64>, found: [UInt64]
+    ) -> [(Place, Mismatch)] {
+        zip(runs.joined(), zip(announced, found)).filter { $1.0 != $1.1 }.map { page, digests in
+            let mismatch = Mismatch(
+                received: hasher.hash(behind: digests.1, block: block, page: page.value),
+                announced: hasher.hash(behind: digests.0, block: block, page: page.value),
+                former: ledger.digest(of: page.value, in: block))
+            return (Place(block: block, page: page.value), mismatch)
+        }
     }
 
     func receivedZeroes(_ pages: Range<PageIndex>, of block: Int) {
@@ -210,13 +220,15 @@ final class IncomingVerification: Sendable {
                 + "check memory and network of both hosts")
     }
 
-    /// All pages, some on each line, for the log.
+    /// The pages, some on each line, for the log; of very many the first, and how many more there are.
     func logLines() -> [String] {
         let all = findings
         guard all.count > Self.namedPages else { return [] }
-        return stride(from: 0, to: all.count, by: Self.namedPages).map { start in
-            let part = all[start..<min(start + Self.namedPages, all.count)]
+        let told = all.prefix(Self.namedPages * Self.mostLogLines)
+        let lines = stride(from: 0, to: told.count, by: Self.namedPages).map { start in
+            let part = told[start..<min(start + Self.namedPages, told.count)]
             return "x-verify: " + part.map { $0.words(names) }.joined(separator: ", ")
         }
+        return told.count == all.count ? lines : lines + ["x-verify: and \(all.count - told.count) more"]
     }
 }

@@ -13,9 +13,18 @@ final class OutgoingVerification: Sendable {
     }
 
     /// The digest of a page that is about to be sent from `memory`, which may be the guest's or a copy.
-    /// - Parameter readsOn: whether the two pages behind it are sent, too.
-    func digest(_ memory: Mapping, at offset: Int, block: Int, page: UInt64, readsOn: Bool = false) -> UInt64 {
-        hasher.digest(memory, at: offset, block: block, page: page, readsOn: readsOn)
+    func digest(_ memory: Mapping, at offset: Int, block: Int, page: UInt64) -> UInt64 {
+        hasher.digest(memory, at: offset, block: block, page: page)
+    }
+
+    /// The digests of pages that are about to be sent from guest memory.
+    /// - Parameter findsZeroes: a page of zeros has 0 instead of one.
+    func digests(
+        of pages: Range<PageIndex>, in block: Int, _ memory: Mapping, findsZeroes: Bool = false
+    ) -> [UInt64] {
+        let numbers = pages.lowerBound.value..<pages.upperBound.value
+        let offset = Int(pages.lowerBound.offset.value)
+        return hasher.digests(numbers, of: block, memory, at: offset, findsZeroes: findsZeroes)
     }
 
     /// Pages that go out as zeros, without digests on the wire.
@@ -24,7 +33,7 @@ final class OutgoingVerification: Sendable {
     }
 
     /// Pages that go out with these digests: those of the runs in their order.
-    func sent(_ runs: some Sequence<Range<PageIndex>>, of block: Int, digests: [UInt64]) {
+    func sent(_ runs: some Sequence<Range<PageIndex>>, of block: Int, digests: ArraySlice<UInt64>) {
         ledger.record(runs, of: block, digests: digests)
     }
 

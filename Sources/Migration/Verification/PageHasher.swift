@@ -42,22 +42,44 @@ public struct PageHasher: Sendable {
         try self.init(high: migration.high, low: migration.low)
     }
 
-    /// The hash of 4096 bytes, wherever they belong. - Parameter readsOn: whether the pages behind are next.
-    public func hash(_ memory: Mapping, at offset: Int, readsOn: Bool = false) -> UInt64 {
-        PageHash.best(memory, at: offset, key: key, ahead: readsOn ? Self.aheadBytes : 0)
-    }
+    /// The hash of 4096 bytes, wherever they belong.
+    public func hash(_ memory: Mapping, at offset: Int) -> UInt64 { PageHash.best(memory, at: offset, key: key) }
 
     /// The digest of contents with that hash as a page of a block. Never 0, which stands for a page that was not sent.
     public func digest(hash: UInt64, block: Int, page: UInt64) -> UInt64 {
-        let digest = PageHash.scatter(hash ^ place(block, page))
+        Self.digest(hash: hash, place: place(block, page))
+    }
+
+    @inline(__always)
+    private static func digest(hash: UInt64, place: UInt64) -> UInt64 {
+        let digest = PageHash.scatter(hash ^ place)
         return digest == 0 ? 1 : digest
     }
 
     /// The digest of a page that is as `memory` has it.
-    public func digest(
-        _ memory: Mapping, at offset: Int, block: Int, page: UInt64, readsOn: Bool = false
-    ) -> UInt64 {
-        digest(hash: hash(memory, at: offset, readsOn: readsOn), block: block, page: page)
+    public func digest(_ memory: Mapping, at offset: Int, block: Int, page: UInt64) -> UInt64 {
+        digest(hash: hash(memory, at: offset), block: block, page: page)
+    }
+
+    /// The digests of pages that stand one behind the other in `memory`, from `offset` on.
+    /// - Parameter findsZeroes: a page of zeros has 0 instead of a digest.
+    func digests(
+        _ pages: Range<UInt64>, of block: Int, _ memory: Mapping, at offset: Int, findsZeroes: Bool = false
+    ) -> [UInt64] {
+        var digests = [UInt64](repeating: 0, count: pages.count)
+        PageHash.best(memory, at: offset, key: key, ahead: Self.aheadBytes, into: &digests)
+        let blockPlace = place(of: block)
+        for index in digests.indices {
+            if findsZeroes, digests[index] == zeroHash,
+                memory.isZero(at: offset + index * Self.pageBytes, count: Self.pageBytes)
+            {
+                digests[index] = 0
+            } else {
+                let place = place(of: pages.lowerBound + UInt64(index)) &+ blockPlace
+                digests[index] = Self.digest(hash: digests[index], place: place)
+            }
+        }
+        return digests
     }
 
     /// The digest of a page of zeros.
@@ -71,6 +93,11 @@ public struct PageHasher: Sendable {
     func isZero(hash: UInt64) -> Bool { hash == zeroHash }
 
     private func place(_ block: Int, _ page: UInt64) -> UInt64 {
-        PageHash.scatter(page &+ placeKeys.page) &+ PageHash.scatter(UInt64(block) ^ placeKeys.block)
+        place(of: page) &+ place(of: block)
     }
+
+    @inline(__always)
+    private func place(of page: UInt64) -> UInt64 { PageHash.scatter(page &+ placeKeys.page) }
+
+    private func place(of block: Int) -> UInt64 { PageHash.scatter(UInt64(block) ^ placeKeys.block) }
 }

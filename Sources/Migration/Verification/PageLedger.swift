@@ -25,6 +25,32 @@ final class PageLedger: Sendable {
             sums = try Mapping(anonymousByteCount: Int((pages + groupPages - 1) / groupPages) * 8)
         }
 
+        /// Pages from `first` on, as many as there are digests. - Returns: by how much the sum over all pages grows.
+        func replace(from first: UInt64, by values: ArraySlice<UInt64>) -> UInt64 {
+            var (total, position) = (UInt64(0), first)
+            var rest = values
+            while !rest.isEmpty {
+                // Those of one sum.
+                let part = rest.prefix(Int(groupPages - position % groupPages))
+                var growth: UInt64 = 0
+                unsafe digests.withMutableBytes(at: Int(position) * 8, count: part.count * 8) { bytes in
+                    for (place, value) in part.enumerated() {
+                        // SAFETY: a word for each of the part.
+                        growth &+= value &- (unsafe bytes.loadUnaligned(fromByteOffset: place * 8, as: UInt64.self))
+                        unsafe bytes.storeBytes(of: value, toByteOffset: place * 8, as: UInt64.self)
+                    }
+                }
+                if growth != 0 {
+                    let group = Int(position / groupPages) * 8
+                    sums.store(sums.load(at: group, as: UInt64.self) &+ growth, at: group)
+                    total &+= growth
+                }
+                position += UInt64(part.count)
+                rest = rest.dropFirst(part.count)
+            }
+            return total
+        }
+
         /// - Returns: by how much the sum over all pages grows.
         @inline(__always)
         func replace(_ page: UInt64, by digest: UInt64) -> UInt64 {
@@ -55,15 +81,14 @@ final class PageLedger: Sendable {
     }
 
     /// Pages were sent: those of the runs in their order, each with its digest.
-    func record(_ runs: some Sequence<Range<PageIndex>>, of block: Int, digests: [UInt64]) {
+    func record(_ runs: some Sequence<Range<PageIndex>>, of block: Int, digests: ArraySlice<UInt64>) {
         let record = blocks[block]
         sum.withLock { sum in
-            var index = 0
+            var rest = digests
             for run in runs {
-                for page in run.lowerBound.value..<run.upperBound.value where index < digests.count {
-                    sum = sum &+ record.replace(page, by: digests[index])
-                    index += 1
-                }
+                let part = rest.prefix(run.count)
+                sum = sum &+ record.replace(from: run.lowerBound.value, by: part)
+                rest = rest.dropFirst(part.count)
             }
         }
     }

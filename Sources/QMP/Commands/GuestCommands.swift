@@ -48,7 +48,8 @@ extension GuestStatus.CPU {
         [
             "phase": .string("\(phase)"), "filled-pages": JSON(filledPages), "passes": JSON(passes),
             "touches": JSON(touches), "heartbeats": JSON(heartbeats), "longest-gap-ticks": JSON(longestGapTicks),
-            "longest-gap-end": JSON(longestGapEnd),
+            "longest-gap-end": JSON(longestGapEnd), "long-gaps": JSON(longGaps),
+            "latest-long-gaps": .array(latestLongGaps.map { ["ticks": JSON($0.ticks), "end": JSON($0.end)] }),
             "tsc-backwards": JSON(tscBackwards), "late-slices": JSON(lateSlices),
             "longest-access-ticks": JSON(longestAccessTicks), "last-tsc": JSON(lastTSC),
         ]

@@ -46,7 +46,9 @@ struct MigrationCommands: Sendable {
         ]
     }
 
-    private static let migrateOptions: [Parameter] = ["blk", "inc", "detach", "resume"].map { .optional($0, .bool) }
+    private static let migrateOptions: [Parameter] = ["blk", "inc", "detach", "resume", "x-hold"].map {
+        .optional($0, .bool)
+    }
     private static let dryRunOptions: [Parameter] = [
         .optional("uri", .string), .optional("bandwidth", .unsigned(bits: 64)),
         .optional("downtime-limit", .unsigned(bits: 64)), .optional("auto-converge", .bool),
@@ -60,11 +62,13 @@ struct MigrationCommands: Sendable {
         for name in ["blk", "inc"] where try call.arguments.bool(ifPresent: name) == true {
             throw QMPError("migrate: '\(name)' asks for disks to be copied, and this VM has none; leave it out")
         }
+        let holds = try call.arguments.bool(ifPresent: "x-hold") == true
         if try call.arguments.bool(ifPresent: "resume") == true {
+            guard !holds else { throw QMPError("migrate: 'resume' goes on as the migration began; leave 'x-hold' out") }
             try migrator.resume(to: MigrationTarget.address(call.arguments, of: "migrate"))
             return [:]
         }
-        try migrator.migrate(to: MigrationTarget.address(call.arguments, of: "migrate"))
+        try migrator.migrate(to: MigrationTarget.address(call.arguments, of: "migrate"), holds: holds)
         return [:]
     }
 
