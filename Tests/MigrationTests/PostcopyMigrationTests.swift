@@ -2,6 +2,7 @@ import GuestMemory
 import Host
 import Machine
 import Synchronization
+import TestSupport
 import Testing
 import Transport
 

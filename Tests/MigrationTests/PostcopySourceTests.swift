@@ -5,6 +5,7 @@ import GuestPrograms
 import Host
 import Machine
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 
@@ -19,7 +20,7 @@ struct PostcopySourceTests {
     /// A machine without a guest, and the other end of its migration, which has got as far as the package.
     private final class Trial {
         let source: Migrator
-        let destination: ScriptedDestination
+        private(set) var destination: ScriptedDestination!
         var urgent: Descriptor?
 
         /// - Parameters:
@@ -48,6 +49,12 @@ struct PostcopySourceTests {
             try destination.read { $0 == .command(.ping(Wire.godwitPing)) }
             if preempts { urgent = try Socket.accept(listener) }
             if starts { try source.startPostcopy() }
+        }
+
+        /// The destination's process is gone.
+        func drop() {
+            destination = nil
+            urgent = nil
         }
 
         var status: MigrationStatus { source.info().status }
@@ -241,6 +248,39 @@ struct PostcopySourceTests {
         try trial.source.settle(settlesHere ? .resumeHere : .startedThere)
         try trial.awaitStatus(settlesHere ? .failed : .postcopyPaused)
         #expect(trial.source.machine.runState == (settlesHere ? .running : .postMigrate))
+    }
+
+    @Test(
+        "the connection is cut at any byte: who has RUN has the guest alone, and nobody is left without a word",
+        arguments: [20_261_121, 5] as [UInt64])
+    func cut(seed: UInt64) throws {
+        var random = SeededRandom(seed: seed)
+        var endings: [MigrationStatus: Int] = [:]
+        for number in 0..<60 {
+            let trial = try Trial(rate: 256 << 10, preempts: random.next() % 3 == 0, starts: false)
+            let cut = 60 + Int(random.next() % (1 << (6 + random.next() % 13)))
+            trial.destination.bytesUntilCut = cut
+            trial.destination.deafFrom = random.next() % 3 == 0 ? 3 : .max
+            try trial.source.startPostcopy()
+            _ = try? trial.destination.read { _ in false }
+            // What was not read makes a reset of the close that the end of the trial is; this is an end, or half of one.
+            if random.next() % 2 == 0 { Socket.shutdown(trial.destination.main) }
+            let hasGuest = trial.destination.hasPackage
+            trial.drop()
+            let deadline = Deadline.after(seconds: 20)
+            while ![.failed, .unsettled, .postcopyPaused].contains(trial.status), !deadline.hasPassed {
+                Clock.sleep(nanoseconds: 500_000)
+            }
+            let when: Comment = "trial \(number) of seed \(seed), cut after \(cut) bytes: \(trial.status)"
+            let runs = trial.source.machine.runState == .running
+            #expect(!(hasGuest && runs), when)
+            #expect(runs == (trial.status == .failed), when)
+            #expect([.failed, .unsettled, .postcopyPaused].contains(trial.status), when)
+            endings[trial.status, default: 0] += 1
+            trial.source.shutDown()
+        }
+        print("postcopy: cut 60 times with seed \(seed): \(endings)")
+        #expect(endings.count == 3)
     }
 
     @Test(

@@ -82,7 +82,7 @@ struct ProtocolPostcopySourceTests {
         let package = try #require(actions.firstIndex { if case .sendPackage = $0 { true } else { false } })
         let serve = try #require(actions.firstIndex(of: .servePages))
         #expect(stop < discards && discards < right && right < package && package < serve)
-        #expect(!actions.contains { if case .sendRound(true, _) = $0 { true } else { false } })
+        #expect(!actions.contains { if case .sendRound(true, _, _) = $0 { true } else { false } })
         #expect(!driver.core.mayRun)
         driver.feed(.packageSent, Driver.arrived, .pagesServed)
         #expect(driver.feed(.received(.shut(0))).contains(.finished(.completed)))

@@ -23,12 +23,14 @@ final class ScriptedDestination {
     var items: [StreamItem] = []
     /// Whether DISCARD has its effect on `pages`.
     var forgets = false
+    /// After so many bytes nothing is read any more.
+    var bytesUntilCut = Int.max
     /// PINGs from this number on are heard and not answered.
     var deafFrom: UInt32 = .max
 
     /// Pages that came although they were there: a QEMU gives up over one.
     private(set) var repeated: [UInt64] = []
-    private var hasPackage = false
+    private(set) var hasPackage = false
 
     init(_ main: Descriptor, byteCount: UInt64, catalogue: SectionCatalogue = SectionCatalogue()) {
         self.main = main
@@ -123,7 +125,9 @@ final class ScriptedDestination {
     }
 
     private func fill(_ buffer: inout ReceiveBuffer, from channel: Descriptor) throws -> Bool {
-        let bytes = try channel.read(upTo: 1 << 16) ?? []
+        guard bytesUntilCut > 0 else { return false }
+        let bytes = try channel.read(upTo: min(1 << 16, bytesUntilCut)) ?? []
+        bytesUntilCut -= bytes.count
         buffer.append(bytes)
         return !bytes.isEmpty
     }

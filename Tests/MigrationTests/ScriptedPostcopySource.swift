@@ -2,6 +2,7 @@ import GuestMemory
 import Host
 import Machine
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 
