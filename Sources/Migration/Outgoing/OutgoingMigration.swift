@@ -274,14 +274,7 @@ final class OutgoingMigration: Sendable {
             // The guest does not run here any more: nothing of it needs to be slowed down.
             convergence.end()
             sender.enqueue(.servePages)
-        case .stopGuest:
-            statistics.beginDowntime()
-            do throws(MachineError) {
-                let wasRunning = try machine.stopForMigration()
-                statistics.mark(.stop)
-                stoppedGuest.withLock { $0 = wasRunning }
-                post(.guestStopped(wasRunning: wasRunning))
-            } catch { post(.stopFailed(error.description)) }
+        case .stopGuest: stopGuest()
         case .resumeGuest:
             machine.resumeAfterMigration(wasRunning: stoppedGuest.withLock { $0 })
             statistics.endDowntime(completed: false)
@@ -319,6 +312,16 @@ final class OutgoingMigration: Sendable {
     private let stoppedGuest = Mutex(false)
 
     // MARK: Actions
+
+    private func stopGuest() {
+        statistics.beginDowntime()
+        do throws(MachineError) {
+            let wasRunning = try machine.stopForMigration()
+            statistics.mark(.stop)
+            stoppedGuest.withLock { $0 = wasRunning }
+            post(.guestStopped(wasRunning: wasRunning))
+        } catch { post(.stopFailed(error.description)) }
+    }
 
     func startThread(_ name: String, _ body: @escaping @Sendable () -> Void) {
         do throws(SystemError) {
