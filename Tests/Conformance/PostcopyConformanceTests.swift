@@ -54,9 +54,10 @@ struct PostcopyConformanceTests {
         let asked = received["ram"]?["postcopy-requests"]?.integerValue(as: UInt64.self) ?? 0
         #expect(told["ram"]?["postcopy-requests"] == JSON(asked))
         #expect(received["ram"]?["remaining"] == 0)
-        #expect(asked > 0, "\(received)")
+        // No limit holds zeros back: on a busy host all of them may be here before anybody looks.
+        #expect(asked > 0 || trip.content == .zero, "\(received)")
         let latency = received["x-postcopy-latency-ns"]
-        #expect(latency?["count"] == JSON(asked), "\(received)")
+        #expect(latency?["count"] == (asked > 0 ? JSON(asked) : nil), "\(received)")
         print(
             "conformance: postcopy with QEMU \(QEMU.version ?? "?"), \(trip.testDescription): \(asked) pages asked for, "
                 + "\(latency ?? [:])")
