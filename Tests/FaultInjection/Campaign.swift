@@ -102,6 +102,9 @@ final class Campaign {
         try blow.waitForMoment(proxy)
         let watch = Watch(source: source, destination: destination)
         violations += watch.untilOver()
+        // A late blow changes who lives.
+        proxy.waitForStrike()
+        violations += watch.untilOver()
         if proxy.hasStruck { struck += 1 }
         try judge(fault, watch, proxy)
     }

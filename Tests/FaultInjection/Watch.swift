@@ -59,6 +59,10 @@ final class Watch {
 
     private func status(_ vm: VM, _ lives: inout Bool) -> String {
         lives = vm.process.poll() == nil
-        return (try? vm.migrationStatus()) ?? ""
+        guard lives else { return "" }
+        if let status = try? vm.migrationStatus() { return status }
+        // A killed process loses its sockets before its parent can see its end.
+        lives = vm.process.wait(deadline: .after(seconds: 2)) == nil
+        return ""
     }
 }

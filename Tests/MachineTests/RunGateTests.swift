@@ -24,12 +24,7 @@ import Testing
     func deadline() throws {
         let gate = RunGate()
         let inside = Monitor(0)
-        func vcpu() throws {
-            _ = try HostThread(name: "vcpu") {
-                gate.enter()
-                inside.withLock { $0 += 1 }
-            }
-        }
+        func vcpu() throws { try Self.enter(gate, inside) }
         try vcpu()
         #expect(!gate.open(until: Clock.monotonicNanoseconds - 1), "the moment has passed")
         #expect(gate.mustStop)
@@ -40,16 +35,19 @@ import Testing
         #expect(inside.wait(deadline: .after(seconds: 10)) { $0 == 2 ? $0 : nil } == 2)
     }
 
+    /// A thread that goes in, and counts itself then.
+    private static func enter(_ gate: RunGate, _ inside: Monitor<Int>) throws {
+        _ = try HostThread(name: "vcpu") {
+            gate.enter()
+            inside.withLock { $0 += 1 }
+        }
+    }
+
     @Test("the first of several threads decides: who comes after the moment goes in, too")
     func late() throws {
         let gate = RunGate()
         let inside = Monitor(0)
-        func vcpu() throws {
-            _ = try HostThread(name: "vcpu") {
-                gate.enter()
-                inside.withLock { $0 += 1 }
-            }
-        }
+        func vcpu() throws { try Self.enter(gate, inside) }
         try vcpu()
         let moment = Clock.monotonicNanoseconds + 2_000_000_000
         #expect(gate.open(until: moment))

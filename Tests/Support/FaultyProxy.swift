@@ -33,6 +33,8 @@ public final class FaultyProxy: Sendable {
         var backward = 0
         var forwardWhenAnswered: Int?
         var isStruck = false
+        /// The strike's body has not returned yet.
+        var isStriking = false
         var isHeld = false
         var isClosed = false
         var sockets: [Descriptor] = []
@@ -72,6 +74,11 @@ public final class FaultyProxy: Sendable {
     }
 
     public var hasStruck: Bool { state.withLock { $0.isStruck } }
+
+    /// Waits for the end of a strike that has begun: it may take its time, and what it strikes may be over meanwhile.
+    public func waitForStrike() {
+        _ = state.wait(deadline: .after(seconds: 10)) { $0.isStriking ? nil : () }
+    }
 
     // MARK: What a strike can do
 
@@ -181,6 +188,7 @@ public final class FaultyProxy: Sendable {
     public func strikeNow() {
         let isFirst = state.withLock { state in
             defer { state.isStruck = true }
+            state.isStriking = state.isStriking || !state.isStruck
             return !state.isStruck
         }
         guard isFirst else { return }
@@ -188,5 +196,6 @@ public final class FaultyProxy: Sendable {
             defer { strike = nil }
             return strike
         }?(self)
+        state.withLock { $0.isStriking = false }
     }
 }
