@@ -1,5 +1,6 @@
 import GuestMemory
 import Host
+import Machine
 import MigrationStream
 import Synchronization
 import TestSupport
@@ -70,6 +71,66 @@ struct PostcopyRaceTests {
             requests.close()
         }
         #expect(lost == 0)
+    }
+
+    @Test("no run of pages is empty, though another thread takes the page at which it begins")
+    func emptyRun() throws {
+        let pages = try AtomicPages(pageCount: 256)
+        var empty = 0
+        try Self.race(200) { [pages] _ in
+            for _ in 0..<500 {
+                pages.insert(PageIndex(63))
+                pages.remove(PageIndex(63))
+            }
+        } _: { _ in
+            for _ in 0..<500 where pages.nextRun(from: PageIndex(0))?.isEmpty == true { empty += 1 }
+        }
+        #expect(empty == 0)
+    }
+
+    @Test("who touches what never was, while the last page comes, does not disturb the end", .timeLimit(.minutes(10)))
+    func holesAtTheEnd() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 90) {
+                let source = Migrator(try Self.machine(isIncoming: false))
+                source.machine.memory.blocks[0].mapping.store(7 as UInt64, at: 0)
+                for number in 0..<25 {
+                    let destination = Migrator(try Self.machine(isIncoming: true))
+                    try destination.set(.postcopyRAM, true)
+                    let script = try ScriptedPostcopySource(of: source.machine, to: try destination.listen())
+                    try script.open()
+                    try script.discard([PageIndex(0)..<PageIndex(1)])
+                    try script.send(package: script.package())
+                    script.waitToHear(.pong(4))
+                    let isOver = Atomic(false)
+                    let reader = try HostThread(name: "reader") {
+                        var page = 1
+                        while !isOver.load(ordering: .relaxed), page < Self.pageCount {
+                            _ = destination.machine.memory.blocks[0].mapping.read(at: page << 12, count: 8)
+                            page += 1
+                        }
+                        claim(page < Self.pageCount, "there were too few holes")
+                    }
+                    Clock.sleep(nanoseconds: 2_000_000)
+                    try script.pages([PageIndex(0)..<PageIndex(1)], final: true)
+                    try script.end()
+                    try destination.awaitEnd(.completed, "at end \(number)")
+                    script.waitToHear(.shut(0))
+                    isOver.store(true, ordering: .relaxed)
+                    reader.join()
+                    claim(destination.info().errorDescription == nil, "\(destination.info())")
+                }
+            }
+        }
+    }
+
+    /// Far more than anybody touches while the test waits.
+    private static let pageCount = 4 << 20
+
+    private static func machine(isIncoming: Bool) throws -> VirtualMachine {
+        try VirtualMachine(
+            MachineConfiguration(kind: .none, memoryByteCount: UInt64(pageCount) << 12, isIncoming: isIncoming),
+            serial: SerialPort(.none))
     }
 
     @Test("a page that comes at the moment in which a vCPU begins to wait for it")
