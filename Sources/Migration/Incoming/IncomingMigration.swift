@@ -75,7 +75,9 @@ final class IncomingMigration: Sendable {
             throw MigrationError(error.description)
         }
         populating = PopulateAhead(machine.memory, received: received)
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         statistics = IncomingStatistics(
             totalBytes: machine.memory.byteCount,
             listening: listener.addresses.map { address in
@@ -96,6 +98,7 @@ final class IncomingMigration: Sendable {
         configuration.features.insert(.verification)
         if case .file = address { configuration.readsMappedRAM = true }
         configuration.allowsPostcopy = capabilities.contains(.postcopyRAM)
+        configuration.blockPageSizes = machine.memory.blocks.reduce(0) { $0 | $1.pageBytes }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }

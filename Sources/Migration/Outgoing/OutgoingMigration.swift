@@ -76,7 +76,9 @@ final class OutgoingMigration: Sendable {
         self.descriptors = descriptors
         self.tls = tls
         self.report = report
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,

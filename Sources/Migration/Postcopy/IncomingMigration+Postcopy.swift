@@ -32,7 +32,7 @@ extension IncomingMigration {
             switch action {
             case .preparePostcopy: try prepare()
             case .discardPages(let discard): try postcopy?.discard(discard)
-            case .listen: try postcopy?.listen()
+            case .listen: try postcopy?.listen(asksWholePages: statistics.info().rule == .qemu)
             case .finishPull(let waits):
                 // At the end of the process nothing is missed.
                 return aside("migration-end", or: { _ in .pullEnded(missing: 1) }) { [self] in
@@ -55,10 +55,11 @@ extension IncomingMigration {
 
     private func prepare() throws(SystemError) {
         let postcopy = try IncomingPostcopy(
-            machine.memory,
+            machine.memory, machine.accelerator,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
             quiet: { [populating] in populating.close() },
-            request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
+            request: { [weak self] in self?.ask(for: $0) }, hugeShare: { [statistics] in statistics.isHuge($0) },
+            failed: { [weak self] in self?.post(.pagesFailed($0)) })
         postcopies.withLock { $0 = postcopy }
         statistics.watch(postcopy.pending)
     }

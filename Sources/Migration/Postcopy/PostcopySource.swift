@@ -23,6 +23,8 @@ final class PostcopySource: Sendable {
     private let known: [AtomicPages]
     private let pages = Mutex<OutgoingPages?>(nil)
     private let urgent = Mutex<UrgentSender?>(nil)
+    /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
+    private let described: Mutex<[RAMBlockDescription]>
 
     /// Ranges of one DISCARD, and bytes of one write of them.
     private static let discardRanges = 1024
@@ -33,11 +35,18 @@ final class PostcopySource: Sendable {
     ) throws(SystemError) {
         self.memory = memory
         self.blocks = blocks
+        described = Mutex(blocks)
         self.statistics = statistics
         pacer = Pacer(bytesPerSecond: bytesPerSecond)
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
+    }
+
+    /// Before the first round.
+    func agreed(_ features: FeatureSet) {
+        guard features.contains(.twoPhaseHandover) else { return }
+        described.withLock { $0 = $0.map(\.uniform) }
     }
 
     /// Before the first round, and after each collect.
@@ -60,7 +69,7 @@ final class PostcopySource: Sendable {
     ) throws(ChannelError) {
         let outgoing: OutgoingPages
         do throws(SystemError) {
-            outgoing = try OutgoingPages(of: blocks, taking: bitmaps, known: known)
+            outgoing = try OutgoingPages(of: described.withLock { $0 }, taking: bitmaps, known: known)
         } catch { throw .system(error) }
         pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
