@@ -1,3 +1,4 @@
+import Glibc
 import GuestMemory
 import Host
 import MigrationStream
@@ -41,7 +42,13 @@ final class FaultServer: Sendable {
         var requests: [PageRequest] = []
         while try watched.faults.waitForFaults(into: &batch, stop: stop) {
             requests.removeAll(keepingCapacity: true)
-            for index in 0..<batch.count { try take(batch[index], &requests) }
+            for index in 0..<batch.count {
+                do throws(SystemError) { try take(batch[index], &requests) } catch {
+                    // Not watched any more, since it was read: who sleeps there finds what is there now.
+                    guard error.code == ENOENT else { throw error }
+                    try watched.wake(at: batch[index].address)
+                }
+            }
             if !requests.isEmpty { request(requests) }
         }
     }
