@@ -1,6 +1,7 @@
 import GuestMemory
 import Host
 import Machine
+import MigrationStream
 import Synchronization
 import TestSupport
 import Testing
