@@ -54,6 +54,7 @@ final class PageRequests: Sendable {
     enum Refusal: Error, CustomStringConvertible {
         case tooEarly(PageRequest)
         case endless
+        case bitmapUnasked(block: String)
 
         var description: String {
             switch self {
@@ -61,6 +62,8 @@ final class PageRequests: Sendable {
                 "the destination asks for a page at offset \(RAMOffset(request.offset)) of RAM block '\(request.block)' before it "
                     + "has the guest"
             case .endless: "the destination asks without end for pages that it was sent"
+            case .bitmapUnasked(let block):
+                "the destination tells which pages of RAM block '\(block)' it received, and was not asked"
             }
         }
     }
@@ -150,9 +153,11 @@ final class PageRequests: Sendable {
     }
 
     /// Waits until all that was asked for is on its way, at most that long. - Returns: whether it is.
-    func settle(nanoseconds: UInt64) -> Bool {
-        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
-            state.isOver || state.isEmpty && state.underWay == 0 ? state.isEmpty && state.underWay == 0 : nil
+    /// - Parameter servesItself: who asks is also who sends: it does not wait for what it has to send itself.
+    func settle(nanoseconds: UInt64, servesItself: Bool = false) -> Bool {
+        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state -> Bool? in
+            if state.isEmpty, state.underWay == 0 { return true }
+            return servesItself && !state.isEmpty ? false : nil
         } ?? false
     }
 

@@ -58,7 +58,7 @@ extension DestinationCore {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
         if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
-        if pull == .running { return losePull(reason, &actions) }
+        if pull >= .running { return losePull(reason, &actions) }
         if phase < .starting { fail(reason, &actions) } else { dropSource(&actions) }
     }
 
@@ -66,7 +66,7 @@ extension DestinationCore {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
         if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
-        if pull == .running { return losePull(reason, &actions) }
+        if pull >= .running { return losePull(reason, &actions) }
         // A QEMU source without a return path, and a one-way transport, close when everything was said.
         let everythingWasSaid = phase == .loading && rule != .twoPhase && !returnPathIsOpen
         if canKeep {
@@ -78,7 +78,7 @@ extension DestinationCore {
         }
     }
 
-    private mutating func dropSource(_ actions: inout [DestinationAction]) {
+    mutating func dropSource(_ actions: inout [DestinationAction]) {
         guard let source else { return }
         if phase == .started { cancelTimer(.deadline, &actions) }
         actions.append(.close(source))

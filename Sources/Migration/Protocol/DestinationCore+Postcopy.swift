@@ -192,6 +192,8 @@ extension DestinationCore {
 
     /// The connection is of no use any more. The guest runs on as far as its memory is here.
     mutating func losePull(_ reason: String, _ actions: inout [DestinationAction]) {
+        // Nothing more is wanted of it; the guest is started all the same.
+        if pull == .complete { return dropSource(&actions) }
         guard isBound, let source else { return }
         actions.append(.close(source))
         self.source = nil

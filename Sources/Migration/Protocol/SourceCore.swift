@@ -156,6 +156,8 @@ public struct SourceCore: Sendable {
     var packageArrived = false
     /// Why the connection is gone, while it is not known yet whether the package had left.
     var lossDuringPackage: String?
+    /// The destination said meanwhile that it will not run the guest.
+    var refusalDuringPackage: String?
     /// How the migration will end once it has retreated, and what the destination hears of it.
     var ending: SourceOutcome?
     var farewell: String?
