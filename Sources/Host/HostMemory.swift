@@ -24,10 +24,11 @@ extension Mapping {
 
     /// Takes memory for every page now instead of at its first touch, with a thread for each processor (at most 16).
     ///
+    /// - Parameter isReserved: nobody else can be given it: what is available does not matter.
     /// - Throws: `SystemError` where the host has less memory available than that (nothing is taken), or what the kernel says.
-    public func populate() throws(SystemError) {
+    public func populate(isReserved: Bool = false) throws(SystemError) {
         let available = HostMemory.availableByteCount
-        guard UInt64(byteCount) <= available else {
+        guard isReserved || UInt64(byteCount) <= available else {
             throw SystemError(
                 "preallocate", "\(byteCount) bytes of memory", code: ENOMEM,
                 remedy: "\(available) bytes are available; take less memory, or do not preallocate it")

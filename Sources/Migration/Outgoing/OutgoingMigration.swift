@@ -76,7 +76,9 @@ final class OutgoingMigration: Sendable {
         self.descriptors = descriptors
         self.tls = tls
         self.report = report
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
@@ -102,9 +104,7 @@ final class OutgoingMigration: Sendable {
         }
         configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
         if capabilities.contains(.verify) { configuration.features.insert(.verification) }
-        if capabilities.contains(.postcopyRAM) {
-            configuration.postcopy = PostcopyTerms(usesUrgentChannel: capabilities.contains(.postcopyPreempt))
-        }
+        configuration.allowPostcopy(capabilities)
         self.configuration = configuration
         usesDirectIO = parameters.usesDirectIO
         usesReturnPath = capabilities.contains(.returnPath)
@@ -270,6 +270,8 @@ final class OutgoingMigration: Sendable {
         case .openUrgentChannel: openUrgentChannel()
         case .sendDiscards: sender.enqueue(.discards)
         case .sendPackage(let bytes): sendPackage(bytes)
+        case .serveRequests: sender.enqueue(.serveRequests)
+        case .takeBackPages: sender.takeBackPages()
         case .servePages:
             // The guest does not run here any more: nothing of it needs to be slowed down.
             convergence.end()

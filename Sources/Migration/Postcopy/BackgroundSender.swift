@@ -52,11 +52,51 @@ struct BackgroundSender: ~Copyable {
             let batch = pages.take(from: &place, limit: limit)
             // Others may have taken the last ones just now.
             guard let first = batch.first else { continue }
+            if first.pageCount > Self.batchPages {
+                guard try sendWhole(first, over: channel, sent, mustEnd: mustEnd) else { return false }
+                continue
+            }
             let written = try records.send(batch, to: channel)
             _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
             sent(written, first)
         }
         return false
+    }
+
+    /// A page of the destination's memory that is many of the stream's: nothing may stand between them, a requested page neither.
+    /// - Returns: false: `mustEnd` said so.
+    private mutating func sendWhole(
+        _ piece: OutgoingPages.Piece, over channel: Channel,
+        _ sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) -> Bool {
+        var start = piece.pages.lowerBound
+        while start < piece.pages.upperBound {
+            guard !mustEnd() else { return false }
+            let due = pacer.sent(0, at: Clock.monotonicNanoseconds)
+            guard due == 0 else {
+                requests.pause(nanoseconds: min(due, Self.lookNanoseconds), forPiece: false)
+                continue
+            }
+            let pages = pacer.batchBytes(most: Int(Self.batchPages) * 4096) / 4096
+            let end = min(start.advanced(by: pages), piece.pages.upperBound)
+            let part = OutgoingPages.Piece(block: piece.block, pages: start..<end)
+            let written = try records.send([part], to: channel)
+            _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
+            sent(written, part)
+            start = end
+        }
+        return true
+    }
+
+    /// Sends what is asked for, and nothing else, until there is something else to do, or nothing can be asked for any more.
+    mutating func runRequests(
+        over channel: Channel, sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) {
+        while true {
+            try serve(over: channel, sent)
+            if mustEnd() || requests.isOver { return }
+            requests.waitForPiece()
+        }
     }
 
     private mutating func serve(

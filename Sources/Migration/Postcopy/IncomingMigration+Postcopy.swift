@@ -32,7 +32,7 @@ extension IncomingMigration {
             switch action {
             case .preparePostcopy: try prepare()
             case .discardPages(let discard): try postcopy?.discard(discard)
-            case .listen: try postcopy?.listen()
+            case .listen: try postcopy?.listen(asksWholePages: statistics.info().rule == .qemu)
             case .finishPull(let waits):
                 // At the end of the process nothing is missed.
                 return aside("migration-end", or: { _ in .pullEnded(missing: 1) }) { [self] in
@@ -44,6 +44,8 @@ extension IncomingMigration {
                     ended.end()
                     return nil
                 }
+            case .unlisten(let closed):
+                return aside("migration-end", or: { .pagesFailed("postcopy: \($0)") }) { [self] in unlisten(closed) }
             case .pullPaused(let sentence):
                 statistics.end(error: sentence)
                 report(.notice(sentence))
@@ -55,12 +57,27 @@ extension IncomingMigration {
 
     private func prepare() throws(SystemError) {
         let postcopy = try IncomingPostcopy(
-            machine.memory,
+            machine.memory, machine.accelerator,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
             quiet: { [populating] in populating.close() },
-            request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
+            request: { [weak self] in self?.ask(for: $0) }, hugeShare: { [statistics] in statistics.isHuge($0) },
+            failed: { [weak self] in self?.post(.pagesFailed($0)) })
         postcopies.withLock { $0 = postcopy }
         statistics.watch(postcopy.pending)
+    }
+
+    /// The guest does not start yet: what was discarded comes again, as in precopy.
+    private func unlisten(_ closed: [ConnectionID]) -> DestinationEvent {
+        if let postcopy {
+            postcopy.abandon()
+            // A page of zeroes must clear what came meanwhile.
+            postcopy.pending.forEachExpected { received.mark($0, of: $1) }
+        }
+        waitForReaders(of: closed)
+        do throws(SystemError) {
+            try prepare()
+            return .unlistened
+        } catch { return .pagesFailed("postcopy: \(error.description)") }
     }
 
     /// Does something that may take long on a thread of its own.

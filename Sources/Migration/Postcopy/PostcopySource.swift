@@ -13,7 +13,7 @@ import Transport
 
 /// What the threads of an outgoing migration share once its guest may move before its memory.
 final class PostcopySource: Sendable {
-    let requests = PageRequests()
+    private let current = Mutex(PageRequests())
     /// Of all pages that nobody asked for (`max-postcopy-bandwidth`).
     let pacer: Pacer
     private let memory: GuestMemory
@@ -23,6 +23,8 @@ final class PostcopySource: Sendable {
     private let known: [AtomicPages]
     private let pages = Mutex<OutgoingPages?>(nil)
     private let urgent = Mutex<UrgentSender?>(nil)
+    /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
+    private let described: Mutex<[RAMBlockDescription]>
 
     /// Ranges of one DISCARD, and bytes of one write of them.
     private static let discardRanges = 1024
@@ -33,11 +35,18 @@ final class PostcopySource: Sendable {
     ) throws(SystemError) {
         self.memory = memory
         self.blocks = blocks
+        described = Mutex(blocks)
         self.statistics = statistics
         pacer = Pacer(bytesPerSecond: bytesPerSecond)
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
+    }
+
+    /// Before the first round.
+    func agreed(_ features: FeatureSet) {
+        guard features.contains(.twoPhaseHandover) else { return }
+        described.withLock { $0 = $0.map(\.uniform) }
     }
 
     /// Before the first round, and after each collect.
@@ -60,7 +69,7 @@ final class PostcopySource: Sendable {
     ) throws(ChannelError) {
         let outgoing: OutgoingPages
         do throws(SystemError) {
-            outgoing = try OutgoingPages(of: blocks, taking: bitmaps, known: known)
+            outgoing = try OutgoingPages(of: described.withLock { $0 }, taking: bitmaps, known: known)
         } catch { throw .system(error) }
         pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
@@ -107,9 +116,20 @@ final class PostcopySource: Sendable {
         }
     }
 
+    /// Sends what is asked for, where no other channel does. - Parameter mustEnd: asked whenever nothing is asked for.
+    func serveRequests(over channel: Channel, mustEnd: () -> Bool) throws(ChannelError) {
+        let requests = requests
+        guard let pages = pages.withLock({ $0 }), urgent.withLock({ $0 == nil }) else { return }
+        let records: RecordWriter
+        do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
+        var sender = BackgroundSender(pages, requests, records, pacer, servesRequests: true)
+        try sender.runRequests(over: channel, sent: count, mustEnd: mustEnd)
+    }
+
     /// Sends all that the destination does not have. - Returns: whether it was all; false: `mustEnd` said so.
     func serve(over channel: Channel, mustEnd: () -> Bool) throws(ChannelError) -> Bool {
         guard let pages = pages.withLock({ $0 }) else { return false }
+        let requests = requests
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
@@ -129,6 +149,24 @@ final class PostcopySource: Sendable {
     }
 
     // MARK: Other threads
+
+    /// Of the move that is under way.
+    var requests: PageRequests { current.withLock { $0 } }
+
+    /// The guest did not move after all. Requests that were not heard of that count for nothing; the channel for requested pages is
+    /// closed, so that no page of this attempt can arrive in the next.
+    func takeBack(_ body: (OutgoingPages) -> Void) {
+        let old = current.withLock { current in
+            defer { current = PageRequests(isWithdrawn: true) }
+            return current
+        }
+        old.withdraw()
+        if let urgent = urgent.withLock({ $0.take() }) {
+            urgent.end()
+            urgent.finish()
+        }
+        if let outgoing = pages.withLock({ $0.take() }) { body(outgoing) }
+    }
 
     /// Requests count from here on: the package leaves.
     func openForRequests() {

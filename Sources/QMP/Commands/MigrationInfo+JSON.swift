@@ -29,6 +29,7 @@ extension MigrationInfo {
             members["postcopy-vcpu-blocktime"] = .array(blockTime.cpuNanoseconds.map(milliseconds))
         }
         if let pageLatency { pageLatency.add(to: &members) }
+        if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }
