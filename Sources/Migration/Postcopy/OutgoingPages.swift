@@ -27,6 +27,8 @@ final class OutgoingPages: Sendable {
     private let wanted: [AtomicPages]
     /// All that was ever found to be written, and holes that were asked for.
     private let known: [AtomicPages]
+    /// All that was ever wanted: what the destination did not have when its guest started, and holes that it asked for.
+    private let awaited: [AtomicPages]
     private let left = Atomic<UInt64>(0)
 
     /// Takes over what is dirty in `bitmaps`. The guest stands still.
@@ -39,21 +41,49 @@ final class OutgoingPages: Sendable {
         self.indices = indices
         self.known = known
         var wanted: [AtomicPages] = []
+        var awaited: [AtomicPages] = []
         var count: UInt64 = 0
         for bitmap in bitmaps {
             let pages = try AtomicPages(pageCount: bitmap.pageCount)
+            let copy = try AtomicPages(pageCount: bitmap.pageCount)
             var position = PageIndex(0)
             while let run = bitmap.nextRun(from: position, limit: .max) {
                 count += pages.insert(run)
+                copy.insert(run)
                 position = run.upperBound
             }
             bitmap.removeAll()
             wanted.append(pages)
+            awaited.append(copy)
         }
         // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
         if count == 0, let first = wanted.first {
             count += first.insert(PageIndex(0)..<PageIndex(1))
             known.first?.insert(PageIndex(0))
+            awaited.first?.insert(PageIndex(0))
+        }
+        self.wanted = wanted
+        self.awaited = awaited
+        left.store(count, ordering: .relaxed)
+    }
+
+    /// For another connection: all that was ever wanted and is not there. A page that was not wanted must not come: it is there, and a QEMU
+    /// gives up over it.
+    /// - Parameter received: what the destination has, block by block. Nobody takes anything out of `old` any more.
+    init(_ old: OutgoingPages, without received: [AtomicPages]) throws(SystemError) {
+        indices = old.indices
+        known = old.known
+        awaited = old.awaited
+        var wanted: [AtomicPages] = []
+        var count: UInt64 = 0
+        for (awaited, received) in zip(old.awaited, received) {
+            let pages = try AtomicPages(pageCount: awaited.pageCount)
+            var position = PageIndex(0)
+            while let run = awaited.nextRun(from: position, missingFrom: received) {
+                count += pages.insert(run)
+                position = run.upperBound
+            }
+            wanted.append(pages)
         }
         self.wanted = wanted
         left.store(count, ordering: .relaxed)
@@ -82,7 +112,11 @@ final class OutgoingPages: Sendable {
         for page in start..<start.advanced(by: Int(request.length) / Wire.pageSize) {
             let isData = wanted[block].remove(page)
             guard isData || known[block].insert(page) else { continue }
-            if isData { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+            if isData {
+                left.wrappingSubtract(1, ordering: .acquiringAndReleasing)
+            } else {
+                awaited[block].insert(page)
+            }
             if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
                 pieces[pieces.count - 1] = Piece(
                     block: block, pages: last.pages.lowerBound..<page.advanced(by: 1), isHole: !isData)

@@ -94,11 +94,16 @@ final class PagePlacer {
         let mapping = memory.blocks[run.block].mapping
         let range = Int(run.pages.lowerBound.offset.value)..<Int(run.pages.upperBound.offset.value)
         let placed: Int
-        if run.isZero {
-            placed = try faults.zero(mapping, range)
-        } else {
-            let skipped = run.pages.lowerBound.value - (first ?? run.pages.lowerBound).value
-            placed = try faults.copy(staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
+        do throws(SystemError) {
+            if run.isZero {
+                placed = try faults.zero(mapping, range)
+            } else {
+                let skipped = run.pages.lowerBound.value - (first ?? run.pages.lowerBound).value
+                placed = try faults.copy(staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
+            }
+        } catch {
+            pending.unclaim(run.pages, of: run.block)
+            throw error
         }
         guard placed == range.count else {
             // It was forgotten at its DISCARD and could only be waited for since: what is there is not the guest's.

@@ -99,7 +99,9 @@ extension DestinationCore {
         case .loading: fail("the device state was not loaded in time", &actions)
         case .ready: fail("the source did not say COMMIT in time", &actions)
         case .started: dropSource(&actions)
-        case .waiting, .starting, .pulling, .pullPaused, .failed: break
+        case .pulling: losePull("it sends nothing any more", &actions)
+        case .recovering: losePull("it did not go on in time", &actions)
+        case .waiting, .starting, .pullPaused, .failed: break
         }
     }
 

@@ -23,6 +23,8 @@ public enum DestinationPhase: Int, Comparable, Sendable {
     case pulling
     /// The guest runs, the source is lost, and pages of it are missing: who touches one waits.
     case pullPaused
+    /// A new connection takes up what is missing: the source learns what is here (RECV_BITMAP).
+    case recovering
     case started
     /// The guest never starts here.
     case failed
@@ -100,6 +102,10 @@ public struct DestinationCore: Sendable {
     var packageHasCome = false
     /// Why the source is lost, though RUN was said.
     var pullLoss: String?
+    /// Answers to `finishPull` that are still to come.
+    var pullEndsOwed = 0
+    /// The operator said where the source may come to go on.
+    var recoveryIsAwaited = false
     /// Channels for requested pages.
     var urgent: Set<ConnectionID> = []
     /// When READY was said, at the latest.
@@ -126,6 +132,7 @@ public struct DestinationCore: Sendable {
     /// Whether pages of that connection may be placed into guest memory now, without asking for each.
     public func acceptsPages(on connection: ConnectionID) -> Bool {
         if pull >= .listening {
+            guard phase != .recovering else { return false }
             return urgent.contains(connection) || connection == source && pull < .complete && !ramIsComplete
         }
         return phase == .receiving && !ramIsComplete && pull < .discarding
@@ -149,12 +156,16 @@ public struct DestinationCore: Sendable {
         case .greeted(let connection, let greeting): greeted(connection, greeting, &actions)
         case .cameForUrgentPages(let connection): cameForUrgentPages(connection, &actions)
         case .urgentEnded(let connection): urgentEnded(connection, &actions)
+        case .cameToRecover(let connection): cameToRecover(connection, &actions)
+        case .awaitRecovery: recoveryIsAwaited = phase == .pullPaused
+        case .breakOff: losePull("the operator paused the migration", &actions)
         case .pullEnded(let missing): pullEnded(missing: missing, &actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
         case .rejected(let connection, let reason): rejected(connection, reason, &actions)
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
         case .progressed(let connection):
             if connection == source || channels[connection] != nil { expectMore(&actions) }
+            if connection == source || urgent.contains(connection) { expectMorePages(&actions) }
         case .readersEnded(let connections): readersEnded(connections, &actions)
         case .pagesFailed(let reason):
             if phase < .starting { fail(reason, &actions) } else { losePull(reason, &actions) }

@@ -1,0 +1,59 @@
+import MigrationStream
+
+// A postcopy whose connection was lost, and the next connection. The guest runs on meanwhile, as far as its memory is here; who touches
+// a missing page waits.
+//
+// A QEMU source says without a header which bitmaps it wants: who does so is believed where the operator has just said that one may come
+// (`migrate-recover`), and only there.
+
+extension DestinationCore {
+    /// Whether a connection that begins as one that recovers may be the source's.
+    public var expectsRecovery: Bool { phase == .pullPaused && recoveryIsAwaited && isBound }
+
+    /// Whether that connection may be told what is here.
+    public func isRecovering(_ connection: ConnectionID) -> Bool { connection == source && phase == .recovering }
+
+    /// Closed ones that a thread may still be reading.
+    public var earlierConnections: [ConnectionID] { oldReaders }
+
+    mutating func cameToRecover(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
+        guard let visitor = visitors[connection], visitor.wish == .unknown else { return }
+        guard expectsRecovery, visitor.answers else {
+            return dismiss(connection, "it would take up a postcopy, and nobody said migrate-recover", &actions)
+        }
+        takeUp(connection, &actions)
+    }
+
+    private mutating func takeUp(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
+        visitors[connection] = nil
+        cancelTimer(.visitor(connection), &actions)
+        source = connection
+        sourceHears = true
+        returnPathIsOpen = true
+        ramIsComplete = false
+        enter(.recovering, deadline: configuration.deadlines.acknowledgement, &actions)
+        report(.postcopyRecover, &actions)
+    }
+
+    /// The bitmaps themselves are said by who reads the connection.
+    mutating func takeInRecovery(_ item: StreamItem, _ actions: inout [DestinationAction]) {
+        switch item {
+        case .ramSetup: break
+        case .command(.ping(let value)): answer(ping: value, &actions)
+        case .command(.postcopy(.receiveBitmap)):
+            enter(.recovering, deadline: configuration.deadlines.acknowledgement, &actions)
+        case .command(.postcopy(.resume)): goOnPulling(&actions)
+        default: losePull("it sent something out of turn while it recovers", &actions)
+        }
+    }
+
+    /// What was asked for and has not come is asked for again by the shell, behind this answer.
+    private mutating func goOnPulling(_ actions: inout [DestinationAction]) {
+        guard let source else { return }
+        pullLoss = nil
+        recoveryIsAwaited = false
+        enter(.pulling, deadline: configuration.deadlines.stall, &actions)
+        report(.postcopyActive, &actions)
+        send(.postcopy(.resumeAcknowledged), to: source, &actions)
+    }
+}
