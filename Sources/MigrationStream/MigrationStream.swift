@@ -224,6 +224,8 @@ public enum StreamLimit {
     public static let vmDescriptionBytes = 64 << 20
     /// What stands between LISTEN and RUN of postcopy.
     public static let packageBytes = 64 << 20
+    /// Sections and commands in it.
+    public static let packageItems = 16384
     /// As many as fit one command whatever the block is called.
     public static let discardRanges = 4079
     /// Pages asked for at once: the largest page there is.

@@ -56,12 +56,12 @@ struct PostcopyRecoveryConformanceTests {
         let saving = trip.comesFromQEMU ? try read(destination, into: path) : nil
         for way in Break.allCases {
             Clock.sleep(nanoseconds: 150_000_000)
-            try break_(way, proxy, source, destination)
+            try breakOff(way, proxy, source, destination)
             try source.waitForMigration("postcopy-paused")
             let paused = try destination.waitForMigration("postcopy-paused")
             #expect((paused["ram"]?["remaining"]?.integerValue(as: UInt64.self) ?? 1) > 0, "\(paused)")
             #expect(throws: (any Error).self) { try source.migrate(to: proxy.uri) }
-            try recover(proxy, source, destination, hesitates: way == .cut)
+            try recover(proxy, source, destination, hesitates: way == .cut && !trip.comesFromQEMU)
             try source.waitForMigration("postcopy-active")
             try destination.waitForMigration("postcopy-active")
         }
@@ -107,7 +107,7 @@ struct PostcopyRecoveryConformanceTests {
         }
     }
 
-    private func break_(_ way: Break, _ proxy: FaultyProxy, _ source: VM, _ destination: VM) throws {
+    private func breakOff(_ way: Break, _ proxy: FaultyProxy, _ source: VM, _ destination: VM) throws {
         switch way {
         case .cut: proxy.cut()
         case .cutOne: if let last = proxy.connections.last { proxy.cut(connection: last) }
@@ -116,7 +116,8 @@ struct PostcopyRecoveryConformanceTests {
         case .stalledAndPaused:
             proxy.hold()
             try source.client.execute("migrate-pause", outOfBand: true)
-            try destination.client.execute("migrate-pause", outOfBand: true)
+            // It may have heard of it all the same.
+            _ = try? destination.client.execute("migrate-pause", outOfBand: true)
             try source.waitForMigration("postcopy-paused")
             try destination.waitForMigration("postcopy-paused")
             proxy.cut()
@@ -129,6 +130,7 @@ struct PostcopyRecoveryConformanceTests {
                 "migrate-recover", ["uri": "tcp:127.0.0.1:0"], outOfBand: true)
             proxy.redirect(to: try destination.port())
         }
+        // (A QEMU 10.0 that could not connect once does not notice later that its destination pauses.)
         if hesitates {
             // Nobody listens there; then elsewhere; then there.
             let closed = try Socket.localPort(of: Socket.listen(host: "127.0.0.1", port: "0")) ?? 1
@@ -167,7 +169,8 @@ struct PostcopyRecoveryConformanceTests {
             destination = try bench.startQEMU("destination", byteCount: byteCount, options)
             if trip.encrypts {
                 try source.client.execute(
-                    "object-add", ["qom-type": "tls-creds-psk", "id": "tls0", "dir": .string(keys), "endpoint": "client"])
+                    "object-add",
+                    ["qom-type": "tls-creds-psk", "id": "tls0", "dir": .string(keys), "endpoint": "client"])
                 for vm in [source, destination] {
                     try vm.client.execute("migrate-set-parameters", ["tls-creds": "tls0"])
                 }

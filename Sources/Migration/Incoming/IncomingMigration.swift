@@ -246,7 +246,6 @@ final class IncomingMigration: Sendable {
     func acceptsSource(_ id: ConnectionID) -> Bool { state.withLock { $0.core.source == id } }
     /// Of the migration under way, if its pages bring digests.
     var verification: IncomingVerification? { verifications.withLock { $0 } }
-    var expectsRecovery: Bool { state.withLock { $0.core.expectsRecovery } }
     func isRecovering(_ id: ConnectionID) -> Bool { state.withLock { $0.core.isRecovering(id) } }
     var expectsUrgentChannel: Bool { state.withLock { $0.core.expectsUrgentChannel } }
     var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
@@ -341,7 +340,9 @@ final class IncomingMigration: Sendable {
     /// Waits until nobody reads the connections before that one, which takes their place. - Returns: whether it came to that.
     func waitForEarlierReaders(_ id: ConnectionID) -> Bool {
         let ids = state.withLock { $0.core.earlierConnections }
-        let isQuiet: Void? = readers.wait(deadline: .after(seconds: Self.quietSeconds)) { $0.isDisjoint(with: ids) ? () : nil }
+        let isQuiet: Void? = readers.wait(deadline: .after(seconds: Self.quietSeconds)) {
+            $0.isDisjoint(with: ids) ? () : nil
+        }
         guard isQuiet != nil else { return false }
         post(.readersEnded(ids))
         return isOpen(id)

@@ -38,7 +38,7 @@ struct BackgroundSender: ~Copyable {
         while !mustEnd() {
             if servesRequests { try serve(over: channel, sent) }
             if pages.count == 0 {
-                if requests.settle(nanoseconds: Self.lookNanoseconds) { return true }
+                if requests.settle(nanoseconds: Self.lookNanoseconds, servesItself: servesRequests) { return true }
                 continue
             }
             // What was asked for was paid for as well, but did not wait: the rest does.

@@ -31,8 +31,9 @@ final class BlockTime: Sendable {
     /// A thread waits for a page. One that was sent away meanwhile may wait for another, or for the same once more.
     func began(_ place: PageLatency.Place, thread: Int32) {
         guard let cpu = threads.firstIndex(of: thread) else { return }
-        let now = Clock.monotonicNanoseconds
         state.withLock { state in
+            // Here, and not before: who comes to the lock later has the later time.
+            let now = Clock.monotonicNanoseconds
             if let wait = state.waits[cpu] {
                 guard wait.place != place else { return }
                 state.nanoseconds[cpu] += now - wait.since
@@ -44,8 +45,8 @@ final class BlockTime: Sendable {
 
     /// These pages are in memory.
     func ended(_ pages: Range<PageIndex>, of block: Int) {
-        let now = Clock.monotonicNanoseconds
         state.withLock { state in
+            let now = Clock.monotonicNanoseconds
             for cpu in state.waits.indices {
                 guard let wait = state.waits[cpu], wait.place.block == block, pages.contains(wait.place.page) else {
                     continue

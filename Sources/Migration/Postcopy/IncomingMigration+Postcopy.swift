@@ -105,10 +105,7 @@ extension IncomingMigration {
 
     /// The channel for requested pages: records from the first byte on.
     func readRequestedPages(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
-        post(.cameForUrgentPages(id))
         recognized(id)
-        guard isOpen(id) else { return }
-        HostThread.renameCurrent("postcopy-recv-1")
         do {
             var receiver = PageReceiver(
                 channel, behind: first, memory: machine.memory, decoder: .requestedPages(of: blocks),
@@ -116,7 +113,15 @@ extension IncomingMigration {
                 statistics: statistics)
             receiver.isCounted = true
             var progress = ProgressTeller()
+            var isAdmitted = false
             while let item = try receiver.next() {
+                // Not before its first record makes sense: there is no greeting, and a stranger's noise must not cost the migration.
+                if !isAdmitted {
+                    post(.cameForUrgentPages(id))
+                    guard isOpen(id) else { return }
+                    HostThread.renameCurrent("postcopy-recv-1")
+                    isAdmitted = true
+                }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }
                 if receiver.placer == nil {
                     guard acceptsPages(on: id), let postcopy else {

@@ -25,7 +25,9 @@ extension IncomingMigration {
         var bytes = writer.take()
         for word in 0..<pending.wordCount(of: block) {
             let bits = pending.receivedBits(inWord: word, of: block)
-            for shift in stride(from: 0, to: UInt64(64), by: 8) { bytes.append(UInt8(truncatingIfNeeded: bits >> shift)) }
+            for shift in stride(from: 0, to: UInt64(64), by: 8) {
+                bytes.append(UInt8(truncatingIfNeeded: bits >> shift))
+            }
             guard bytes.count >= Self.bitmapWriteBytes else { continue }
             try channel.send(bytes)
             bytes.removeAll(keepingCapacity: true)

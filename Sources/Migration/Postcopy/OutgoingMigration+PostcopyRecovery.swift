@@ -15,7 +15,7 @@ extension OutgoingMigration {
         of block: String, _ decoder: inout ReturnPathDecoder, _ buffer: inout ReceiveBuffer, _ channel: Channel
     ) throws {
         guard let bitmaps = sender.postcopy?.bitmaps.withLock({ $0 }) else {
-            throw ReceivedBitmaps.Refusal(description: "the destination says what it has without having been asked")
+            throw PageRequests.Refusal.bitmapUnasked(block: block)
         }
         try bitmaps.begin(block)
         while decoder.payloadBytes > 0 {

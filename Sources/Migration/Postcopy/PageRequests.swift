@@ -15,7 +15,8 @@ final class PageRequests: Sendable {
         var pieces: [Piece] = []
         /// How many of them were taken.
         var taken = 0
-        /// Pieces taken by the one who sends, and not told as sent.
+        /// Pieces taken by the one who sends, and not told as sent; and requests that are just being taken up, whose pages nobody else
+        /// will send any more.
         var underWay = 0
         var isOver = false
         /// Requests for nothing but what was sent, or asked for, before.
@@ -49,6 +50,7 @@ final class PageRequests: Sendable {
     enum Refusal: Error, CustomStringConvertible {
         case tooEarly(PageRequest)
         case endless
+        case bitmapUnasked(block: String)
 
         var description: String {
             switch self {
@@ -56,6 +58,8 @@ final class PageRequests: Sendable {
                 "the destination asks for a page at offset \(RAMOffset(request.offset)) of RAM block '\(request.block)' before it "
                     + "has the guest"
             case .endless: "the destination asks without end for pages that it was sent"
+            case .bitmapUnasked(let block):
+                "the destination tells which pages of RAM block '\(block)' it received, and was not asked"
             }
         }
     }
@@ -67,7 +71,13 @@ final class PageRequests: Sendable {
 
     /// Takes a request up. Waits while too many are waiting. - Throws: what is wrong with it; the connection is of no use then.
     func add(_ request: PageRequest) throws(Refusal) {
-        guard let pages = state.wait(until: { .some($0.pages) }) ?? nil else { throw .tooEarly(request) }
+        // Before its pages are taken: who then finds that none is left must not find nothing under way either.
+        let open = state.withLock { state -> OutgoingPages? in
+            if state.pages != nil { state.underWay += 1 }
+            return state.pages
+        }
+        guard let pages = open else { throw .tooEarly(request) }
+        defer { state.withLock { $0.underWay -= 1 } }
         let pieces = pages.take(request)
         guard !pieces.isEmpty else {
             let vain = state.withLock { state in
@@ -121,11 +131,15 @@ final class PageRequests: Sendable {
     }
 
     /// Waits until all that was asked for is on its way, at most that long. - Returns: whether it is.
-    func settle(nanoseconds: UInt64) -> Bool {
-        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
-            state.isOver || state.isEmpty && state.underWay == 0 ? state.isEmpty && state.underWay == 0 : nil
+    /// - Parameter servesItself: who asks is also who sends: it does not wait for what it has to send itself.
+    func settle(nanoseconds: UInt64, servesItself: Bool = false) -> Bool {
+        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state -> Bool? in
+            if state.isEmpty, state.underWay == 0 { return true }
+            return servesItself && !state.isEmpty ? false : nil
         } ?? false
     }
+
+    var areOver: Bool { state.withLock { $0.isOver } }
 
     /// Nothing is taken up any more, and who waits goes on. What waits is sent before ``next()`` says that it was all.
     func close() { state.withLock { $0.isOver = true } }

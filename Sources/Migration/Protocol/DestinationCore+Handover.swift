@@ -53,7 +53,7 @@ extension DestinationCore {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
         if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
-        if pull == .running { return losePull(reason, &actions) }
+        if pull >= .running { return losePull(reason, &actions) }
         if phase < .starting { fail(reason, &actions) } else { dropSource(&actions) }
     }
 
@@ -61,7 +61,7 @@ extension DestinationCore {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
         if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
-        if pull == .running { return losePull(reason, &actions) }
+        if pull >= .running { return losePull(reason, &actions) }
         // A QEMU source without a return path, and a one-way transport, close when everything was said.
         let everythingWasSaid = phase == .loading && rule != .twoPhase && !returnPathIsOpen
         if canKeep {
@@ -73,7 +73,7 @@ extension DestinationCore {
         }
     }
 
-    private mutating func dropSource(_ actions: inout [DestinationAction]) {
+    mutating func dropSource(_ actions: inout [DestinationAction]) {
         guard let source else { return }
         if phase == .started { cancelTimer(.deadline, &actions) }
         actions.append(.close(source))
@@ -91,6 +91,7 @@ extension DestinationCore {
             return dismiss(connection, "it does not say in time what it wants", &actions)
         }
         if timer.kind == .channels { return channelsAreLate(&actions) }
+        if isRecovering { return losePull("it did not go on in time", &actions) }
         if canKeep, phase != .loading { return keep("the source says nothing any more", &actions) }
         switch phase {
         case .kept: fail("the source did not come back in time", &actions)
@@ -100,7 +101,6 @@ extension DestinationCore {
         case .ready: fail("the source did not say COMMIT in time", &actions)
         case .started: dropSource(&actions)
         case .pulling: losePull("it sends nothing any more", &actions)
-        case .recovering: losePull("it did not go on in time", &actions)
         case .waiting, .starting, .pullPaused, .failed: break
         }
     }

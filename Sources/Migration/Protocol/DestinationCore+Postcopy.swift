@@ -27,7 +27,7 @@ extension DestinationCore {
     /// Whether a connection without a greeting may be the source's channel for requested pages (QEMU's `postcopy-preempt`).
     public var expectsUrgentChannel: Bool {
         pull >= .advised && pull < .complete && urgent.isEmpty && source != nil && phase > .opened
-            && (phase < .pullPaused || phase == .recovering)
+            && (phase < .pullPaused || isRecovering)
     }
 
     /// The right to run has passed, and pages are missing.
@@ -92,7 +92,7 @@ extension DestinationCore {
 
     /// What the source says behind RUN: pages, and that they were all.
     mutating func takeBehindRun(_ item: StreamItem, _ actions: inout [DestinationAction]) {
-        if phase == .recovering { return takeInRecovery(item, &actions) }
+        if isRecovering { return takeInRecovery(item, &actions) }
         switch item {
         case .ramRound, .page, .zeroPage, .pageBatch, .ramRecordsEnded, .vmDescription: break
         case .ramSectionEnded(let type): if type == .end { ramIsComplete = true }
@@ -140,9 +140,14 @@ extension DestinationCore {
 
     /// The guest runs, and pages are missing.
     mutating func beginPulling(_ actions: inout [DestinationAction]) {
-        enter(.pulling, deadline: ramIsComplete ? nil : configuration.deadlines.stall, &actions)
+        if isRecovering {
+            enter(.pullPaused, deadline: configuration.deadlines.acknowledgement, &actions)
+        } else if isForsaken {
+            enter(.pullPaused, deadline: nil, &actions)
+        } else {
+            enter(.pulling, deadline: ramIsComplete ? nil : configuration.deadlines.stall, &actions)
+        }
         answerVisitors(&actions)
-        if let pullLoss { pausePull(pullLoss, &actions) }
     }
 
     /// - Parameter missing: pages that did not come though the source says that it sent all, or that its connection is lost.
@@ -151,7 +156,9 @@ extension DestinationCore {
         pullEndsOwed -= 1
         guard missing == 0 else {
             // An answer to an earlier question, on a connection that was lost since, says nothing of this one.
-            if pullEndsOwed == 0, source != nil, ramIsComplete { losePull("it ended its stream, and \(missing) pages did not come", &actions) }
+            if pullEndsOwed == 0, source != nil, ramIsComplete {
+                losePull("it ended its stream, and \(missing) pages did not come", &actions)
+            }
             return
         }
         pull = .complete
@@ -162,6 +169,8 @@ extension DestinationCore {
 
     /// The connection is of no use any more. The guest runs on as far as its memory is here.
     mutating func losePull(_ reason: String, _ actions: inout [DestinationAction]) {
+        // Nothing more is wanted of it; the guest is started all the same.
+        if pull == .complete { return dropSource(&actions) }
         guard isBound, let source else { return }
         let lost = [source] + urgent.sorted { $0.rawValue < $1.rawValue }
         for connection in lost { actions.append(.drop(connection)) }
@@ -173,7 +182,7 @@ extension DestinationCore {
         pullLoss = reason
         // Perhaps nothing is missing.
         finishPull(waits: false, &actions)
-        if phase == .pulling || phase == .recovering { pausePull(reason, &actions) }
+        pausePull(reason, &actions)
     }
 
     private mutating func finishPull(waits: Bool, _ actions: inout [DestinationAction]) {
@@ -187,8 +196,10 @@ extension DestinationCore {
         enter(.pulling, deadline: configuration.deadlines.stall, &actions)
     }
 
+    /// A guest that is still being started is not paused before it runs: it may need none of the rest for that, or wait for it.
     private mutating func pausePull(_ reason: String, _ actions: inout [DestinationAction]) {
-        enter(.pullPaused, deadline: nil, &actions)
+        isRecovering = false
+        enter(phase == .pulling ? .pullPaused : phase, deadline: nil, &actions)
         report(.postcopyPaused, &actions)
         actions.append(
             .pullPaused(
@@ -209,5 +220,6 @@ extension DestinationCore {
         pullLoss = nil
         pullEndsOwed = 0
         recoveryIsAwaited = false
+        isRecovering = false
     }
 }

@@ -7,18 +7,18 @@ import MigrationStream
 // (`migrate-recover`), and only there.
 
 extension DestinationCore {
-    /// Whether a connection that begins as one that recovers may be the source's.
-    public var expectsRecovery: Bool { phase == .pullPaused && recoveryIsAwaited && isBound }
+    /// Whether the guest is ours and its source is lost.
+    var isForsaken: Bool { isBound && source == nil }
 
     /// Whether that connection may be told what is here.
-    public func isRecovering(_ connection: ConnectionID) -> Bool { connection == source && phase == .recovering }
+    public func isRecovering(_ connection: ConnectionID) -> Bool { connection == source && isRecovering }
 
     /// Closed ones that a thread may still be reading.
     public var earlierConnections: [ConnectionID] { oldReaders }
 
     mutating func cameToRecover(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
         guard let visitor = visitors[connection], visitor.wish == .unknown else { return }
-        guard expectsRecovery, visitor.answers else {
+        guard isForsaken, recoveryIsAwaited, visitor.answers else {
             return dismiss(connection, "it would take up a postcopy, and nobody said migrate-recover", &actions)
         }
         takeUp(connection, &actions)
@@ -31,7 +31,8 @@ extension DestinationCore {
         sourceHears = true
         returnPathIsOpen = true
         ramIsComplete = false
-        enter(.recovering, deadline: configuration.deadlines.acknowledgement, &actions)
+        isRecovering = true
+        enter(phase, deadline: configuration.deadlines.acknowledgement, &actions)
         report(.postcopyRecover, &actions)
     }
 
@@ -41,7 +42,7 @@ extension DestinationCore {
         case .ramSetup: break
         case .command(.ping(let value)): answer(ping: value, &actions)
         case .command(.postcopy(.receiveBitmap)):
-            enter(.recovering, deadline: configuration.deadlines.acknowledgement, &actions)
+            enter(phase, deadline: configuration.deadlines.acknowledgement, &actions)
         case .command(.postcopy(.resume)): goOnPulling(&actions)
         default: losePull("it sent something out of turn while it recovers", &actions)
         }
@@ -52,7 +53,10 @@ extension DestinationCore {
         guard let source else { return }
         pullLoss = nil
         recoveryIsAwaited = false
-        enter(.pulling, deadline: configuration.deadlines.stall, &actions)
+        isRecovering = false
+        // A guest that is still being started goes on with that.
+        let isStarted = phase == .pullPaused
+        enter(isStarted ? .pulling : phase, deadline: isStarted ? configuration.deadlines.stall : nil, &actions)
         report(.postcopyActive, &actions)
         send(.postcopy(.resumeAcknowledged), to: source, &actions)
     }

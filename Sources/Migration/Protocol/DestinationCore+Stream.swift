@@ -5,7 +5,7 @@ import MigrationStream
 extension DestinationCore {
     mutating func take(_ item: StreamItem, from connection: ConnectionID, _ actions: inout [DestinationAction]) {
         guard connection == source else { return visit(connection, item, &actions) }
-        if pull == .running { return takeBehindRun(item, &actions) }
+        if pull >= .running { return takeBehindRun(item, &actions) }
         guard phase < .starting else { return }
         expectMore(&actions)
         switch item {
@@ -166,7 +166,9 @@ extension DestinationCore {
     /// The source says that it sent everything: only complete state is loaded, and all of it at once.
     mutating func load(_ actions: inout [DestinationAction]) {
         guard phase == .receiving else { return outOfTurn("the end of its state", &actions) }
-        guard ramIsComplete || pull == .listening || features.contains(.retraction) else {
+        // What was forgotten may only be missing where it is waited for.
+        let isWhole = pull == .discarding ? false : ramIsComplete
+        guard isWhole || pull == .listening || features.contains(.retraction) else {
             return fail("the source ended its state before its RAM", &actions)
         }
         let missing = configuration.sections.filter { wanted in
@@ -179,6 +181,7 @@ extension DestinationCore {
         memoryWasTouched = true
         loadIsUnderWay = true
         actions.append(.loadState(sections))
-        enter(.loading, deadline: configuration.deadlines.localWork, &actions)
+        // Who loads may wait for a page as long as a lost source stays away.
+        enter(.loading, deadline: pull == .listening ? nil : configuration.deadlines.localWork, &actions)
     }
 }

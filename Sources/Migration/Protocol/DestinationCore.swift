@@ -23,8 +23,6 @@ public enum DestinationPhase: Int, Comparable, Sendable {
     case pulling
     /// The guest runs, the source is lost, and pages of it are missing: who touches one waits.
     case pullPaused
-    /// A new connection takes up what is missing: the source learns what is here (RECV_BITMAP).
-    case recovering
     case started
     /// The guest never starts here.
     case failed
@@ -106,6 +104,8 @@ public struct DestinationCore: Sendable {
     var pullEndsOwed = 0
     /// The operator said where the source may come to go on.
     var recoveryIsAwaited = false
+    /// A new connection takes up what is missing, and learns what is here (RECV_BITMAP). The guest may still be being started.
+    var isRecovering = false
     /// Channels for requested pages.
     var urgent: Set<ConnectionID> = []
     /// When READY was said, at the latest.
@@ -132,7 +132,7 @@ public struct DestinationCore: Sendable {
     /// Whether pages of that connection may be placed into guest memory now, without asking for each.
     public func acceptsPages(on connection: ConnectionID) -> Bool {
         if pull >= .listening {
-            guard phase != .recovering else { return false }
+            guard !isRecovering else { return false }
             return urgent.contains(connection) || connection == source && pull < .complete && !ramIsComplete
         }
         return phase == .receiving && !ramIsComplete && pull < .discarding
@@ -157,7 +157,7 @@ public struct DestinationCore: Sendable {
         case .cameForUrgentPages(let connection): cameForUrgentPages(connection, &actions)
         case .urgentEnded(let connection): urgentEnded(connection, &actions)
         case .cameToRecover(let connection): cameToRecover(connection, &actions)
-        case .awaitRecovery: recoveryIsAwaited = phase == .pullPaused
+        case .awaitRecovery: recoveryIsAwaited = isForsaken
         case .breakOff: losePull("the operator paused the migration", &actions)
         case .pullEnded(let missing): pullEnded(missing: missing, &actions)
         case .item(let connection, let item): take(item, from: connection, &actions)

@@ -203,6 +203,8 @@ extension SourceCore {
     private mutating func endlessTalk(_ actions: inout [SourceAction]) {
         let reason = "the destination goes on answering what it was not asked"
         if isResuming { return pause(reason, &actions) }
+        // In postcopy nothing else would end it.
+        if (.packageLeaving...SourcePhase.pulledWhole).contains(phase) { return postcopyLost(reason, &actions) }
         retreat(.failed(reason), farewell: reason, &actions)
     }
 

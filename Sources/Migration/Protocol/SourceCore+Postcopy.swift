@@ -163,13 +163,16 @@ extension SourceCore {
     mutating func packageSent(_ actions: inout [SourceAction]) {
         guard phase == .packageLeaving else { return }
         enter(.pulled, deadline: packageArrived ? nil : configuration.deadlines.acknowledgement, &actions)
+        if let reason = refusalDuringPackage { return takeBack(reason, &actions) }
         if let reason = lossDuringPackage { return postcopyLost(reason, &actions) }
         if packageArrived { report(.postcopyActive, &actions) }
     }
 
     /// RUN did not leave: the destination cannot start the guest, ever.
     mutating func packageCut(_ reason: String, _ actions: inout [SourceAction]) {
-        guard phase == .packageLeaving else { return }
+        // Its sender was stuck, so it was given up in doubt: that ends the doubt.
+        let wasGivenUp = phase == .unsettled && isPostcopy
+        guard phase == .packageLeaving || wasGivenUp else { return }
         takeBack("\(reason), before the destination had all of the guest's state", &actions)
     }
 
@@ -185,8 +188,10 @@ extension SourceCore {
         case .pong: break
         case .shut(0) where phase == .pulledWhole: complete(&actions)
         // What it answers comes in order: it did not carry out RUN.
-        case .shut(let value) where value != 0 && !packageArrived && phase > .packageLeaving:
-            takeBack("the destination could not run the guest (SHUT \(value))", &actions)
+        case .shut(let value) where value != 0 && !packageArrived:
+            let reason = "the destination could not run the guest (SHUT \(value))"
+            guard phase > .packageLeaving else { return refusalDuringPackage = reason }
+            takeBack(reason, &actions)
         case .shut(let value):
             postcopyLost("the destination ended the migration before all memory was there (SHUT \(value))", &actions)
         default: postcopyLost("the destination sent a message out of turn", &actions)

@@ -160,6 +160,8 @@ public struct SourceCore: Sendable {
     var lossDuringPackage: String?
     /// Blocks of which the destination has not said yet what it has, on a connection that recovers.
     var bitmapsAwaited: Set<String> = []
+    /// The destination said meanwhile that it will not run the guest.
+    var refusalDuringPackage: String?
     /// How the migration will end once it has retreated, and what the destination hears of it.
     var ending: SourceOutcome?
     var farewell: String?
@@ -263,7 +265,8 @@ public struct SourceCore: Sendable {
         case .openingUrgentChannel: "the channel for requested pages was not opened in time (postcopy-preempt)"
         case .pulled: "the destination did not say in time that it has the guest's state"
         case .pulledWhole: "the destination did not say in time that all memory is there"
-        case .connecting, .reconnecting, .reopening, .recoverConnecting: "the connection to the destination was not made in time"
+        case .connecting, .reconnecting, .reopening, .recoverConnecting:
+            "the connection to the destination was not made in time"
         case .greeting where configuration.multifd != nil:
             "the destination does not answer; a QEMU waits for as many channels as its multifd-channels says"
         case .greeting, .resuming, .asking, .recoverGreeting: "the destination does not answer"
