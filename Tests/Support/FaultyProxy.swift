@@ -181,7 +181,11 @@ public final class FaultyProxy: Sendable {
                 let room = watches ? bytesUntilStrike(way) : nil
                 let piece = rest.prefix(max(0, room ?? .max))
                 guard !piece.isEmpty, let count = try? to.write(piece) else {
-                    guard piece.isEmpty else { return }
+                    guard piece.isEmpty else {
+                        // Who is told that nobody listens any more hears it, as without us.
+                        Socket.shutdown(from)
+                        return
+                    }
                     strikeIfDue(way, watches)
                     continue
                 }
