@@ -201,6 +201,10 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     /// RESUME, RESUMED: a connection lost before the handover is replaced by another. Only with ``twoPhaseHandover``.
     public static let resumption = FeatureSet(rawValue: 1 << 10)
 
+    /// The guest may move before its memory (``PostcopyCommand``): the package stands before PREPARE, RUN in it starts nothing, COMMIT does.
+    /// Only with ``twoPhaseHandover`` and ``retraction``; offered and chosen only by who was told to.
+    public static let postcopy = FeatureSet(rawValue: 1 << 11)
+
     /// All that this program uses without being told to.
     public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction, .resumption]
 }

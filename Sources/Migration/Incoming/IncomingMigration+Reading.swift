@@ -71,6 +71,10 @@ extension IncomingMigration {
                     }
                     try receiver.place(item)
                     if progress.isDue() { post(.progressed(id)) }
+                case .ramRound where receiver.placer != nil:
+                    post(.item(id, item))
+                    // The guest did not start after all, and a new section begins, of pages that go straight to their places.
+                    if !watchesMemory { receiver.placer = nil }
                 case .ramSetup:
                     post(.item(id, item))
                     receiver.isCounted = acceptsPages(on: id)
@@ -102,6 +106,9 @@ extension IncomingMigration {
                 case .command(.begin), .command(.resume):
                     post(.item(id, item))
                     if acceptsSource(id) { receiver.verification = verification }
+                    if isRecovering(id), !waitForEarlierReaders(id) {
+                        return post(.disconnected(id, "what a lost connection brought is still being placed"))
+                    }
                 default: post(.item(id, item))
                 }
                 // What the core closed is not read any further.

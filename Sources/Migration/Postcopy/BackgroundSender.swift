@@ -59,6 +59,17 @@ struct BackgroundSender: ~Copyable {
         return false
     }
 
+    /// Sends what is asked for, and nothing else, until there is something else to do, or nothing can be asked for any more.
+    mutating func runRequests(
+        over channel: Channel, sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) {
+        while true {
+            try serve(over: channel, sent)
+            if mustEnd() || requests.isOver { return }
+            requests.waitForPiece()
+        }
+    }
+
     private mutating func serve(
         over channel: Channel, _ sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void
     ) throws(ChannelError) {

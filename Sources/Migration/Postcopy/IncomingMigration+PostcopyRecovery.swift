@@ -40,6 +40,7 @@ extension IncomingMigration {
     func goOn(_ id: ConnectionID, _ receiver: inout PageReceiver) throws {
         guard let postcopy else { return }
         receiver.placer = try postcopy.placer()
+        receiver.isCounted = true
         // First: who asks from now on asks there, and who asked before is found below.
         postcopySource.withLock { $0 = id }
         var requests: [PageRequest] = []

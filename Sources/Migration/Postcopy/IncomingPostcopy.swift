@@ -111,6 +111,12 @@ final class IncomingPostcopy: Sendable {
         return missing
     }
 
+    /// The guest does not start on what came: pages that still come are dropped, from here on.
+    func abandon() {
+        pending.abandon()
+        end()
+    }
+
     /// Memory is not watched any more: who still waits goes on, and finds zeroes where nothing came. Again and again without harm; not
     /// while holding the core's lock, nor on the thread that serves faults.
     func end() {

@@ -32,9 +32,7 @@ extension OutgoingMigration {
         do throws(SystemError) {
             try postcopy.open(channel) { [self] error in
                 // What the main connection says tells more, where it says something.
-                if isLost(attempt, answers: true) {
-                    post(.disconnected("the channel for requested pages: \(error.description)"))
-                }
+                if isLost(attempt, answers: true) { post(.urgentChannelLost(error.description)) }
             }
         } catch {
             channel.cancel()
@@ -59,6 +57,14 @@ extension OutgoingMigration {
     }
 }
 
+extension SourceConfiguration {
+    mutating func allowPostcopy(_ capabilities: Set<MigrationCapability>) {
+        guard capabilities.contains(.postcopyRAM) else { return }
+        features.insert(.postcopy)
+        postcopy = PostcopyTerms(usesUrgentChannel: capabilities.contains(.postcopyPreempt))
+    }
+}
+
 extension StreamSender {
     /// - Throws: `ChannelError`, and then its last bytes did not leave.
     func sendPackage(
@@ -77,6 +83,17 @@ extension StreamSender {
             try round.discard(postcopy, over: channel) { statistics.sent(bytes: $0) }
         }
         post(.discardsSent)
+    }
+
+    /// Until there is another job.
+    func serveRequests(over channel: Channel) throws(ChannelError) {
+        try postcopy?.serveRequests(over: channel) { hasJobs }
+    }
+
+    /// What DISCARD named is dirty again.
+    func takeBackPages() {
+        guard let postcopy else { return }
+        postcopy.takeBack { outgoing in round.withLock { round in round.takeBack(outgoing) } }
     }
 
     func servePages(over channel: Channel, _ post: @Sendable (SourceEvent) -> Void) throws(ChannelError) {

@@ -27,8 +27,8 @@ final class OutgoingPages: Sendable {
     private let wanted: [AtomicPages]
     /// All that was ever found to be written, and holes that were asked for.
     private let known: [AtomicPages]
-    /// All that was ever wanted: what the destination did not have when its guest started, and holes that it asked for.
-    private let awaited: [AtomicPages]
+    /// All that was ever to be sent, for a guest that does not move after all, or another connection; and holes that were asked for.
+    private let discarded: [AtomicPages]
     private let left = Atomic<UInt64>(0)
 
     /// Takes over what is dirty in `bitmaps`. The guest stands still.
@@ -41,7 +41,7 @@ final class OutgoingPages: Sendable {
         self.indices = indices
         self.known = known
         var wanted: [AtomicPages] = []
-        var awaited: [AtomicPages] = []
+        var discarded: [AtomicPages] = []
         var count: UInt64 = 0
         for bitmap in bitmaps {
             let pages = try AtomicPages(pageCount: bitmap.pageCount)
@@ -54,16 +54,16 @@ final class OutgoingPages: Sendable {
             }
             bitmap.removeAll()
             wanted.append(pages)
-            awaited.append(copy)
+            discarded.append(copy)
         }
         // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
         if count == 0, let first = wanted.first {
             count += first.insert(PageIndex(0)..<PageIndex(1))
             known.first?.insert(PageIndex(0))
-            awaited.first?.insert(PageIndex(0))
+            discarded.first?.insert(PageIndex(0))
         }
         self.wanted = wanted
-        self.awaited = awaited
+        self.discarded = discarded
         left.store(count, ordering: .relaxed)
     }
 
@@ -73,13 +73,13 @@ final class OutgoingPages: Sendable {
     init(_ old: OutgoingPages, without received: [AtomicPages]) throws(SystemError) {
         indices = old.indices
         known = old.known
-        awaited = old.awaited
+        discarded = old.discarded
         var wanted: [AtomicPages] = []
         var count: UInt64 = 0
-        for (awaited, received) in zip(old.awaited, received) {
-            let pages = try AtomicPages(pageCount: awaited.pageCount)
+        for (discarded, received) in zip(old.discarded, received) {
+            let pages = try AtomicPages(pageCount: discarded.pageCount)
             var position = PageIndex(0)
-            while let run = awaited.nextRun(from: position, missingFrom: received) {
+            while let run = discarded.nextRun(from: position, missingFrom: received) {
                 count += pages.insert(run)
                 position = run.upperBound
             }
@@ -103,6 +103,17 @@ final class OutgoingPages: Sendable {
         }
     }
 
+    /// All that there was to be sent, whether or not it was taken since.
+    func forEachDiscarded(_ body: (_ block: Int, _ pages: Range<PageIndex>) -> Void) {
+        for block in discarded.indices {
+            var position = PageIndex(0)
+            while let run = discarded[block].nextRun(from: position) {
+                body(block, run)
+                position = run.upperBound
+            }
+        }
+    }
+
     /// Takes what is asked for, as far as nobody took it before. Pages that the destination has, or has on its way, are in no piece.
     /// - Parameter request: of a known block, inside it.
     func take(_ request: PageRequest) -> [Piece] {
@@ -115,7 +126,7 @@ final class OutgoingPages: Sendable {
             if isData {
                 left.wrappingSubtract(1, ordering: .acquiringAndReleasing)
             } else {
-                awaited[block].insert(page)
+                discarded[block].insert(page)
             }
             if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
                 pieces[pieces.count - 1] = Piece(

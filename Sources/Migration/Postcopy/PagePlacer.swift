@@ -103,9 +103,11 @@ final class PagePlacer {
             }
         } catch {
             pending.unclaim(run.pages, of: run.block)
+            // Memory was given up to the source again: nobody waits for these pages, and they come again.
+            if pending.isAbandoned { return }
             throw error
         }
-        guard placed == range.count else {
+        guard placed == range.count || pending.isAbandoned else {
             // It was forgotten at its DISCARD and could only be waited for since: what is there is not the guest's.
             throw SystemError(
                 "place",

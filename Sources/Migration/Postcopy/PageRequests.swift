@@ -15,10 +15,14 @@ final class PageRequests: Sendable {
         var pieces: [Piece] = []
         /// How many of them were taken.
         var taken = 0
-        /// Pieces taken by the one who sends, and not told as sent; and requests that are just being taken up, whose pages nobody else
-        /// will send any more.
+        /// Pieces taken by the one who sends, and not told as sent; and requests whose pages were taken out of what is left, and are not
+        /// among the pieces yet.
         var underWay = 0
         var isOver = false
+        /// Who waits for requests has something else to look at.
+        var isNudged = false
+        /// The guest did not move after all: what was asked for before that was known does not count.
+        var isWithdrawn = false
         /// Requests for nothing but what was sent, or asked for, before.
         var vain: UInt64 = 0
         /// What was asked for last, as long as the walk over the rest has not gone there.
@@ -64,6 +68,11 @@ final class PageRequests: Sendable {
         }
     }
 
+    /// - Parameter isWithdrawn: requests may still come that are of no use any more.
+    init(isWithdrawn: Bool = false) {
+        if isWithdrawn { state.withLock { $0.isWithdrawn = true } }
+    }
+
     /// Requests may come.
     func open(_ pages: OutgoingPages) { state.withLock { $0.pages = pages } }
 
@@ -71,25 +80,26 @@ final class PageRequests: Sendable {
 
     /// Takes a request up. Waits while too many are waiting. - Throws: what is wrong with it; the connection is of no use then.
     func add(_ request: PageRequest) throws(Refusal) {
-        // Before its pages are taken: who then finds that none is left must not find nothing under way either.
-        let open = state.withLock { state -> OutgoingPages? in
-            if state.pages != nil { state.underWay += 1 }
-            return state.pages
-        }
-        guard let pages = open else { throw .tooEarly(request) }
-        defer { state.withLock { $0.underWay -= 1 } }
-        let pieces = pages.take(request)
-        guard !pieces.isEmpty else {
+        let (open, isWithdrawn) =
+            state.wait { state in
+                state.underWay += 1
+                return .some((state.pages, state.isWithdrawn))
+            } ?? (nil, false)
+        guard open != nil || isWithdrawn else { throw .tooEarly(request) }
+        let pieces = open?.take(request) ?? []
+        guard let last = pieces.indices.last else {
             let vain = state.withLock { state in
+                state.underWay -= 1
                 state.vain += 1
                 return state.vain
             }
             guard vain <= Self.mostVain else { throw .endless }
             return
         }
-        for piece in pieces {
+        for (index, piece) in pieces.enumerated() {
             state.wait { $0.isOver || $0.pieces.count - $0.taken < Self.mostPieces ? () : nil }
             state.withLock { state in
+                if index == last { state.underWay -= 1 }
                 guard !state.isOver else { return }
                 state.pieces.append(piece)
                 state.latest = OutgoingPages.Place(block: piece.block, page: piece.pages.upperBound)
@@ -123,6 +133,18 @@ final class PageRequests: Sendable {
         } ?? nil
     }
 
+    /// Waits for something to be asked for, for the end, or for a nudge.
+    func waitForPiece() {
+        state.wait { state -> Void? in
+            guard state.isNudged || state.isOver || !state.isEmpty else { return nil }
+            state.isNudged = false
+            return ()
+        }
+    }
+
+    /// Ends such a wait, also one that begins later.
+    func nudge() { state.withLock { $0.isNudged = true } }
+
     /// Waits that long, or until the end; or, where `forPiece`, until something is asked for.
     func pause(nanoseconds: UInt64, forPiece: Bool) {
         state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
@@ -139,7 +161,16 @@ final class PageRequests: Sendable {
         } ?? false
     }
 
-    var areOver: Bool { state.withLock { $0.isOver } }
+    var isOver: Bool { state.withLock { $0.isOver } }
+
+    /// The guest did not move: nothing is taken up any more, and what waits is not sent.
+    func withdraw() {
+        state.withLock { state in
+            state.isOver = true
+            state.pieces = []
+            state.taken = 0
+        }
+    }
 
     /// Nothing is taken up any more, and who waits goes on. What waits is sent before ``next()`` says that it was all.
     func close() { state.withLock { $0.isOver = true } }

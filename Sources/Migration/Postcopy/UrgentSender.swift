@@ -14,6 +14,7 @@ final class UrgentSender: Sendable {
     private let requests: PageRequests
     /// Whether the thread is there.
     private let isRunning = Monitor(false)
+    private let isEnded = Atomic<Bool>(false)
 
     init(_ channel: Channel, _ requests: PageRequests, memory: GuestMemory, blocks: [RAMBlockDescription]) {
         self.channel = channel
@@ -33,14 +34,16 @@ final class UrgentSender: Sendable {
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-send") { [self] in
                 _ = HostThread.runBeforeOthers()
-                do throws(ChannelError) { try run(sent) } catch { failed(error) }
+                do throws(ChannelError) { try run(sent) } catch {
+                    if !isEnded.load(ordering: .acquiring) { failed(error) }
+                }
                 isRunning.withLock { $0 = false }
             }
             // Nothing ever comes back on it but its end, which somebody must notice while nothing is asked for.
             _ = try HostThread.detached(name: "urgent-watch") { [self] in
                 var words: [UInt8] = []
                 while let count = try? channel.receive(appendingTo: &words, upTo: 64), count > 0 { words = [] }
-                if !requests.areOver { failed(.endOfStream(peer: channel.peer, received: 0, wanted: 1)) }
+                if !requests.isOver { failed(.endOfStream(peer: channel.peer, received: 0, wanted: 1)) }
             }
         } catch {
             isRunning.withLock { $0 = false }
@@ -63,7 +66,11 @@ final class UrgentSender: Sendable {
     /// Waits until the last word was said; `requests` were closed.
     func finish() { isRunning.wait { $0 ? nil : () } }
 
-    func end() { channel.cancel() }
+    /// Nobody wants it any more: its failure is none.
+    func end() {
+        isEnded.store(true, ordering: .releasing)
+        channel.cancel()
+    }
 }
 
 extension RecordWriter {

@@ -5,6 +5,7 @@ import MigrationStream
 extension DestinationCore {
     mutating func stateLoaded(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         loadIsUnderWay = false
+        loadIsVoid = false
         guard phase == .loading else { return goOnIfQuiet(&actions) }
         sections = []
         if let attempt = retraction { return reopen(attempt, &actions) }
@@ -18,13 +19,17 @@ extension DestinationCore {
     /// - Parameter moment: by when, on the core's clock; `nil`: whenever it is.
     mutating func startGuest(by moment: UInt64? = nil, _ actions: inout [DestinationAction]) {
         enter(.starting, deadline: nil, &actions)
+        if pull == .packaged { pull = .running }
         let ranThere = guestState?.runs ?? true
         actions.append(.startGuest(running: ranThere && configuration.startsGuest, by: moment))
     }
 
     mutating func guestStarted(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         guard phase == .starting else { return }
-        if pull == .running { return beginPulling(&actions) }
+        if pull == .running {
+            if rule == .twoPhase, let source { send(.started(nanoseconds: nanoseconds), to: source, &actions) }
+            return beginPulling(&actions)
+        }
         arrive(startedAfter: nanoseconds, &actions)
     }
 
@@ -157,5 +162,7 @@ extension DestinationCore {
         readersHaveEnded = true
         rootIsSame = false
         isNarrowing = false
+        isUnlistening = false
+        owedRetraction = nil
     }
 }

@@ -36,6 +36,35 @@ extension DestinationCore {
         report(.postcopyRecover, &actions)
     }
 
+    // MARK: Between two Godwits
+
+    /// A Godwit source knows the migration's name, which nobody else does: it may come back where it was, without being announced.
+    var mayRejoinPull: Bool {
+        rule == .twoPhase && features.contains(.postcopy) && pull >= .running && phase >= .starting && phase != .failed
+    }
+
+    mutating func rejoinPull(
+        _ connection: ConnectionID, _ asked: MigrationIdentifier, _ chosen: FeatureSet,
+        _ actions: inout [DestinationAction]
+    ) {
+        guard asked == migration, chosen == features else {
+            return refuseCandidate(connection, "migration \(asked) is not kept here", &actions)
+        }
+        guard visitors[connection]?.opensReturnPath == true else {
+            return refuseCandidate(connection, "the source did not open the return path", &actions)
+        }
+        // The old connection may still stand here: its last words are void from now on.
+        losePull("it comes back on another connection", &actions)
+        guard pull == .running else {
+            visitors[connection]?.wish = .answered
+            return send(.shut(0), to: connection, &actions)
+        }
+        takeUp(connection, &actions)
+        send(.resumed, to: connection, &actions)
+    }
+
+    // MARK: What is said on the new connection
+
     /// The bitmaps themselves are said by who reads the connection.
     mutating func takeInRecovery(_ item: StreamItem, _ actions: inout [DestinationAction]) {
         switch item {

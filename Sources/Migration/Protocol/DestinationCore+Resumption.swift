@@ -27,6 +27,11 @@ extension DestinationCore {
             oldReaders.append(source)
         }
         closeChannels(&actions)
+        unlisten(&actions)
+        closeUrgent(&actions)
+        owedRetraction = nil
+        // It says ADVISE anew.
+        pull = .none
         source = nil
         sourceHears = false
         returnPathIsOpen = false
@@ -66,7 +71,7 @@ extension DestinationCore {
         }
     }
 
-    private mutating func refuseCandidate(
+    mutating func refuseCandidate(
         _ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]
     ) {
         guard let visitor = visitors[connection] else { return }
@@ -77,6 +82,7 @@ extension DestinationCore {
         _ connection: ConnectionID, _ asked: MigrationIdentifier, _ chosen: FeatureSet,
         _ actions: inout [DestinationAction]
     ) {
+        if mayRejoinPull { return rejoinPull(connection, asked, chosen, &actions) }
         guard asked == migration, chosen == features, phase > .waiting, phase < .starting else {
             return refuseCandidate(connection, "migration \(asked) is not kept here", &actions)
         }
@@ -107,7 +113,7 @@ extension DestinationCore {
 
     /// Nothing of the old connection is under way any more: the new one's RAM may come.
     mutating func goOnIfQuiet(_ actions: inout [DestinationAction]) {
-        guard phase == .rejoining, readersHaveEnded, !loadIsUnderWay, let source else { return }
+        guard phase == .rejoining, readersHaveEnded, !loadIsUnderWay, !isUnlistening, let source else { return }
         send(.resumed, to: source, &actions)
         if configuration.acknowledgesSwitchover { send(.switchoverAcknowledged, to: source, &actions) }
         enter(.opened, deadline: configuration.deadlines.idle, &actions)

@@ -106,6 +106,12 @@ public struct DestinationCore: Sendable {
     var recoveryIsAwaited = false
     /// A new connection takes up what is missing, and learns what is here (RECV_BITMAP). The guest may still be being started.
     var isRecovering = false
+    /// Memory is being given up to the source again, as if nothing had been discarded.
+    var isUnlistening = false
+    /// Whom to answer then: the attempt that is taken back.
+    var owedRetraction: UInt32?
+    /// What is being loaded will not be used, and may miss pages.
+    var loadIsVoid = false
     /// Channels for requested pages.
     var urgent: Set<ConnectionID> = []
     /// When READY was said, at the latest.
@@ -160,6 +166,7 @@ public struct DestinationCore: Sendable {
         case .awaitRecovery: recoveryIsAwaited = isForsaken
         case .breakOff: losePull("the operator paused the migration", &actions)
         case .pullEnded(let missing): pullEnded(missing: missing, &actions)
+        case .unlistened: unlistened(&actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
         case .rejected(let connection, let reason): rejected(connection, reason, &actions)
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
@@ -170,6 +177,7 @@ public struct DestinationCore: Sendable {
         case .pagesFailed(let reason):
             if phase < .starting { fail(reason, &actions) } else { losePull(reason, &actions) }
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
+        case .loadFailed where loadIsVoid: stateLoaded(0, &actions)
         case .loadFailed(let reason):
             loadIsUnderWay = false
             fail(reason, &actions)

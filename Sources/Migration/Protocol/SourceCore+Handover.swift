@@ -58,8 +58,8 @@ extension SourceCore {
     // MARK: State
 
     mutating func stateSaved(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
-        if phase == .breakingOff { return settleOwed(.state, &actions) }
-        if phase == .discarding { return stateSavedForPackage(saved, &actions) }
+        if phase == .breakingOff, awaited != .package { return settleOwed(.state, &actions) }
+        if phase == .discarding || phase == .breakingOff { return stateSavedForPackage(saved, &actions) }
         guard phase == .savingState else { return answeredLate(.state) }
         endPart(.state)
         if isTooLate() { return breakOff("saving the state took too long", &actions) }
@@ -145,7 +145,9 @@ extension SourceCore {
         giveUpRightToRun(&actions)
         if features.contains(.retraction) {
             let attempt = attempt
+            closeRAMSection(&actions)
             send(&actions) { $0.command(.commitWithin(attempt: attempt, nanoseconds: left)) }
+            if isPostcopy { serveRequests(&actions) }
         } else {
             send(&actions) { $0.command(.commit) }
             sendEnd(&actions)
@@ -210,6 +212,7 @@ extension SourceCore {
 
     private mutating func answered(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
         switch message {
+        case .started where isPostcopy: startedBeforeMemory(&actions)
         case .started where rule == .twoPhase:
             if features.contains(.retraction) {
                 endRAM(&actions)

@@ -79,7 +79,7 @@ extension SourceCore {
             send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks) }
             askForBitmaps(&actions)
         // It has all of the memory: what was lost was its last word.
-        case (.recoverGreeting, .shut(0)): complete(&actions)
+        case (_, .shut(0)) where rule == .twoPhase && helloFeatures != nil: complete(&actions)
         case (.recoveringBitmaps, .postcopy(.bitmapEnded(let block))): bitmapEnded(block, &actions)
         case (.resumingPostcopy, .postcopy(.resumeAcknowledged)): goOn(&actions)
         case (_, .pong): break

@@ -151,6 +151,12 @@ public struct SourceCore: Sendable {
     var isPostcopy = false
     var urgentChannelIsAsked = false
     var urgentChannelIsOpen = false
+    /// DISCARD was asked for: all that was dirty then is to follow the guest.
+    var pagesAreHandedOver = false
+    /// Moves of this kind that were broken off.
+    var brokenMoves = 0
+    /// The last one was: let the policy have a moment pass first.
+    var restsBeforeMove = false
     var discardsAreSent = false
     /// What the package will hold.
     var packagedState: [UInt8]?
@@ -171,7 +177,11 @@ public struct SourceCore: Sendable {
     }
 
     /// What the shell of a broken switchover still owes.
-    enum Awaited: Sendable { case stop, collect, round, state, nothing }
+    enum Awaited: Sendable {
+        case stop, collect, round, state, nothing
+        /// DISCARD and the state, as far as they are still to come.
+        case package
+    }
 
     /// Takes one event and returns what to do, in order.
     /// - Parameter now: the moment of the event, in nanoseconds of a clock that never goes back.
@@ -197,6 +207,7 @@ public struct SourceCore: Sendable {
         case .stateSaved(let sections): stateSaved(sections, &actions)
         case .urgentChannelOpened: urgentChannelOpened(&actions)
         case .urgentChannelFailed(let reason): urgentChannelFailed(reason, &actions)
+        case .urgentChannelLost(let reason): urgentChannelLost(reason, &actions)
         case .discardsSent: discardsSent(&actions)
         case .packageSent: packageSent(&actions)
         case .packageCut(let reason): packageCut(reason, &actions)
