@@ -59,7 +59,8 @@ extension BenchmarkOptions {
 final class GodwitVM: MeasuredVM {
     let child: ChildVM
 
-    init(_ role: String, in folder: String, _ machine: MeasuredMachine) throws {
+    /// - Parameter extra: options of `godwit run` besides.
+    init(_ role: String, in folder: String, _ machine: MeasuredMachine, extra: [String] = []) throws {
         var options = [
             "--memory", "\(machine.memoryMegabytes)M", "--cpus", "\(machine.cpuCount)",
             "--serial", machine.serialPath.map { "unix:\($0)" } ?? "none",
@@ -67,6 +68,7 @@ final class GodwitVM: MeasuredVM {
         ]
         options += machine.isDestination ? ["--incoming", "tcp:127.0.0.1:0"] : ["--guest", machine.guest]
         if machine.isDestination, machine.takesMemoryBeforehand { options.append("--memory-prealloc") }
+        options += extra
         child = try ChildVM(role, in: folder, options: options)
     }
 
