@@ -98,10 +98,10 @@ struct PostcopyMigration {
             if isEncrypted {
                 let endpoint = isDestination ? "server" : "client"
                 extra += ["--object", "tls-creds-psk,id=tls0,dir=\(keys.folder),endpoint=\(endpoint)"]
-                if isDestination { extra += ["--tls-creds", "tls0"] }
             }
-            let machine = MeasuredMachine(
+            var machine = MeasuredMachine(
                 method: .auto, memoryMegabytes: megabytes, cpuCount: cpus, guest: guest, isDestination: isDestination)
+            machine.listensAtOnce = false
             return try GodwitVM(role, in: folder, machine, extra: extra)
         }
         let source = try start("source", isDestination: false)
@@ -114,8 +114,8 @@ struct PostcopyMigration {
             warmMemory.follow(processes)
             for vm in [source, destination] {
                 try vm.child.prepareMigration(downtimeLimitMilliseconds: Self.downtimeLimitMilliseconds)
+                if isEncrypted { try vm.child.execute("migrate-set-parameters", ["tls-creds": "tls0"]) }
             }
-            if isEncrypted { try source.child.execute("migrate-set-parameters", ["tls-creds": "tls0"]) }
             return (source, destination)
         } catch {
             source.child.end()
@@ -138,6 +138,7 @@ struct PostcopyMigration {
     private func move(
         _ source: GodwitVM, to destination: GodwitVM, what: String, isPostcopy: Bool
     ) throws -> Double {
+        try destination.child.execute("migrate-incoming", ["uri": "tcp:127.0.0.1:0"])
         let uri = try destination.child.listeningAddress()
         let client = try source.child.client()
         try source.child.execute("migrate", ["uri": .string(uri)])

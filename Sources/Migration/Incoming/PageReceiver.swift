@@ -119,6 +119,14 @@ struct PageReceiver: ~Copyable {
         }
     }
 
+    /// Pages come that nobody asked for: little of them waits here in front of one that somebody did.
+    func keepLittleWaiting(targetMicroseconds: UInt64) {
+        let bytes = BackgroundPace.socketBytes(
+            targetMicroseconds: targetMicroseconds, roundTrip: channel.roundTripNanoseconds ?? 0,
+            bytesPerSecond: BackgroundPace.assumedBytesPerSecond)
+        if let bytes { channel.limitUnreceived(bytes: bytes) }
+    }
+
     /// Puts the pages of an item into guest memory.
     mutating func place(_ item: StreamItem) throws(ChannelError) {
         if let placer {

@@ -95,7 +95,10 @@ extension IncomingMigration {
             if item == .command(.postcopy(.listen)) { postcopySource.withLock { $0 = id } }
             post(.item(id, item))
             guard isOpen(id) else { return false }
-            if item == .command(.postcopy(.listen)) { receiver.placer = try postcopy?.placer() }
+            if item == .command(.postcopy(.listen)) {
+                receiver.placer = try postcopy?.placer()
+                receiver.keepLittleWaiting(targetMicroseconds: pageLatencyTargetMicroseconds)
+            }
         }
         return true
     }
