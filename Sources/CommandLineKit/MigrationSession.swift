@@ -94,19 +94,17 @@ public struct MigrationSession {
     /// - Throws: `QMPClientError` if the VM refuses or does not answer, `CommandFailure` for a descriptor we do not have.
     public mutating func run(to uri: String, _ settings: Settings = Settings()) throws -> JSON {
         try settings.apply(to: client)
-        if settings.postcopy != nil { try allowPostcopy(true, settings) }
         var arguments: [String: JSON] = ["uri": .string(try passDescriptor(of: uri))]
         if settings.resumes { arguments["resume"] = true }
         // Part of the command, and no capability: nobody need turn it off again, whoever sees this migration's end.
         if settings.holdsBeforeSwitchover { arguments["x-hold"] = true }
+        if settings.postcopy != nil { try allowPostcopy(true, settings) }
+        // The next migration shall be as it is told to be. One that is under way still, paused or in doubt, keeps what it began with:
+        // there it is refused, which is no news.
+        defer { if settings.postcopy != nil { try? allowPostcopy(false, settings) } }
         try client.execute("migrate", .object(arguments))
         defer { display.finish() }
-        let answer = try watch(settings)
-        // One that is paused is still under way, and keeps what it began with.
-        guard settings.postcopy != nil, !["x-paused", "postcopy-paused"].contains(MigrationReading(answer).status)
-        else { return answer }
-        try allowPostcopy(false, settings)
-        return answer
+        return try watch(settings)
     }
 
     private func allowPostcopy(_ on: Bool, _ settings: Settings) throws(QMPClientError) {

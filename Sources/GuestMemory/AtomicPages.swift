@@ -85,23 +85,22 @@ import Synchronization
             let index = Int(position / 64)
             var bits = unsafe word[index].load(ordering: .acquiring)
             if let others { bits &= ~(unsafe others.word[index].load(ordering: .acquiring)) }
-            let ahead = bits >> (position % 64)
-            let left = 64 - position % 64
-            if let start {
-                let ones = min(UInt64((~ahead).trailingZeroBitCount), left)
-                position += ones
-                guard ones == left, position - start < limit else {
-                    return PageIndex(start)..<PageIndex(min(position, end, start.addingClamped(limit)))
-                }
-            } else if ahead == 0 {
-                position += left
-            } else {
-                position += UInt64(ahead.trailingZeroBitCount)
+            var ahead = bits >> (position % 64)
+            var left = 64 - position % 64
+            if start == nil {
+                let skipped = min(UInt64(ahead.trailingZeroBitCount), left)
+                position += skipped
+                guard skipped < left else { continue }
+                // The run begins in what was just looked at: a page that is gone in the next moment was set, and no run is empty.
+                (ahead, left) = (ahead >> skipped, left - skipped)
                 start = position
             }
+            let ones = min(UInt64((~ahead).trailingZeroBitCount), left)
+            position += ones
+            if ones < left || position - (start ?? 0) >= limit { break }
         }
         guard let start, start < end else { return nil }
-        return PageIndex(start)..<PageIndex(min(end, start.addingClamped(limit)))
+        return PageIndex(start)..<PageIndex(min(position, end, start.addingClamped(limit)))
     }
 
     // MARK: Words

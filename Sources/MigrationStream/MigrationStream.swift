@@ -201,6 +201,10 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     /// RESUME, RESUMED: a connection lost before the handover is replaced by another. Only with ``twoPhaseHandover``.
     public static let resumption = FeatureSet(rawValue: 1 << 10)
 
+    /// The guest may move before its memory (``PostcopyCommand``): the package stands before PREPARE, RUN in it starts nothing, COMMIT does.
+    /// Only with ``twoPhaseHandover`` and ``retraction``; offered and chosen only by who was told to.
+    public static let postcopy = FeatureSet(rawValue: 1 << 11)
+
     /// All that this program uses without being told to.
     public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction, .resumption]
 }
@@ -224,6 +228,8 @@ public enum StreamLimit {
     public static let vmDescriptionBytes = 64 << 20
     /// What stands between LISTEN and RUN of postcopy.
     public static let packageBytes = 64 << 20
+    /// Sections and commands in it.
+    public static let packageItems = 16384
     /// As many as fit one command whatever the block is called.
     public static let discardRanges = 4079
     /// Pages asked for at once: the largest page there is.

@@ -119,6 +119,7 @@ public enum PostcopyFault: Hashable, Sendable {
     case rangeOutside(block: String, offset: UInt64, length: UInt64, blockLength: UInt64)
     case blockPageSize(block: String, got: UInt64, expected: UInt64)
     case packageLength(UInt32)
+    case packageItems
     case commandInPackage(CommandType)
     case sectionInPackage(SectionType)
     case recordOutOfPlace(String)
@@ -148,6 +149,7 @@ public enum PostcopyFault: Hashable, Sendable {
             "RAM block '\(block)' has pages of 0x\(hexadecimal(got)) bytes at the source and of 0x\(hexadecimal(expected)) bytes on "
                 + "this machine; postcopy needs the same on both sides"
         case .packageLength(let count): "a package has \(count) bytes, not 1 to \(StreamLimit.packageBytes)"
+        case .packageItems: "a package holds more than \(StreamLimit.packageItems) sections and commands"
         case .commandInPackage(let type): "command \(type.name) stands in a package, where it has no place"
         case .sectionInPackage(let type):
             "a \(type) section stands in a package, where only whole device sections have a place"

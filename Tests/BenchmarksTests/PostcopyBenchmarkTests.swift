@@ -96,7 +96,8 @@ struct PostcopyBenchmarkTests {
         session.totals = [(130, 100), (90, 100), (120, 100)]
         #expect(try Self.promise("p50-vs-floor", session).value == 1.9)
         #expect(try Self.promise("p99-vs-floor", session).value == 4.9)
-        #expect(abs(try Self.promise("huge-p99-vs-4k", session).value - 1.4) < 1e-9)
+        let huge = try Self.promise("huge-p99-vs-4k", session).value
+        #expect(abs(huge - 1.4) < 1e-9)
         #expect(try Self.promise("total-vs-precopy", session).value == 1.2)
         #expect(session.promises.allSatisfy(\.holds))
         #expect(session.resultCells.contains { $0.name == "1 GiB with it" && $0.median("mean-us") == 649_000 })

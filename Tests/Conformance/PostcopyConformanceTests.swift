@@ -54,8 +54,8 @@ struct PostcopyConformanceTests {
         let asked = received["ram"]?["postcopy-requests"]?.integerValue(as: UInt64.self) ?? 0
         #expect(told["ram"]?["postcopy-requests"] == JSON(asked))
         #expect(received["ram"]?["remaining"] == 0)
-        // No limit holds zeros back: on a busy host all of them may be here before anybody looks.
-        #expect(asked > 0 || trip.content == .zero, "\(received)")
+        // No limit holds zeros back: on a busy host all of them, and the few pages between, may be here before anybody looks.
+        #expect(asked > 0 || trip.content != .data, "\(received)")
         let latency = received["x-postcopy-latency-ns"]
         #expect(asked == 0 || latency?["count"] == JSON(asked), "\(received)")
         print(

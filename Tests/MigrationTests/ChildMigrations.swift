@@ -45,7 +45,9 @@ extension Migrator {
 
     /// Waits for the migration's end, and ends the test unless it is `status`.
     func awaitEnd(_ status: MigrationStatus = .completed, _ when: String = "") throws {
-        try waitFor("the migration's end, it is \(self.info().status) \(when)") { isOver }
+        try waitFor(
+            "the migration's end, it is \(self.info().status) \(when): \(self.info().errorDescription ?? "")"
+        ) { isOver }
         let info = info()
         claim(info.status == status, "the migration is \(info.status) \(when): \(info.errorDescription ?? "no error")")
     }

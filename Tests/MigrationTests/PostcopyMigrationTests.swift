@@ -68,6 +68,15 @@ private let nonsenseBeforeRun: [(String, @Sendable (ScriptedPostcopySource) thro
             try $0.send(package: package)
         }
     ),
+    (
+        "more than 16384 sections and commands",
+        {
+            var writer = StreamWriter()
+            for number in 0..<20_000 as Range<UInt32> { writer.command(.ping(number)) }
+            let package = try $0.package()
+            try $0.send(package: Array(package.prefix(5)) + writer.bytes + package.dropFirst(5))
+        }
+    ),
     ("out of turn", { try $0.command(.listen) }),
     ("out of turn", { try $0.command(.run) }),
     (
@@ -205,6 +214,41 @@ struct PostcopyMigrationTests {
                 destination.claimMemory(of: source, "at the end")
                 script.channel.cancel()
                 server.join()
+            }
+        }
+    }
+
+    @Test(
+        "the last page of the channel for requested pages may come in one breath with its last word, and noise is no such channel",
+        .timeLimit(.minutes(10)))
+    func urgentEnd() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 60) {
+                let source = try Migrator.memoryAlone(mebibytes: 1)
+                let destination = try source.postcopyDestination()
+                let script = try ScriptedPostcopySource(of: source.machine, to: try destination.listen())
+                try script.open()
+                try script.pages([pages(0..<256)])
+                for noise in ["GET / HTTP/1.1\r\n\r\n", "\u{0}\u{0}\u{0}\u{0}\u{0}\u{0}\u{0}\u{8}\u{3}rom"] {
+                    let stranger = try script.connect()
+                    try stranger.send(Array(noise.utf8))
+                    var answer: [UInt8] = []
+                    claim(try stranger.receive(appendingTo: &answer, upTo: 1) == 0, "a stranger was not turned away")
+                }
+                try script.discard([pages(5..<7), pages(9..<10)])
+                try script.send(package: script.package())
+                script.waitToHear(.pong(4))
+                let urgent = try script.connect()
+                var last = StreamWriter()
+                last.endOfRecords()
+                try script.records(of: [pages(5..<7), pages(9..<10)], on: urgent, and: last.bytes)
+                try script.pages([], final: true)
+                let began = Clock.monotonicNanoseconds
+                try script.end()
+                try destination.awaitEnd(.completed, "at its end")
+                // Nor was it waited for in vain.
+                claim(Clock.monotonicNanoseconds - began < 5_000_000_000, "it took long")
+                destination.claimMemory(of: source, "at the end")
             }
         }
     }

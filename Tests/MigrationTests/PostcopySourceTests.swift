@@ -178,7 +178,7 @@ struct PostcopySourceTests {
         "requests that no destination of sound mind makes end in a sentence; the source keeps what it has",
         arguments: [
             "outside", "across the end", "unaligned", "empty", "unknown block", "no block", "endless",
-            "unknown message",
+            "unknown message", "a bitmap", "answers without end",
         ])
     func hostile(what: String) throws {
         let trial = try Trial(rate: 4096)
@@ -203,6 +203,13 @@ struct PostcopySourceTests {
         case "unknown message":
             writer.append([0x77, 0x77, 0, 0])
             words = "0x7777"
+        case "a bitmap":
+            writer.message(.postcopy(.receivedBitmap(block: "ram", byteCount: end / 4096 / 8)))
+            writer.append([UInt8](repeating: 0xff, count: Int(end) / 4096 / 8))
+            words = "was not asked"
+        case "answers without end":
+            for _ in 0..<200 { writer.message(.pong(4)) }
+            words = "goes on answering"
         default:
             for _ in 0..<1000 { add("ram", 8 * 4096, 4096) }
             words = "without end"
@@ -223,13 +230,21 @@ struct PostcopySourceTests {
         trial.source.shutDown()
     }
 
-    @Test("who asks for pages before the guest moved ends the migration, and the guest goes on here")
-    func tooEarly() throws {
+    @Test(
+        "who speaks of pages before the guest moved ends the migration, and the guest goes on here",
+        arguments: [false, true])
+    func tooEarly(bitmap: Bool) throws {
         let trial = try Trial(starts: false)
         try trial.awaitStatus(.active)
-        try trial.destination.ask(0)
+        if bitmap {
+            try trial.destination.say(
+                .postcopy(.receivedBitmap(block: "ram", byteCount: Self.byteCount / 4096 / 8)))
+        } else {
+            try trial.destination.ask(0)
+        }
         try trial.awaitStatus(.failed)
-        #expect(trial.source.info().errorDescription?.contains("before it has the guest") == true)
+        let words = bitmap ? "was not asked" : "before it has the guest"
+        #expect(trial.source.info().errorDescription?.contains(words) == true)
         #expect(trial.source.machine.runState == .running)
     }
 

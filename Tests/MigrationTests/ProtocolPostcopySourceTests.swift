@@ -162,6 +162,41 @@ struct ProtocolPostcopySourceTests {
         #expect(driver.core.status == .postcopyPaused)
     }
 
+    @Test("the package's sender was stuck, so the guest is in doubt; that its end never left ends the doubt")
+    func cutInDoubt() {
+        var driver = Driver()
+        driver.reachPackage()
+        driver.feed(driver.deadline)
+        #expect(driver.core.status == .unsettled && !driver.core.mayRun)
+        var left = driver
+        #expect(left.feed(.packageSent).isEmpty && left.core.status == .unsettled)
+        #expect(driver.feed(.packageCut("cancelled")).contains(.resumeGuest))
+        #expect(driver.core.status == .failed && driver.core.mayRun)
+        var settled = left
+        settled.feed(.settle(.startedThere))
+        #expect(settled.feed(.packageCut("cancelled")).isEmpty && !settled.core.mayRun)
+    }
+
+    @Test("a destination that gives up while the package leaves has not the guest, whatever became of the package")
+    func shutOneEarly() {
+        for end in [SourceEvent.packageSent, .packageCut("reset")] {
+            var driver = Driver()
+            driver.reachPackage()
+            #expect(driver.feed(.received(.shut(1))).isEmpty)
+            driver.feed(.disconnected("reset"))
+            #expect(driver.feed(end).contains(.resumeGuest) && driver.core.status == .failed, "\(end)")
+        }
+    }
+
+    @Test("answers to nothing, without end, pause it like any other nonsense")
+    func endlessTalk() {
+        var driver = Driver()
+        driver.reachPackage()
+        driver.feed(.packageSent, Driver.arrived)
+        for _ in 0..<100 { driver.feed(.received(.pong(7))) }
+        #expect(driver.core.status == .postcopyPaused)
+    }
+
     @Test("a destination that says it could not run the guest gives it back, but not one that had its state")
     func shutOne() {
         var driver = Driver()

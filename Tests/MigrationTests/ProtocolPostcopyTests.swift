@@ -190,6 +190,15 @@ private let outOfTurnCases: [(String, @Sendable (inout Driver) -> Void)] = [
         }
     ),
     (
+        "EOF behind DISCARD, though RAM had ended before",
+        {
+            $0.receive(); $0.items(.ramRound(final: true), .ramSectionEnded(.end))
+            $0.commands(.discard(Driver.discard))
+            $0.items(
+                .device(SectionHead(type: .full, id: 9, name: "cpu", instance: 0, version: 1), body: [1]), .endOfStream)
+        }
+    ),
+    (
         "EOF behind LISTEN",
         {
             $0.listen(); $0.items(.endOfStream)
@@ -231,6 +240,40 @@ struct ProtocolPostcopyTests {
         #expect(driver.outcome == nil && !driver.said.contains(.shut(0)))
         driver.feed(.stateLoaded(nanoseconds: 1), .guestStarted(nanoseconds: 1))
         #expect(driver.core.phase == .started && driver.outcome == .completed && driver.said.last == .shut(0))
+    }
+
+    @Test("a source that is lost when all pages are here, and the guest does not run yet, is not missed either")
+    func pagesFirstAndSourceLost() {
+        let losses: [DestinationEvent] = [
+            .disconnected(Driver.id, "gone"), .rejected(Driver.id, "nonsense"),
+            .item(Driver.id, .command(.postcopy(.packaged(byteCount: 9)))),
+        ]
+        for (number, loss) in losses.enumerated() {
+            for isLoaded in [false, true] {
+                var driver = Driver()
+                driver.run()
+                driver.sendAll()
+                driver.feed(.pullEnded(missing: 0))
+                if isLoaded { driver.feed(.stateLoaded(nanoseconds: 1)) }
+                driver.feed(loss)
+                if !isLoaded { driver.feed(.stateLoaded(nanoseconds: 1)) }
+                driver.feed(.guestStarted(nanoseconds: 1))
+                #expect(driver.core.phase == .started && driver.starts == 1, "loss \(number)")
+                #expect(driver.outcome == .completed, "loss \(number)")
+            }
+        }
+    }
+
+    @Test("who loads state may wait for a page: there is no deadline once RUN was said")
+    func slowLoading() {
+        var driver = Driver()
+        driver.run()
+        let timers = driver.actions.compactMap { action -> ProtocolTimer? in
+            if case .setTimer(let timer, _) = action, timer.kind == .deadline { timer } else { nil }
+        }
+        #expect(!timers.isEmpty)
+        for timer in timers { driver.feed(.timer(timer)) }
+        #expect(driver.core.phase == .loading && driver.outcome == nil)
     }
 
     @Test("postcopy that was advised and not begun ends like any migration")

@@ -54,6 +54,10 @@ extension IncomingMigration {
                     }
                     try receiver.place(item)
                     if progress.isDue() { post(.progressed(id)) }
+                case .ramRound where receiver.placer != nil:
+                    post(.item(id, item))
+                    // The guest did not start after all, and a new section begins, of pages that go straight to their places.
+                    if !watchesMemory { receiver.placer = nil }
                 case .ramSetup:
                     post(.item(id, item))
                     receiver.isCounted = acceptsPages(on: id)

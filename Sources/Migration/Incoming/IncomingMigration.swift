@@ -99,6 +99,7 @@ final class IncomingMigration: Sendable {
         configuration.features.insert(.verification)
         if case .file = address { configuration.readsMappedRAM = true }
         configuration.allowsPostcopy = capabilities.contains(.postcopyRAM)
+        if configuration.allowsPostcopy { configuration.features.insert(.postcopy) }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }
@@ -231,6 +232,8 @@ final class IncomingMigration: Sendable {
     /// Of the migration under way, if its pages bring digests.
     var verification: IncomingVerification? { verifications.withLock { $0 } }
     var expectsUrgentChannel: Bool { state.withLock { $0.core.expectsUrgentChannel } }
+    /// Whether pages go where they are missing, and nowhere else.
+    var watchesMemory: Bool { state.withLock { $0.core.isPulling } }
     var usesChannels: Bool { state.withLock { $0.core.usesChannels } }
 
     private func serveTimers() {
@@ -304,7 +307,7 @@ final class IncomingMigration: Sendable {
             statistics.keeps(sentence, forNanoseconds: nanoseconds)
             report(.notice(sentence))
         case .turnedAway(_, let sentence): report(.notice(sentence))
-        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .pullPaused:
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused:
             return performPostcopy(action)
         case .finished(let outcome):
             if let reason = outcome.reason { report(.notice(reason)) }
@@ -323,11 +326,14 @@ final class IncomingMigration: Sendable {
     private func awaitReaders(_ ids: [ConnectionID]) {
         do throws(SystemError) {
             _ = try HostThread(name: "migration-quiet") { [self] in
-                readers.wait { $0.isDisjoint(with: ids) ? () : nil }
+                waitForReaders(of: ids)
                 post(.readersEnded(ids))
             }
         } catch { report(.notice("the migration cannot go on: \(error.description)")) }
     }
+
+    /// Until no thread reads those connections any more, which are closed.
+    func waitForReaders(of ids: [ConnectionID]) { readers.wait { $0.isDisjoint(with: ids) ? () : nil } }
 
     /// A source that lost its connection after COMMIT may come back and ask; then the address is free for others.
     private func stopListeningLater() {

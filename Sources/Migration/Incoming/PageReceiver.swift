@@ -67,14 +67,19 @@ struct PageReceiver: ~Copyable {
         buffer.append(ahead)
     }
 
+    deinit { try? flush() }
+
     /// The next item; `nil` at the end of the stream, or when `failure` was found. - Throws: when the connection fails.
     mutating func next() throws(ChannelError) -> StreamItem? {
         while failure == nil {
             let item: StreamItem?
             do throws(StreamError) { item = try decoder.next(from: &buffer) } catch {
                 failure = error
+                try flush()
                 return nil
             }
+            // Nothing more may come here.
+            if case .ramRecordsEnded? = item { try flush() }
             if case .mappedBlock(let region)? = item {
                 regions.append(region)
                 try jump()
@@ -111,7 +116,7 @@ struct PageReceiver: ~Copyable {
 
     private mutating func fill() throws(ChannelError) -> Int {
         // What is here does not wait for what is not.
-        if let placer { try Self.placing { () throws(SystemError) in try placer.flush() } }
+        try flush()
         let channel = channel
         let limit = hasBatches ? Self.batchAheadBytes : Self.bulkBytes
         return try unsafe buffer.fill(atLeast: 4096) { (room) throws(ChannelError) in
@@ -125,6 +130,11 @@ struct PageReceiver: ~Copyable {
             targetMicroseconds: targetMicroseconds, roundTrip: channel.roundTripNanoseconds ?? 0,
             bytesPerSecond: BackgroundPace.assumedBytesPerSecond)
         if let bytes { channel.limitUnreceived(bytes: bytes) }
+    }
+
+    /// Postcopy: what came whole is placed, whatever becomes of the connection. Nobody else would do it: it is claimed.
+    private func flush() throws(ChannelError) {
+        if let placer { try Self.placing { () throws(SystemError) in try placer.flush() } }
     }
 
     /// Puts the pages of an item into guest memory.
@@ -193,7 +203,12 @@ struct PageReceiver: ~Copyable {
         }
         do throws(StreamError) {
             var items: [StreamItem] = []
-            while let item = try inner.next(from: &package) { items.append(item) }
+            while let item = try inner.next(from: &package) {
+                guard items.count < StreamLimit.packageItems else {
+                    throw StreamError(.postcopy(.packageItems), position: inner.position)
+                }
+                items.append(item)
+            }
             try inner.checkEnd(package)
             return items
         } catch {

@@ -102,9 +102,7 @@ final class OutgoingMigration: Sendable {
         }
         configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
         if capabilities.contains(.verify) { configuration.features.insert(.verification) }
-        if capabilities.contains(.postcopyRAM) {
-            configuration.postcopy = PostcopyTerms(usesUrgentChannel: capabilities.contains(.postcopyPreempt))
-        }
+        configuration.allowPostcopy(capabilities)
         self.configuration = configuration
         usesDirectIO = parameters.usesDirectIO
         usesReturnPath = capabilities.contains(.returnPath)
@@ -272,6 +270,8 @@ final class OutgoingMigration: Sendable {
         case .openUrgentChannel: openUrgentChannel()
         case .sendDiscards: sender.enqueue(.discards)
         case .sendPackage(let bytes): sendPackage(bytes)
+        case .serveRequests: sender.enqueue(.serveRequests)
+        case .takeBackPages: sender.takeBackPages()
         case .servePages:
             // The guest does not run here any more: nothing of it needs to be slowed down.
             convergence.end()

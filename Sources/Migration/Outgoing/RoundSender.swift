@@ -79,6 +79,12 @@ struct RoundSender: ~Copyable {
         _ postcopy: PostcopySource, over channel: Channel, sent: (UInt64) -> Void
     ) throws(ChannelError) { try postcopy.discard(bitmaps, over: channel, sent: sent) }
 
+    /// What was handed over is to be sent here again, and the destination may have forgotten all that it was sent before.
+    mutating func takeBack(_ outgoing: OutgoingPages) {
+        outgoing.forEachDiscarded { block, run in bitmaps[block].set(run) }
+        records.startOver()
+    }
+
     /// Before a round: the size of the cache of `xbzrle` (0: as it is), and whether pages that are not in it are to be kept.
     mutating func prepareDeltas(cacheBytes: UInt64, keepsPages: Bool) {
         if cacheBytes > 0 { records.deltas?.resize(to: cacheBytes) }

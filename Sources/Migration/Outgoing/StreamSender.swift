@@ -21,6 +21,7 @@ final class StreamSender: Sendable {
         /// Postcopy: what is to be forgotten, the guest's state, and the pages that follow it.
         case discards
         case package([UInt8])
+        case serveRequests
         case servePages
         case stopTracking
         case close
@@ -123,7 +124,10 @@ final class StreamSender: Sendable {
         default: break
         }
         queue.withLock { $0.jobs.append(job) }
+        postcopy?.requests.nudge()
     }
+
+    var hasJobs: Bool { queue.wait { .some(!$0.jobs.isEmpty) } ?? false }
 
     /// Merges what the tracker reports into what is to be sent; without a tracker all allocated pages are dirty, once.
     ///
@@ -177,6 +181,7 @@ final class StreamSender: Sendable {
                     post(.flushed)
                 case .discards: try sendDiscards(to: channel, post)
                 case .package(let bytes): try sendPackage(bytes, to: channel, post)
+                case .serveRequests: try serveRequests(over: channel)
                 case .servePages: try servePages(over: channel, post)
                 case .synchronize: if let group = group.withLock({ $0 }) { _ = try group.synchronize() }
                 case .stopTracking: tracker?.stop()
@@ -285,7 +290,7 @@ final class StreamSender: Sendable {
             switch job {
             case .bytes, .skip: break
             case .round: post(.roundSent(RoundReport(pages: 0, bytes: 0, nanoseconds: 0, interrupted: true)))
-            case .flush, .synchronize, .root, .digests, .discards, .servePages: break
+            case .flush, .synchronize, .root, .digests, .discards, .serveRequests, .servePages: break
             case .package: post(.packageCut("the connection was lost"))
             case .stopTracking: tracker?.stop()
             case .close:

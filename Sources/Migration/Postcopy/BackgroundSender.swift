@@ -41,7 +41,7 @@ struct BackgroundSender: ~Copyable {
         while !mustEnd() {
             if servesRequests { try serve(over: channel, sent) }
             if pages.count == 0 {
-                if requests.settle(nanoseconds: Self.lookNanoseconds) { return true }
+                if requests.settle(nanoseconds: Self.lookNanoseconds, servesItself: servesRequests) { return true }
                 continue
             }
             // What was asked for was paid for as well, but did not wait: the rest does.
@@ -63,6 +63,17 @@ struct BackgroundSender: ~Copyable {
             sent(written, first)
         }
         return false
+    }
+
+    /// Sends what is asked for, and nothing else, until there is something else to do, or nothing can be asked for any more.
+    mutating func runRequests(
+        over channel: Channel, sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) {
+        while true {
+            try serve(over: channel, sent)
+            if mustEnd() || requests.isOver { return }
+            requests.waitForPiece()
+        }
     }
 
     private mutating func serve(

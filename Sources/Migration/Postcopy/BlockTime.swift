@@ -34,9 +34,10 @@ final class BlockTime: Sendable {
 
     /// A thread waits for a page. One that was sent away meanwhile may wait for another, or for the same once more.
     func began(_ place: PageLatency.Place, thread: Int32) {
-        let now = Clock.monotonicNanoseconds
         let cpu = threads.firstIndex(of: thread)
         state.withLock { state in
+            // Here, and not before: who comes to the lock later has the later time.
+            let now = Clock.monotonicNanoseconds
             let before = cpu.map { state.waits[$0] } ?? state.others[thread]
             guard before?.place != place else { return }
             let wait = Wait(place: place, since: now)
@@ -53,9 +54,9 @@ final class BlockTime: Sendable {
 
     /// These pages are in memory.
     func ended(_ pages: Range<PageIndex>, of block: Int) {
-        let now = Clock.monotonicNanoseconds
         func isOver(_ wait: Wait) -> Bool { wait.place.block == block && pages.contains(wait.place.page) }
         state.withLock { state in
+            let now = Clock.monotonicNanoseconds
             for cpu in state.waits.indices {
                 guard let wait = state.waits[cpu], isOver(wait) else { continue }
                 state.waits[cpu] = nil

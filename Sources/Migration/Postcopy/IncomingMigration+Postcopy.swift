@@ -44,6 +44,8 @@ extension IncomingMigration {
                     ended.end()
                     return nil
                 }
+            case .unlisten(let closed):
+                return aside("migration-end", or: { .pagesFailed("postcopy: \($0)") }) { [self] in unlisten(closed) }
             case .pullPaused(let sentence):
                 statistics.end(error: sentence)
                 report(.notice(sentence))
@@ -61,6 +63,20 @@ extension IncomingMigration {
             request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
         postcopies.withLock { $0 = postcopy }
         statistics.watch(postcopy.pending)
+    }
+
+    /// The guest does not start yet: what was discarded comes again, as in precopy.
+    private func unlisten(_ closed: [ConnectionID]) -> DestinationEvent {
+        if let postcopy {
+            postcopy.abandon()
+            // A page of zeroes must clear what came meanwhile.
+            postcopy.pending.forEachExpected { received.mark($0, of: $1) }
+        }
+        waitForReaders(of: closed)
+        do throws(SystemError) {
+            try prepare()
+            return .unlistened
+        } catch { return .pagesFailed("postcopy: \(error.description)") }
     }
 
     /// Does something that may take long on a thread of its own.
@@ -105,17 +121,22 @@ extension IncomingMigration {
 
     /// The channel for requested pages: records from the first byte on.
     func readRequestedPages(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
-        post(.cameForUrgentPages(id))
         recognized(id)
-        guard isOpen(id) else { return }
-        HostThread.renameCurrent("postcopy-recv-1")
         do {
             var receiver = PageReceiver(
                 channel, behind: first, memory: machine.memory, decoder: .requestedPages(of: blocks),
                 received: received,
                 statistics: statistics)
             receiver.isCounted = true
+            var isAdmitted = false
             while let item = try receiver.next() {
+                // Not before its first record makes sense: there is no greeting, and a stranger's noise must not cost the migration.
+                if !isAdmitted {
+                    post(.cameForUrgentPages(id))
+                    guard isOpen(id) else { return }
+                    HostThread.renameCurrent("postcopy-recv-1")
+                    isAdmitted = true
+                }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }
                 if receiver.placer == nil {
                     guard acceptsPages(on: id), let postcopy else {

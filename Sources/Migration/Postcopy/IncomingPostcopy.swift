@@ -90,9 +90,11 @@ final class IncomingPostcopy: Sendable {
             try faults.register(block.mapping, 0..<Int(block.byteCount), .missing)
             block.expect(pending.blocks[index])
         }
-        let (server, failed) = (server, failed)
-        let thread = try HostThread(name: "fault-1") {
-            do throws(SystemError) { try server.run() } catch { failed("the watch over missing pages: \(error)") }
+        let thread = try HostThread(name: "fault-1") { [self] in
+            do throws(SystemError) { try server.run() } catch {
+                // A fault may be heard of and memory not be watched any more: whoever waited there was woken.
+                if state.withLock({ $0.isWatching }) { failed("the watch over missing pages: \(error)") }
+            }
         }
         state.withLock { $0.thread = thread }
     }
@@ -107,6 +109,12 @@ final class IncomingPostcopy: Sendable {
             waits ? pending.waitUntilComplete(deadline: .after(seconds: Self.lastPagesSeconds)) : pending.missingPages
         if missing == 0 { end() }
         return missing
+    }
+
+    /// The guest does not start on what came: pages that still come are dropped, from here on.
+    func abandon() {
+        pending.abandon()
+        end()
     }
 
     /// Memory is not watched any more: who still waits goes on, and finds zeroes where nothing came. Again and again without harm; not

@@ -32,9 +32,7 @@ extension OutgoingMigration {
         do throws(SystemError) {
             try postcopy.open(channel) { [self] error in
                 // What the main connection says tells more, where it says something.
-                if isLost(attempt, answers: true) {
-                    post(.disconnected("the channel for requested pages: \(error.description)"))
-                }
+                if isLost(attempt, answers: true) { post(.urgentChannelLost(error.description)) }
             }
         } catch {
             channel.cancel()
@@ -53,9 +51,23 @@ extension OutgoingMigration {
 
     /// A request needs no decision: it goes to who sends pages. - Returns: whether the message was one.
     func tookRequest(_ message: ReturnPathMessage) throws(PageRequests.Refusal) -> Bool {
-        guard case .postcopy(.requestPages(let request)) = message, let postcopy = sender.postcopy else { return false }
-        try postcopy.add(request)
-        return true
+        guard let postcopy = sender.postcopy else { return false }
+        switch message {
+        case .postcopy(.requestPages(let request)):
+            try postcopy.add(request)
+            return true
+        // Bytes that nobody takes would follow.
+        case .postcopy(.receivedBitmap(let block, _)): throw .bitmapUnasked(block: block)
+        default: return false
+        }
+    }
+}
+
+extension SourceConfiguration {
+    mutating func allowPostcopy(_ capabilities: Set<MigrationCapability>) {
+        guard capabilities.contains(.postcopyRAM) else { return }
+        features.insert(.postcopy)
+        postcopy = PostcopyTerms(usesUrgentChannel: capabilities.contains(.postcopyPreempt))
     }
 }
 
@@ -77,6 +89,17 @@ extension StreamSender {
             try round.discard(postcopy, over: channel) { statistics.sent(bytes: $0) }
         }
         post(.discardsSent)
+    }
+
+    /// Until there is another job.
+    func serveRequests(over channel: Channel) throws(ChannelError) {
+        try postcopy?.serveRequests(over: channel) { hasJobs }
+    }
+
+    /// What DISCARD named is dirty again.
+    func takeBackPages() {
+        guard let postcopy else { return }
+        postcopy.takeBack { outgoing in round.withLock { round in round.takeBack(outgoing) } }
     }
 
     func servePages(over channel: Channel, _ post: @Sendable (SourceEvent) -> Void) throws(ChannelError) {

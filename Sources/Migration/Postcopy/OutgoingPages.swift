@@ -27,6 +27,8 @@ final class OutgoingPages: Sendable {
     private let wanted: [AtomicPages]
     /// All that was ever found to be written, and holes that were asked for.
     private let known: [AtomicPages]
+    /// All that was to be sent at first, for a guest that does not move after all.
+    private let discarded: [AtomicPages]
     private let left = Atomic<UInt64>(0)
 
     /// Takes over what is dirty in `bitmaps`. The guest stands still.
@@ -39,23 +41,29 @@ final class OutgoingPages: Sendable {
         self.indices = indices
         self.known = known
         var wanted: [AtomicPages] = []
+        var discarded: [AtomicPages] = []
         var count: UInt64 = 0
         for bitmap in bitmaps {
             let pages = try AtomicPages(pageCount: bitmap.pageCount)
+            let copy = try AtomicPages(pageCount: bitmap.pageCount)
             var position = PageIndex(0)
             while let run = bitmap.nextRun(from: position, limit: .max) {
                 count += pages.insert(run)
+                copy.insert(run)
                 position = run.upperBound
             }
             bitmap.removeAll()
             wanted.append(pages)
+            discarded.append(copy)
         }
         // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
         if count == 0, let first = wanted.first {
             count += first.insert(PageIndex(0)..<PageIndex(1))
             known.first?.insert(PageIndex(0))
+            discarded.first?.insert(PageIndex(0))
         }
         self.wanted = wanted
+        self.discarded = discarded
         left.store(count, ordering: .relaxed)
     }
 
@@ -68,6 +76,17 @@ final class OutgoingPages: Sendable {
             var position = PageIndex(0)
             while let run = wanted[block].nextRun(from: position) {
                 try body(block, run)
+                position = run.upperBound
+            }
+        }
+    }
+
+    /// All that there was to be sent, whether or not it was taken since.
+    func forEachDiscarded(_ body: (_ block: Int, _ pages: Range<PageIndex>) -> Void) {
+        for block in discarded.indices {
+            var position = PageIndex(0)
+            while let run = discarded[block].nextRun(from: position) {
+                body(block, run)
                 position = run.upperBound
             }
         }

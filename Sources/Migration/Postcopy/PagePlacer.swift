@@ -94,13 +94,19 @@ final class PagePlacer {
         let mapping = memory.blocks[run.block].mapping
         let range = Int(run.pages.lowerBound.offset.value)..<Int(run.pages.upperBound.offset.value)
         let placed: Int
-        if run.isZero {
-            placed = try faults.zero(mapping, range)
-        } else {
-            let skipped = run.pages.lowerBound.value - (first ?? run.pages.lowerBound).value
-            placed = try faults.copy(staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
+        do throws(SystemError) {
+            if run.isZero {
+                placed = try faults.zero(mapping, range)
+            } else {
+                let skipped = run.pages.lowerBound.value - (first ?? run.pages.lowerBound).value
+                placed = try faults.copy(staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
+            }
+        } catch {
+            // Memory was given up to the source again: nobody waits for these pages, and they come again.
+            if pending.isAbandoned { return }
+            throw error
         }
-        guard placed == range.count else {
+        guard placed == range.count || pending.isAbandoned else {
             // It was forgotten at its DISCARD and could only be waited for since: what is there is not the guest's.
             throw SystemError(
                 "place",

@@ -15,9 +15,14 @@ final class PageRequests: Sendable {
         var pieces: [Piece] = []
         /// How many of them were taken.
         var taken = 0
-        /// Pieces taken by the one who sends, and not told as sent.
+        /// Pieces taken by the one who sends, and not told as sent; and requests whose pages were taken out of what is left, and are not
+        /// among the pieces yet.
         var underWay = 0
         var isOver = false
+        /// Who waits for requests has something else to look at.
+        var isNudged = false
+        /// The guest did not move after all: what was asked for before that was known does not count.
+        var isWithdrawn = false
         /// Requests for nothing but what was sent, or asked for, before.
         var vain: UInt64 = 0
         /// What was asked for last, as long as the walk over the rest has not gone there.
@@ -49,6 +54,7 @@ final class PageRequests: Sendable {
     enum Refusal: Error, CustomStringConvertible {
         case tooEarly(PageRequest)
         case endless
+        case bitmapUnasked(block: String)
 
         var description: String {
             switch self {
@@ -56,8 +62,15 @@ final class PageRequests: Sendable {
                 "the destination asks for a page at offset \(RAMOffset(request.offset)) of RAM block '\(request.block)' before it "
                     + "has the guest"
             case .endless: "the destination asks without end for pages that it was sent"
+            case .bitmapUnasked(let block):
+                "the destination tells which pages of RAM block '\(block)' it received, and was not asked"
             }
         }
+    }
+
+    /// - Parameter isWithdrawn: requests may still come that are of no use any more.
+    init(isWithdrawn: Bool = false) {
+        if isWithdrawn { state.withLock { $0.isWithdrawn = true } }
     }
 
     /// Requests may come.
@@ -67,19 +80,26 @@ final class PageRequests: Sendable {
 
     /// Takes a request up. Waits while too many are waiting. - Throws: what is wrong with it; the connection is of no use then.
     func add(_ request: PageRequest) throws(Refusal) {
-        guard let pages = state.wait(until: { .some($0.pages) }) ?? nil else { throw .tooEarly(request) }
-        let pieces = pages.take(request)
-        guard !pieces.isEmpty else {
+        let (open, isWithdrawn) =
+            state.wait { state in
+                state.underWay += 1
+                return .some((state.pages, state.isWithdrawn))
+            } ?? (nil, false)
+        guard open != nil || isWithdrawn else { throw .tooEarly(request) }
+        let pieces = open?.take(request) ?? []
+        guard let last = pieces.indices.last else {
             let vain = state.withLock { state in
+                state.underWay -= 1
                 state.vain += 1
                 return state.vain
             }
             guard vain <= Self.mostVain else { throw .endless }
             return
         }
-        for piece in pieces {
+        for (index, piece) in pieces.enumerated() {
             state.wait { $0.isOver || $0.pieces.count - $0.taken < Self.mostPieces ? () : nil }
             state.withLock { state in
+                if index == last { state.underWay -= 1 }
                 guard !state.isOver else { return }
                 state.pieces.append(piece)
                 state.latest = OutgoingPages.Place(block: piece.block, page: piece.pages.upperBound)
@@ -113,6 +133,18 @@ final class PageRequests: Sendable {
         } ?? nil
     }
 
+    /// Waits for something to be asked for, for the end, or for a nudge.
+    func waitForPiece() {
+        state.wait { state -> Void? in
+            guard state.isNudged || state.isOver || !state.isEmpty else { return nil }
+            state.isNudged = false
+            return ()
+        }
+    }
+
+    /// Ends such a wait, also one that begins later.
+    func nudge() { state.withLock { $0.isNudged = true } }
+
     /// Waits that long, or until the end; or, where `forPiece`, until something is asked for.
     func pause(nanoseconds: UInt64, forPiece: Bool) {
         state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
@@ -121,10 +153,23 @@ final class PageRequests: Sendable {
     }
 
     /// Waits until all that was asked for is on its way, at most that long. - Returns: whether it is.
-    func settle(nanoseconds: UInt64) -> Bool {
-        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state in
-            state.isOver || state.isEmpty && state.underWay == 0 ? state.isEmpty && state.underWay == 0 : nil
+    /// - Parameter servesItself: who asks is also who sends: it does not wait for what it has to send itself.
+    func settle(nanoseconds: UInt64, servesItself: Bool = false) -> Bool {
+        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state -> Bool? in
+            if state.isEmpty, state.underWay == 0 { return true }
+            return servesItself && !state.isEmpty ? false : nil
         } ?? false
+    }
+
+    var isOver: Bool { state.withLock { $0.isOver } }
+
+    /// The guest did not move: nothing is taken up any more, and what waits is not sent.
+    func withdraw() {
+        state.withLock { state in
+            state.isOver = true
+            state.pieces = []
+            state.taken = 0
+        }
     }
 
     /// Nothing is taken up any more, and who waits goes on. What waits is sent before ``next()`` says that it was all.

@@ -51,6 +51,7 @@ final class PendingPages: Sendable {
     private let missing = Atomic<UInt64>(0)
     private let isComplete = Monitor(false)
     private let surplus = Atomic<UInt64>(0)
+    private let abandoned = Atomic<Bool>(false)
 
     init(_ memory: GuestMemory, blockTime: BlockTime? = nil) throws(SystemError) {
         self.blockTime = blockTime
@@ -68,6 +69,21 @@ final class PendingPages: Sendable {
     func expect(_ pages: Range<PageIndex>, of block: Int) {
         missing.wrappingAdd(blocks[block].expected.insert(pages), ordering: .releasing)
     }
+
+    /// All pages that will come, run by run.
+    func forEachExpected(_ body: (_ pages: Range<PageIndex>, _ block: Int) -> Void) {
+        for block in blocks.indices {
+            var position = PageIndex(0)
+            while let run = blocks[block].expected.nextRun(from: position) {
+                body(run, block)
+                position = run.upperBound
+            }
+        }
+    }
+
+    /// They will all come again, on another way: whoever cannot place one any more need not.
+    func abandon() { abandoned.store(true, ordering: .sequentiallyConsistent) }
+    var isAbandoned: Bool { abandoned.load(ordering: .sequentiallyConsistent) }
 
     /// A page's contents are here. - Returns: whether the caller is to place them.
     func claim(_ page: PageIndex, of block: Int) -> Bool {

@@ -13,7 +13,7 @@ import Transport
 
 /// What the threads of an outgoing migration share once its guest may move before its memory.
 final class PostcopySource: Sendable {
-    let requests = PageRequests()
+    private let current = Mutex(PageRequests())
     /// Of all pages that nobody asked for (`max-postcopy-bandwidth`).
     let pacer: Pacer
     let pace: BackgroundPace
@@ -110,9 +110,20 @@ final class PostcopySource: Sendable {
         }
     }
 
+    /// Sends what is asked for, where no other channel does. - Parameter mustEnd: asked whenever nothing is asked for.
+    func serveRequests(over channel: Channel, mustEnd: () -> Bool) throws(ChannelError) {
+        let requests = requests
+        guard let pages = pages.withLock({ $0 }), urgent.withLock({ $0 == nil }) else { return }
+        let records: RecordWriter
+        do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
+        var sender = BackgroundSender(pages, requests, records, pacer, servesRequests: true)
+        try sender.runRequests(over: channel, sent: count, mustEnd: mustEnd)
+    }
+
     /// Sends all that the destination does not have. - Returns: whether it was all; false: `mustEnd` said so.
     func serve(over channel: Channel, mustEnd: () -> Bool) throws(ChannelError) -> Bool {
         guard let pages = pages.withLock({ $0 }) else { return false }
+        let requests = requests
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
@@ -132,6 +143,24 @@ final class PostcopySource: Sendable {
     }
 
     // MARK: Other threads
+
+    /// Of the move that is under way.
+    var requests: PageRequests { current.withLock { $0 } }
+
+    /// The guest did not move after all. Requests that were not heard of that count for nothing; the channel for requested pages is
+    /// closed, so that no page of this attempt can arrive in the next.
+    func takeBack(_ body: (OutgoingPages) -> Void) {
+        let old = current.withLock { current in
+            defer { current = PageRequests(isWithdrawn: true) }
+            return current
+        }
+        old.withdraw()
+        if let urgent = urgent.withLock({ $0.take() }) {
+            urgent.end()
+            urgent.finish()
+        }
+        if let outgoing = pages.withLock({ $0.take() }) { body(outgoing) }
+    }
 
     /// Requests count from here on: the package leaves.
     func openForRequests() {

@@ -14,6 +14,7 @@ final class UrgentSender: Sendable {
     private let requests: PageRequests
     /// Whether the thread is there.
     private let isRunning = Monitor(false)
+    private let isEnded = Atomic<Bool>(false)
 
     init(_ channel: Channel, _ requests: PageRequests, memory: GuestMemory, blocks: [RAMBlockDescription]) {
         self.channel = channel
@@ -33,7 +34,9 @@ final class UrgentSender: Sendable {
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-send") { [self] in
                 _ = HostThread.runBeforeOthers()
-                do throws(ChannelError) { try run(sent) } catch { failed(error) }
+                do throws(ChannelError) { try run(sent) } catch {
+                    if !isEnded.load(ordering: .acquiring) { failed(error) }
+                }
                 isRunning.withLock { $0 = false }
             }
         } catch {
@@ -57,7 +60,11 @@ final class UrgentSender: Sendable {
     /// Waits until the last word was said; `requests` were closed.
     func finish() { isRunning.wait { $0 ? nil : () } }
 
-    func end() { channel.cancel() }
+    /// Nobody wants it any more: its failure is none.
+    func end() {
+        isEnded.store(true, ordering: .releasing)
+        channel.cancel()
+    }
 }
 
 extension RecordWriter {

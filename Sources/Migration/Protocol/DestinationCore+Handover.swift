@@ -5,6 +5,7 @@ import MigrationStream
 extension DestinationCore {
     mutating func stateLoaded(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         loadIsUnderWay = false
+        loadIsVoid = false
         guard phase == .loading else { return goOnIfQuiet(&actions) }
         sections = []
         if let attempt = retraction { return reopen(attempt, &actions) }
@@ -18,13 +19,17 @@ extension DestinationCore {
     /// - Parameter moment: by when, on the core's clock; `nil`: whenever it is.
     mutating func startGuest(by moment: UInt64? = nil, _ actions: inout [DestinationAction]) {
         enter(.starting, deadline: nil, &actions)
+        if pull == .packaged { pull = .running }
         let ranThere = guestState?.runs ?? true
         actions.append(.startGuest(running: ranThere && configuration.startsGuest, by: moment))
     }
 
     mutating func guestStarted(_ nanoseconds: UInt64, _ actions: inout [DestinationAction]) {
         guard phase == .starting else { return }
-        if pull == .running { return beginPulling(&actions) }
+        if pull == .running {
+            if rule == .twoPhase, let source { send(.started(nanoseconds: nanoseconds), to: source, &actions) }
+            return beginPulling(&actions)
+        }
         arrive(startedAfter: nanoseconds, &actions)
     }
 
@@ -53,7 +58,7 @@ extension DestinationCore {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
         if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
-        if pull == .running { return losePull(reason, &actions) }
+        if pull >= .running { return losePull(reason, &actions) }
         if phase < .starting { fail(reason, &actions) } else { dropSource(&actions) }
     }
 
@@ -61,7 +66,7 @@ extension DestinationCore {
         if visitors[connection] != nil { return dismiss(connection, reason, &actions) }
         if urgent.contains(connection) { return urgentLost(connection, reason, &actions) }
         guard connection == source else { return channelLost(connection, reason, &actions) }
-        if pull == .running { return losePull(reason, &actions) }
+        if pull >= .running { return losePull(reason, &actions) }
         // A QEMU source without a return path, and a one-way transport, close when everything was said.
         let everythingWasSaid = phase == .loading && rule != .twoPhase && !returnPathIsOpen
         if canKeep {
@@ -73,7 +78,7 @@ extension DestinationCore {
         }
     }
 
-    private mutating func dropSource(_ actions: inout [DestinationAction]) {
+    mutating func dropSource(_ actions: inout [DestinationAction]) {
         guard let source else { return }
         if phase == .started { cancelTimer(.deadline, &actions) }
         actions.append(.close(source))
@@ -155,5 +160,7 @@ extension DestinationCore {
         readersHaveEnded = true
         rootIsSame = false
         isNarrowing = false
+        isUnlistening = false
+        owedRetraction = nil
     }
 }

@@ -12,7 +12,9 @@ enum PullProgress: Int, Comparable, Sendable {
     case discarding
     /// Missing pages are waited for by whoever touches them.
     case listening
-    /// RUN was said: the guest is ours, and must start.
+    /// Between two Godwits: RUN was said, which is the end of the package and starts nothing.
+    case packaged
+    /// RUN was said, or COMMIT behind it: the guest is ours, and must start.
     case running
     /// No page is missing.
     case complete
@@ -60,6 +62,7 @@ extension DestinationCore {
             report(.postcopyActive, &actions)
         case .run:
             guard phase == .receiving, pull == .listening else { return outOfTurn("POSTCOPY_RUN", &actions) }
+            if rule == .twoPhase { return pull = .packaged }
             load(&actions)
             if phase == .loading { pull = .running }
         case .resume, .receiveBitmap: outOfTurn("a command of a recovery", &actions)
@@ -72,10 +75,11 @@ extension DestinationCore {
             let remedy = "set the capability postcopy-ram here before migrate-incoming"
             return fail("the source may switch to postcopy, which is off here; \(remedy)", &actions)
         }
-        guard returnPathIsOpen, migration == nil else {
-            let reason =
-                migration == nil ? "there is no way back to it" : "that is not possible between two Godwits yet"
-            return fail("the source may switch to postcopy, but \(reason)", &actions)
+        guard returnPathIsOpen else {
+            return fail("the source may switch to postcopy, but there is no way back to it", &actions)
+        }
+        guard migration == nil || features.contains(.postcopy) else {
+            return fail("the source may switch to postcopy, which it did not choose in BEGIN", &actions)
         }
         guard let advice else { return fail("the source may switch to postcopy of something else than RAM", &actions) }
         guard advice.blockPageSizes == configuration.blockPageSizes else {
@@ -103,6 +107,35 @@ extension DestinationCore {
         }
     }
 
+    /// Pages that loading state waits for come before the guest runs.
+    var takesRequestedPages: Bool {
+        pull == .packaged && !ramIsComplete && phase >= .receiving && phase < .starting
+    }
+
+    // MARK: Back to precopy
+
+    /// Memory is not watched any more: all that was discarded comes again, as pages of a round.
+    mutating func unlisten(_ actions: inout [DestinationAction]) {
+        guard pull >= .discarding else { return }
+        let closed = urgent.sorted { $0.rawValue < $1.rawValue }
+        closeUrgent(&actions)
+        pull = .advised
+        packageHasCome = false
+        pullLoss = nil
+        isUnlistening = true
+        loadIsVoid = loadIsUnderWay
+        actions.append(.unlisten(closed))
+    }
+
+    mutating func unlistened(_ actions: inout [DestinationAction]) {
+        guard isUnlistening else { return }
+        isUnlistening = false
+        if phase == .rejoining { return goOnIfQuiet(&actions) }
+        guard let attempt = owedRetraction, let source else { return }
+        owedRetraction = nil
+        send(.retracted(attempt: attempt), to: source, &actions)
+    }
+
     // MARK: The channel for requested pages
 
     /// A visitor's first bytes are neither a stream's nor a greeting.
@@ -126,7 +159,8 @@ extension DestinationCore {
         urgent.remove(connection)
         actions.append(.close(connection))
         let sentence = "its channel for requested pages is lost: \(reason)"
-        if isBound { losePull(sentence, &actions) } else { fail("the source is lost: \(sentence)", &actions) }
+        if isBound { return losePull(sentence, &actions) }
+        if canKeep { keep(sentence, &actions) } else { fail("the source is lost: \(sentence)", &actions) }
     }
 
     /// Who may become that channel says nothing before the first request, which may never come.
@@ -158,6 +192,8 @@ extension DestinationCore {
 
     /// The connection is of no use any more. The guest runs on as far as its memory is here.
     mutating func losePull(_ reason: String, _ actions: inout [DestinationAction]) {
+        // Nothing more is wanted of it; the guest is started all the same.
+        if pull == .complete { return dropSource(&actions) }
         guard isBound, let source else { return }
         actions.append(.close(source))
         self.source = nil

@@ -27,6 +27,11 @@ extension DestinationCore {
             oldReaders.append(source)
         }
         closeChannels(&actions)
+        unlisten(&actions)
+        closeUrgent(&actions)
+        owedRetraction = nil
+        // It says ADVISE anew.
+        pull = .none
         source = nil
         sourceHears = false
         returnPathIsOpen = false
@@ -107,7 +112,7 @@ extension DestinationCore {
 
     /// Nothing of the old connection is under way any more: the new one's RAM may come.
     mutating func goOnIfQuiet(_ actions: inout [DestinationAction]) {
-        guard phase == .rejoining, readersHaveEnded, !loadIsUnderWay, let source else { return }
+        guard phase == .rejoining, readersHaveEnded, !loadIsUnderWay, !isUnlistening, let source else { return }
         send(.resumed, to: source, &actions)
         if configuration.acknowledgesSwitchover { send(.switchoverAcknowledged, to: source, &actions) }
         enter(.opened, deadline: configuration.deadlines.idle, &actions)

@@ -32,8 +32,13 @@ extension DestinationCore {
             return outOfTurn("RETRACT", &actions)
         }
         switch phase {
-        case .loading: retraction = attempt
+        case .loading:
+            retraction = attempt
+            // It may be waiting for a page that does not come any more.
+            unlisten(&actions)
         case .ready: reopen(attempt, &actions)
+        // Only to forget what was out of date then.
+        case .receiving where pull >= .discarding: reopen(attempt, &actions)
         default: outOfTurn("RETRACT", &actions)
         }
     }
@@ -52,8 +57,11 @@ extension DestinationCore {
         guestState = nil
         committed = nil
         rootIsSame = false
-        send(.retracted(attempt: attempt), to: source, &actions)
         phase = .receiving
         expectMore(&actions)
+        report(.active, &actions)
+        unlisten(&actions)
+        guard !isUnlistening else { return owedRetraction = attempt }
+        send(.retracted(attempt: attempt), to: source, &actions)
     }
 }

@@ -5,7 +5,7 @@ import MigrationStream
 extension DestinationCore {
     mutating func take(_ item: StreamItem, from connection: ConnectionID, _ actions: inout [DestinationAction]) {
         guard connection == source else { return visit(connection, item, &actions) }
-        if pull == .running { return takeBehindRun(item, &actions) }
+        if pull >= .running { return takeBehindRun(item, &actions) }
         guard phase < .starting else { return }
         expectMore(&actions)
         switch item {
@@ -13,7 +13,7 @@ extension DestinationCore {
         case .command(let command): take(command, &actions)
         case .ramSetup: ramSetup(&actions)
         case .ramRound, .page, .zeroPage, .pageDelta, .pageBatch:
-            guard phase == .receiving, !ramIsComplete, pull < .discarding else { return outOfTurn("RAM", &actions) }
+            guard takesRAM || takesRequestedPages else { return outOfTurn("RAM", &actions) }
             memoryWasTouched = true
             rootIsSame = false
         case .multifdFlush:
@@ -22,6 +22,7 @@ extension DestinationCore {
                 let remedy = "set the capability multifd and multifd-channels here before migrate-incoming"
                 return fail("the source sends over several channels (multifd); \(remedy)", &actions)
             }
+        case .ramSectionEnded(.end) where pull >= .discarding: outOfTurn("the end of its RAM", &actions)
         case .ramSectionEnded(let type): if type == .end { ramIsComplete = true }
         case .device(let head, let body): take(head, body, &actions)
         case .inferredSection(let head, _, _): outOfTurn("section '\(head.name)'", &actions)
@@ -34,6 +35,8 @@ extension DestinationCore {
         case .ramRecordsEnded, .vmDescription, .mappedBlock: break
         }
     }
+
+    private var takesRAM: Bool { phase == .receiving && !ramIsComplete && pull < .discarding }
 
     mutating func outOfTurn(_ what: String, _ actions: inout [DestinationAction]) {
         fail("the source sent \(what) out of turn", &actions)
@@ -64,7 +67,9 @@ extension DestinationCore {
         case .switchoverStart: break
         case .begin(let migration, let chosen): begin(migration, chosen, &actions)
         case .prepare:
-            guard rule == .twoPhase else { return outOfTurn("PREPARE", &actions) }
+            guard rule == .twoPhase, pull <= .advised || pull == .packaged else {
+                return outOfTurn("PREPARE", &actions)
+            }
             guard mayLoad(&actions) else { return }
             load(&actions)
         case .commit:
@@ -116,6 +121,11 @@ extension DestinationCore {
         guard !chosen.contains(.verification) || chosen.isSuperset(of: [.twoPhaseHandover, .pageBatches]) else {
             return fail("the source chose digests without page batches and the two-phase handover", &actions)
         }
+        let handover: FeatureSet = [.twoPhaseHandover, .retraction]
+        guard !chosen.contains(.postcopy) || chosen.isSuperset(of: handover) && !chosen.contains(.verification) else {
+            return fail(
+                "the source chose postcopy without a handover that can be taken back, or with digests", &actions)
+        }
         self.migration = migration
         features = chosen
         if chosen.contains(.verification) { actions.append(.verify(migration)) }
@@ -166,7 +176,9 @@ extension DestinationCore {
     /// The source says that it sent everything: only complete state is loaded, and all of it at once.
     mutating func load(_ actions: inout [DestinationAction]) {
         guard phase == .receiving else { return outOfTurn("the end of its state", &actions) }
-        guard ramIsComplete || pull == .listening || features.contains(.retraction) else {
+        // What was forgotten may only be missing where it is waited for.
+        let isWhole = pull == .discarding ? false : ramIsComplete
+        guard isWhole || pull == .listening || features.contains(.retraction) else {
             return fail("the source ended its state before its RAM", &actions)
         }
         let missing = configuration.sections.filter { wanted in
@@ -179,6 +191,7 @@ extension DestinationCore {
         memoryWasTouched = true
         loadIsUnderWay = true
         actions.append(.loadState(sections))
-        enter(.loading, deadline: configuration.deadlines.localWork, &actions)
+        // Who loads may wait for a page as long as a lost source stays away.
+        enter(.loading, deadline: pull == .listening ? nil : configuration.deadlines.localWork, &actions)
     }
 }

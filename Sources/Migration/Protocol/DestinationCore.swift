@@ -100,6 +100,12 @@ public struct DestinationCore: Sendable {
     var packageHasCome = false
     /// Why the source is lost, though RUN was said.
     var pullLoss: String?
+    /// Memory is being given up to the source again, as if nothing had been discarded.
+    var isUnlistening = false
+    /// Whom to answer then: the attempt that is taken back.
+    var owedRetraction: UInt32?
+    /// What is being loaded will not be used, and may miss pages.
+    var loadIsVoid = false
     /// Channels for requested pages.
     var urgent: Set<ConnectionID> = []
     /// When READY was said, at the latest.
@@ -150,6 +156,7 @@ public struct DestinationCore: Sendable {
         case .cameForUrgentPages(let connection): cameForUrgentPages(connection, &actions)
         case .urgentEnded(let connection): urgentEnded(connection, &actions)
         case .pullEnded(let missing): pullEnded(missing: missing, &actions)
+        case .unlistened: unlistened(&actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
         case .rejected(let connection, let reason): rejected(connection, reason, &actions)
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
@@ -159,6 +166,7 @@ public struct DestinationCore: Sendable {
         case .pagesFailed(let reason):
             if phase < .starting { fail(reason, &actions) } else { losePull(reason, &actions) }
         case .stateLoaded(let nanoseconds): stateLoaded(nanoseconds, &actions)
+        case .loadFailed where loadIsVoid: stateLoaded(0, &actions)
         case .loadFailed(let reason):
             loadIsUnderWay = false
             fail(reason, &actions)

@@ -205,6 +205,8 @@ public enum SourceEvent: Hashable, Sendable {
     case startPostcopy
     case urgentChannelOpened
     case urgentChannelFailed(String)
+    /// It was open, and is of no use any more.
+    case urgentChannelLost(String)
     /// DISCARD of all that is still to come is in the kernel's hands.
     case discardsSent
     /// All of the package is in the kernel's hands; or not all: its last bytes never left.
@@ -275,8 +277,13 @@ public enum SourceAction: Hashable, Sendable {
     /// These bytes, behind all sent before. Requests for pages count from here on. -> `packageSent`, `packageCut`; also when the
     /// connection is lost, before or after `disconnected`.
     case sendPackage([UInt8])
+    /// Send what is asked for, and nothing else, until there is something else to say. It has no answer.
+    case serveRequests
     /// Send what is asked for, and between that everything else, once each. Tracking is over. -> `pagesServed`, or `disconnected`.
     case servePages
+    /// The guest did not move after all: what DISCARD named is dirty again, sent or not, and what is remembered of what the destination has
+    /// (differences, compression) begins empty. Nobody may ask for pages, and the channel for them is closed. Before anything is collected.
+    case takeBackPages
     /// -> `flushed`, or `disconnected`.
     case flush
     /// Close once what is queued has left, without waiting for a peer that takes nothing. -> `closed`.
@@ -374,6 +381,8 @@ public enum DestinationEvent: Hashable, Sendable {
     case urgentEnded(ConnectionID)
     /// Pages that are still missing, as an answer to `finishPull`.
     case pullEnded(missing: UInt64)
+    /// The answer to `unlisten`.
+    case unlistened
     /// What the decoder of that connection found. Page records need not come here as long as
     /// ``DestinationCore/acceptsPages(on:)``: the shell applies them by itself.
     case item(ConnectionID, StreamItem)
@@ -434,6 +443,9 @@ public enum DestinationAction: Hashable, Sendable {
     case finishPull(waits: Bool)
     /// Memory is not watched any more, whatever is missing: the guest will not run here.
     case endPostcopy
+    /// The same, but the migration goes on as if nothing had been discarded: whoever waits for a page finds zeroes. Those connections, which
+    /// were closed, may have brought pages: nothing of it may be placed after the answer. -> `unlistened`, `pagesFailed`.
+    case unlisten([ConnectionID])
     /// The guest runs on with pages missing: the reason, one sentence.
     case pullPaused(String)
     /// All device state, complete and in the order of the stream; `globalstate` is not in it. -> `stateLoaded`,

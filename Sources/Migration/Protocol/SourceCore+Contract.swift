@@ -86,6 +86,7 @@ extension SourceCore {
         case .finalSending: breakOff("the last pages were not sent in time", owing: .round, &actions)
         case .confirming: breakOff("the destination did not take the last pages in time", &actions)
         case .savingState: breakOff("saving the state took too long", owing: .state, &actions)
+        case .discarding: breakOff("the state was not on its way in time", owing: .package, &actions)
         case .preparing: breakOff("the destination was not ready in time", &actions)
         default: break
         }
@@ -102,18 +103,25 @@ extension SourceCore {
         case .stop: configuration.switchover.costs.learn(.stop, atLeast: now - partBegan)
         case .collect: configuration.switchover.costs.learn(.collect, atLeast: now - partBegan)
         case .state: configuration.switchover.costs.learn(.state, atLeast: now - partBegan)
+        case .package: break
         case .round: actions.append(.interruptRound)
         case .nothing: if wasPreparing { configuration.switchover.costs.learn(.load, atLeast: now - partBegan) }
         }
-        if wasPreparing, features.contains(.retraction) {
-            let attempt = attempt
-            send(&actions) { $0.command(.retract(attempt: attempt)) }
-            return enter(.retracting, deadline: configuration.deadlines.ready, &actions)
+        if wasPreparing || pagesAreHandedOver && owing == .nothing, features.contains(.retraction) {
+            return retract(&actions)
         }
         guard owing != .nothing else { return goOn(&actions) }
         awaited = owing
         let deadlines = configuration.deadlines
-        enter(.breakingOff, deadline: owing == .round ? deadlines.stall : deadlines.localWork, &actions)
+        let isForPeer = owing == .round || owing == .package
+        enter(.breakingOff, deadline: isForPeer ? deadlines.stall : deadlines.localWork, &actions)
+    }
+
+    private mutating func retract(_ actions: inout [SourceAction]) {
+        closeRAMSection(&actions)
+        let attempt = attempt
+        send(&actions) { $0.command(.retract(attempt: attempt)) }
+        enter(.retracting, deadline: configuration.deadlines.ready, &actions)
     }
 
     /// - Precondition: the right to run is here.
@@ -123,6 +131,10 @@ extension SourceCore {
             reason: reason)
         actions.append(.resumeGuest)
         stopWasAsked = false
+        if isPostcopy {
+            brokenMoves += 1
+            restsBeforeMove = true
+        }
         endStandstill(&actions)
         configuration.switchover.brokeOff()
         actions.append(.brokeOff(broken))
@@ -133,7 +145,8 @@ extension SourceCore {
     mutating func settleOwed(_ owed: Awaited, _ actions: inout [SourceAction]) {
         guard phase == .breakingOff, awaited == owed else { return }
         awaited = nil
-        goOn(&actions)
+        // The destination began to forget.
+        if pagesAreHandedOver { retract(&actions) } else { goOn(&actions) }
     }
 
     /// RETRACTED: the destination waits for RAM again.
@@ -163,6 +176,7 @@ extension SourceCore {
 
     private mutating func goOn(_ actions: inout [SourceAction]) {
         closeRAMSection(&actions)
+        takeBackPages(&actions)
         collect(&actions)
     }
 

@@ -58,8 +58,8 @@ extension SourceCore {
     // MARK: State
 
     mutating func stateSaved(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
-        if phase == .breakingOff { return settleOwed(.state, &actions) }
-        if phase == .discarding { return stateSavedForPackage(saved, &actions) }
+        if phase == .breakingOff, awaited != .package { return settleOwed(.state, &actions) }
+        if phase == .discarding || phase == .breakingOff { return stateSavedForPackage(saved, &actions) }
         guard phase == .savingState else { return answeredLate(.state) }
         endPart(.state)
         if isTooLate() { return breakOff("saving the state took too long", &actions) }
@@ -145,7 +145,9 @@ extension SourceCore {
         giveUpRightToRun(&actions)
         if features.contains(.retraction) {
             let attempt = attempt
+            closeRAMSection(&actions)
             send(&actions) { $0.command(.commitWithin(attempt: attempt, nanoseconds: left)) }
+            if isPostcopy { serveRequests(&actions) }
         } else {
             send(&actions) { $0.command(.commit) }
             sendEnd(&actions)
@@ -202,11 +204,14 @@ extension SourceCore {
     private mutating func endlessTalk(_ actions: inout [SourceAction]) {
         let reason = "the destination goes on answering what it was not asked"
         if isResuming { return pause(reason, &actions) }
+        // In postcopy nothing else would end it.
+        if (.packageLeaving...SourcePhase.pulledWhole).contains(phase) { return postcopyLost(reason, &actions) }
         retreat(.failed(reason), farewell: reason, &actions)
     }
 
     private mutating func answered(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {
         switch message {
+        case .started where isPostcopy: startedBeforeMemory(&actions)
         case .started where rule == .twoPhase:
             if features.contains(.retraction) {
                 endRAM(&actions)

@@ -21,11 +21,11 @@ extension SourceCore {
         case .oneWay:
             return
                 "postcopy-ram: nobody answers on this transport, so pages could not be asked for; turn the capability off"
-        // The one place to change once a Godwit takes what this one sends.
+        case .twoPhase where features.isSuperset(of: [.postcopy, .twoPhaseHandover, .retraction]): return nil
         case .twoPhase:
             return
-                "postcopy-ram: the destination is a Godwit, and between two Godwits memory cannot follow its guest yet; "
-                + "turn the capability off"
+                "postcopy-ram: the destination is a Godwit where it is not set; set the capability there, before it listens, or turn it "
+                + "off here"
         }
     }
 
@@ -65,6 +65,13 @@ extension SourceCore {
         retreat(.failed(sentence), farewell: nil, &actions)
     }
 
+    mutating func urgentChannelLost(_ reason: String, _ actions: inout [SourceAction]) {
+        let sentence = "the channel for requested pages: \(reason)"
+        // A destination that takes a late start back closes it as well: what it says tells.
+        guard phase != .committed else { return lossDuringPackage = lossDuringPackage ?? sentence }
+        disconnected(sentence, &actions)
+    }
+
     // MARK: The operator's word
 
     mutating func startPostcopy(_ actions: inout [SourceAction]) {
@@ -88,6 +95,7 @@ extension SourceCore {
     /// After a collect, instead of a decision: the guest stops as soon as it can, however much is left.
     mutating func switchToPostcopy(_ actions: inout [SourceAction]) {
         if configuration.postcopy?.usesUrgentChannel == true, !urgentChannelIsOpen {
+            openUrgentChannel(&actions)
             return enter(.openingUrgentChannel, deadline: configuration.deadlines.connect, &actions)
         }
         // What stands in socket buffers would stand before the package.
@@ -96,15 +104,23 @@ extension SourceCore {
         stopWasAsked = true
         actions.append(.stopGuest)
         beginStandstill(&actions)
-        // Another attempt would find the same: what is left of RAM does not count, and device state is what it is.
-        suspendContract(&actions)
+        // What is left of RAM does not count, and device state is what it is: another attempt will not find much else.
+        if rule != .twoPhase || brokenMoves >= Self.boundMoves { suspendContract(&actions) }
         enter(.stoppingGuest, deadline: configuration.deadlines.localWork, &actions)
     }
+
+    /// So many attempts are held to the downtime limit, where a destination can take a start back.
+    private static let boundMoves = 4
+
+    /// After a collect.
+    var mayMoveNow: Bool { postcopyIsWanted && !mustAwaitAcknowledgement && !restsBeforeMove }
 
     // MARK: The package
 
     /// The last dirty pages are known.
     mutating func beginDiscarding(_ actions: inout [SourceAction]) {
+        attempt &+= 1
+        pagesAreHandedOver = true
         actions.append(.sendDiscards)
         actions.append(.saveState)
         discardsAreSent = false
@@ -113,13 +129,13 @@ extension SourceCore {
     }
 
     mutating func discardsSent(_ actions: inout [SourceAction]) {
-        guard phase == .discarding else { return }
+        guard phase == .discarding || awaited == .package else { return }
         discardsAreSent = true
         sendPackage(&actions)
     }
 
     mutating func stateSavedForPackage(_ saved: [DeviceSection], _ actions: inout [SourceAction]) {
-        endPart(.state)
+        if phase == .discarding { endPart(.state) }
         sections = saved + [GlobalState(runState: guestWasRunning ? "running" : "paused").section]
         if let reason = unsendable { return retreat(.failed(reason), farewell: nil, &actions) }
         var package = StreamWriter()
@@ -127,8 +143,10 @@ extension SourceCore {
         for (index, entry) in describedSections.enumerated() {
             package.deviceSection(entry.section, id: Self.ramSectionID + 1 + UInt32(index), layout: entry.layout)
         }
-        pongsAwaited += 1
-        package.command(.ping(Self.packagePing))
+        if rule == .qemu {
+            pongsAwaited += 1
+            package.command(.ping(Self.packagePing))
+        }
         package.command(.postcopy(.run))
         guard package.bytes.count <= StreamLimit.packageBytes else {
             let reason =
@@ -143,13 +161,13 @@ extension SourceCore {
     /// DISCARD is in the kernel's hands, and the state is known: the one place where a guest is let go before its memory.
     private mutating func sendPackage(_ actions: inout [SourceAction]) {
         guard discardsAreSent, let state = packagedState else { return }
+        if phase == .breakingOff { return settleOwed(.package, &actions) }
         packagedState = nil
+        if rule == .twoPhase { return prepareMove(state, &actions) }
         ping(Self.discardPing, &actions)
         mayRun = false
         actions.append(.giveUpRightToRun)
-        var writer = StreamWriter()
-        writer.command(.postcopy(.packaged(byteCount: UInt32(state.count))))
-        actions.append(.sendPackage(writer.bytes + state))
+        actions.append(.sendPackage(packaged(state)))
         // The guest may ask for pages at once.
         ramSectionIsOpen = true
         send(&actions) { $0.ramRound(final: false, id: Self.ramSectionID) }
@@ -157,17 +175,65 @@ extension SourceCore {
         enter(.packageLeaving, deadline: configuration.deadlines.acknowledgement, &actions)
     }
 
+    private func packaged(_ state: [UInt8]) -> [UInt8] {
+        var writer = StreamWriter()
+        writer.command(.postcopy(.packaged(byteCount: UInt32(state.count))))
+        return writer.bytes + state
+    }
+
     mutating func packageSent(_ actions: inout [SourceAction]) {
         guard phase == .packageLeaving else { return }
         enter(.pulled, deadline: packageArrived ? nil : configuration.deadlines.acknowledgement, &actions)
+        if let reason = refusalDuringPackage { return takeBack(reason, &actions) }
         if let reason = lossDuringPackage { return postcopyLost(reason, &actions) }
         if packageArrived { report(.postcopyActive, &actions) }
     }
 
     /// RUN did not leave: the destination cannot start the guest, ever.
     mutating func packageCut(_ reason: String, _ actions: inout [SourceAction]) {
-        guard phase == .packageLeaving else { return }
+        // Its sender was stuck, so it was given up in doubt: that ends the doubt.
+        let wasGivenUp = phase == .unsettled && isPostcopy && rule == .qemu
+        guard phase == .packageLeaving || wasGivenUp else { return }
         takeBack("\(reason), before the destination had all of the guest's state", &actions)
+    }
+
+    // MARK: Between two Godwits
+
+    /// As in precopy the right to run goes with COMMIT: the package is what PREPARE speaks of, and RUN in it starts nothing. Until then a
+    /// page goes only where the state that is loaded there asks for it: what else went would stand before COMMIT.
+    private mutating func prepareMove(_ state: [UInt8], _ actions: inout [SourceAction]) {
+        if isTooLate() { return breakOff("the state was not on its way in time", &actions) }
+        actions.append(.sendPackage(packaged(state)))
+        send(&actions) { $0.command(.prepare) }
+        serveRequests(&actions)
+        enter(.preparing, deadline: configuration.deadlines.ready, &actions)
+    }
+
+    mutating func serveRequests(_ actions: inout [SourceAction]) {
+        ramSectionIsOpen = true
+        send(&actions) { $0.ramRound(final: false, id: Self.ramSectionID) }
+        actions.append(.serveRequests)
+    }
+
+    /// STARTED: the guest runs there, and nothing of this migration can be taken back any more.
+    mutating func startedBeforeMemory(_ actions: inout [SourceAction]) {
+        packageArrived = true
+        actions.append(.servePages)
+        enter(.pulled, deadline: nil, &actions)
+        report(.postcopyActive, &actions)
+        if let reason = lossDuringPackage { postcopyLost(reason, &actions) }
+    }
+
+    /// The destination watches nothing any more. - Parameter isReconnected: it is another connection, where nothing holds that was open.
+    mutating func takeBackPages(isReconnected: Bool = false, _ actions: inout [SourceAction]) {
+        isPostcopy = false
+        lossDuringPackage = nil
+        guard pagesAreHandedOver || isReconnected && configuration.postcopy != nil else { return }
+        pagesAreHandedOver = false
+        discardsAreSent = false
+        packagedState = nil
+        (urgentChannelIsAsked, urgentChannelIsOpen) = (false, false)
+        actions.append(.takeBackPages)
     }
 
     // MARK: The guest runs there
@@ -182,8 +248,10 @@ extension SourceCore {
         case .pong: break
         case .shut(0) where phase == .pulledWhole: complete(&actions)
         // What it answers comes in order: it did not carry out RUN.
-        case .shut(let value) where value != 0 && !packageArrived && phase > .packageLeaving:
-            takeBack("the destination could not run the guest (SHUT \(value))", &actions)
+        case .shut(let value) where value != 0 && !packageArrived:
+            let reason = "the destination could not run the guest (SHUT \(value))"
+            guard phase > .packageLeaving else { return refusalDuringPackage = reason }
+            takeBack(reason, &actions)
         case .shut(let value):
             postcopyLost("the destination ended the migration before all memory was there (SHUT \(value))", &actions)
         default: postcopyLost("the destination sent a message out of turn", &actions)

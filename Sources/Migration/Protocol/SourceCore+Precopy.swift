@@ -134,8 +134,9 @@ extension SourceCore {
 
     mutating func collected(_ pages: UInt64, _ actions: inout [SourceAction]) {
         switch phase {
-        case .collecting where postcopyIsWanted && !mustAwaitAcknowledgement: switchToPostcopy(&actions)
+        case .collecting where mayMoveNow: switchToPostcopy(&actions)
         case .collecting:
+            restsBeforeMove = false
             switch configuration.switchover.decide(remainingPages: pages) {
             case .iterate: sendRound(final: false, &actions)
             // The destination has not said yet that it is prepared: what changes meanwhile is sent meanwhile.
@@ -150,6 +151,7 @@ extension SourceCore {
             }
         case .finalCollecting where isPostcopy:
             endPart(.collect)
+            if isTooLate() { return breakOff("the last collection took too long", &actions) }
             beginDiscarding(&actions)
         case .finalCollecting:
             endPart(.collect)
@@ -160,7 +162,7 @@ extension SourceCore {
         }
     }
 
-    private var mustAwaitAcknowledgement: Bool {
+    var mustAwaitAcknowledgement: Bool {
         configuration.awaitsSwitchoverAcknowledgement && direction == .bothWays && !switchoverIsAcknowledged
     }
 

@@ -30,9 +30,9 @@ extension SourceCore {
     var waitsForPeer: Bool {
         switch phase {
         case .reopening, .greeting, .resuming, .sendingRound, .finalSending, .draining, .confirming, .retracting,
-            .preparing, .narrowing:
+            .preparing, .narrowing, .discarding:
             true
-        case .breakingOff: awaited == .round
+        case .breakingOff: awaited == .round || awaited == .package
         default: false
         }
     }
@@ -62,6 +62,9 @@ extension SourceCore {
         case .collecting, .finalCollecting: .collect
         case .sendingRound, .finalSending: .round
         case .savingState: .state
+        // Whether DISCARD left does not matter any more.
+        case .discarding: packagedState == nil ? .state : nil
+        case .breakingOff where awaited == .package: packagedState == nil ? .state : nil
         case .breakingOff: awaited
         default: nil
         }
@@ -101,6 +104,8 @@ extension SourceCore {
         guard message == .resumed else { return outOfTurn(message, &actions) }
         isResuming = false
         actions.append(.rewind)
+        takeBackPages(isReconnected: true, &actions)
+        advise(&actions)
         beginRAM(&actions)
         guard awaited != nil else { return collect(&actions) }
         // What was asked before the connection was lost, and never answered.

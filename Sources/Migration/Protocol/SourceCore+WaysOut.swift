@@ -180,6 +180,9 @@ extension SourceCore {
             return doubt("the destination answered SETTLE with something else", &actions)
         }
         switch verdict {
+        case .started where isPostcopy:
+            packageArrived = true
+            pausePostcopy("the connection was lost when the guest was to start at the destination", &actions)
         case .started: complete(&actions)
         case .neverStarted: takeBack("the destination did not start the guest and never will", &actions)
         case .unknown, .invalid: doubt("the destination does not know this migration", &actions)

@@ -143,6 +143,12 @@ public struct SourceCore: Sendable {
     var isPostcopy = false
     var urgentChannelIsAsked = false
     var urgentChannelIsOpen = false
+    /// DISCARD was asked for: all that was dirty then is to follow the guest.
+    var pagesAreHandedOver = false
+    /// Moves of this kind that were broken off.
+    var brokenMoves = 0
+    /// The last one was: let the policy have a moment pass first.
+    var restsBeforeMove = false
     var discardsAreSent = false
     /// What the package will hold.
     var packagedState: [UInt8]?
@@ -150,6 +156,8 @@ public struct SourceCore: Sendable {
     var packageArrived = false
     /// Why the connection is gone, while it is not known yet whether the package had left.
     var lossDuringPackage: String?
+    /// The destination said meanwhile that it will not run the guest.
+    var refusalDuringPackage: String?
     /// How the migration will end once it has retreated, and what the destination hears of it.
     var ending: SourceOutcome?
     var farewell: String?
@@ -159,7 +167,11 @@ public struct SourceCore: Sendable {
     }
 
     /// What the shell of a broken switchover still owes.
-    enum Awaited: Sendable { case stop, collect, round, state, nothing }
+    enum Awaited: Sendable {
+        case stop, collect, round, state, nothing
+        /// DISCARD and the state, as far as they are still to come.
+        case package
+    }
 
     /// Takes one event and returns what to do, in order.
     /// - Parameter now: the moment of the event, in nanoseconds of a clock that never goes back.
@@ -185,6 +197,7 @@ public struct SourceCore: Sendable {
         case .stateSaved(let sections): stateSaved(sections, &actions)
         case .urgentChannelOpened: urgentChannelOpened(&actions)
         case .urgentChannelFailed(let reason): urgentChannelFailed(reason, &actions)
+        case .urgentChannelLost(let reason): urgentChannelLost(reason, &actions)
         case .discardsSent: discardsSent(&actions)
         case .packageSent: packageSent(&actions)
         case .packageCut(let reason): packageCut(reason, &actions)
