@@ -115,7 +115,10 @@ extension IncomingMigration {
             }
             post(.item(id, item))
             guard isOpen(id) else { return false }
-            if item == .command(.postcopy(.listen)) { receiver.placer = try postcopy?.placer() }
+            if item == .command(.postcopy(.listen)) {
+                receiver.placer = try postcopy?.placer()
+                receiver.keepLittleWaiting(targetMicroseconds: pageLatencyTargetMicroseconds)
+            }
         }
         return true
     }
