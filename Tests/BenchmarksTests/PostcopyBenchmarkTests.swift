@@ -99,7 +99,7 @@ struct PostcopyBenchmarkTests {
         let huge = try Self.promise("huge-p99-vs-4k", session).value
         #expect(abs(huge - 1.4) < 1e-9)
         #expect(try Self.promise("total-vs-precopy", session).value == 1.2)
-        #expect(session.promises.allSatisfy(\.holds))
+        #expect(session.promises.allSatisfy { $0.holds })
         #expect(session.resultCells.contains { $0.name == "1 GiB with it" && $0.median("mean-us") == 649_000 })
         #expect(
             PostcopyBenchmark.figure(

@@ -42,20 +42,8 @@ extension IncomingMigration {
     private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool = false) {
         recognized(id)
         do {
-            var receiver: PageReceiver
-            if recovers {
-                guard isOpen(id), let decoder = recoveryDecoder.withLock({ $0 }), waitForEarlierReaders(id) else {
-                    return post(.disconnected(id, "what a lost connection brought is still being placed"))
-                }
-                receiver = PageReceiver(
-                    channel, behind: first, memory: machine.memory, decoder: decoder, received: received,
-                    statistics: statistics)
-                receiver.isCounted = true
-            } else {
-                receiver = PageReceiver(
-                    channel, behind: first, memory: machine.memory, blocks: blocks,
-                    catalogue: machine.sectionCatalogue, received: received, statistics: statistics,
-                    populating: populating)
+            guard var receiver = makeReceiver(channel, id, behind: first, recovers: recovers) else {
+                return post(.disconnected(id, "what a lost connection brought is still being placed"))
             }
             var progress = ProgressTeller()
             var marks = ChannelMarks()
@@ -79,16 +67,10 @@ extension IncomingMigration {
                     post(.item(id, item))
                     receiver.isCounted = acceptsPages(on: id)
                     if receiver.isCounted, !receiver.regions.isEmpty { try readFile(channel, id, receiver.regions) }
+                case .command(.postcopy(let command)):
+                    post(.item(id, item))
+                    guard try read(command, channel, id, &receiver) else { return }
                 // Channels that wrote into a file left nothing to wait for.
-                case .command(.postcopy(.packaged)):
-                    post(.item(id, item))
-                    guard isOpen(id), try readPackage(id, with: &receiver) else { return }
-                case .command(.postcopy(.receiveBitmap(let block))):
-                    post(.item(id, item))
-                    if isRecovering(id) { try tellReceived(block, on: channel) }
-                case .command(.postcopy(.resume)):
-                    post(.item(id, item))
-                    if isOpen(id), !isRecovering(id) { try goOn(id, &receiver) }
                 case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
@@ -122,6 +104,23 @@ extension IncomingMigration {
         } catch {
             post(.disconnected(id, "\(error)"))
         }
+    }
+
+    /// - Returns: `nil` if readers of a lost connection are still at work.
+    private func makeReceiver(
+        _ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool
+    ) -> PageReceiver? {
+        guard recovers else {
+            return PageReceiver(
+                channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
+                received: received, statistics: statistics, populating: populating)
+        }
+        guard isOpen(id), let decoder = recoveryDecoder.withLock({ $0 }), waitForEarlierReaders(id) else { return nil }
+        var receiver = PageReceiver(
+            channel, behind: first, memory: machine.memory, decoder: decoder, received: received,
+            statistics: statistics)
+        receiver.isCounted = true
+        return receiver
     }
 
     /// Pages that stand in the file at places of their own: all at once.

@@ -55,7 +55,7 @@ final class IncomingMigration: Sendable {
     /// Until a listener that lacks descriptors or memory tries again.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     /// How long a connection that says nothing may hold up a source that is no Godwit, once.
-    private static let hearingNanoseconds: UInt64 = 1_000_000_000
+    private static let hearingNanoseconds: UInt64 = 3_000_000_000
     /// How long an arrived guest's process answers where the migration came in.
     private static let answeringNanoseconds: UInt64 = 60_000_000_000
     /// So long lost connections' threads may take to notice.

@@ -106,6 +106,19 @@ extension IncomingMigration {
 
     // MARK: Reading
 
+    /// The core has heard of the command. - Returns: false: the connection goes no further.
+    func read(
+        _ command: PostcopyCommand, _ channel: Channel, _ id: ConnectionID, _ receiver: inout PageReceiver
+    ) throws -> Bool {
+        switch command {
+        case .packaged: return try isOpen(id) && readPackage(id, with: &receiver)
+        case .receiveBitmap(let block): if isRecovering(id) { try tellReceived(block, on: channel) }
+        case .resume: if isOpen(id), !isRecovering(id) { try goOn(id, &receiver) }
+        default: break
+        }
+        return true
+    }
+
     /// The package of a source that switches: all of it is here before any of it counts. - Returns: false: it goes no further.
     func readPackage(_ id: ConnectionID, with receiver: inout PageReceiver) throws -> Bool {
         for item in try receiver.package() {

@@ -34,15 +34,15 @@ final class PostcopySource: Sendable {
     private static let writeBytes = 256 << 10
 
     init(
-        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics, bytesPerSecond: UInt64,
-        pace: BackgroundPace
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
+        _ parameters: MigrationParameters
     ) throws(SystemError) {
         self.memory = memory
         self.blocks = blocks
         described = Mutex(blocks)
         self.statistics = statistics
-        pacer = Pacer(bytesPerSecond: bytesPerSecond)
-        self.pace = pace
+        pacer = Pacer(bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
+        pace = BackgroundPace(targetMicroseconds: parameters.pageLatencyTargetMicroseconds)
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
