@@ -59,6 +59,7 @@ extension IncomingMigration {
         let postcopy = try IncomingPostcopy(
             machine.memory,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
+            guestThreads: pageLatencyTargetMicroseconds > 0 ? machine.cpuThreadIDs : nil,
             quiet: { [populating] in populating.close() },
             request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
         postcopies.withLock { $0 = postcopy }
@@ -135,6 +136,7 @@ extension IncomingMigration {
                     post(.cameForUrgentPages(id))
                     guard isOpen(id) else { return }
                     HostThread.renameCurrent("postcopy-recv-1")
+                    if pageLatencyTargetMicroseconds > 0 { _ = HostThread.runBeforeOthers() }
                     isAdmitted = true
                 }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }

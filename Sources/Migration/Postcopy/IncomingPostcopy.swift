@@ -17,6 +17,8 @@ final class IncomingPostcopy: Sendable {
     /// Ends populating ahead, once.
     private let quiet: @Sendable () -> Void
     private let failed: @Sendable (String) -> Void
+    /// Threads of the guest, which are to go on at once when their page is here; `nil`: nobody is in a hurry.
+    private let guestThreads: [Int32]?
 
     private struct State {
         var isQuiet = false
@@ -29,15 +31,18 @@ final class IncomingPostcopy: Sendable {
 
     /// - Parameters:
     ///   - blockTime: if that is to be measured.
+    ///   - guestThreads: the kernel's ids; `nil`: requested pages have no precedence in this host.
     ///   - quiet: called before the first page is forgotten; then nothing but this puts memory behind blocks.
     ///   - request: asks the source, from the thread that heard of the faults.
     ///   - failed: the watch over memory failed: one sentence.
     /// - Throws: `SystemError` with the remedy where userfaultfd cannot be had.
     init(
-        _ memory: GuestMemory, blockTime: BlockTime?, quiet: @escaping @Sendable () -> Void,
+        _ memory: GuestMemory, blockTime: BlockTime?, guestThreads: [Int32]? = nil,
+        quiet: @escaping @Sendable () -> Void,
         request: @escaping @Sendable ([PageRequest]) -> Void, failed: @escaping @Sendable (String) -> Void
     ) throws(SystemError) {
         self.memory = memory
+        self.guestThreads = guestThreads
         self.quiet = quiet
         self.failed = failed
         pending = try PendingPages(memory, blockTime: blockTime)
@@ -90,7 +95,10 @@ final class IncomingPostcopy: Sendable {
             try faults.register(block.mapping, 0..<Int(block.byteCount), .missing)
             block.expect(pending.blocks[index])
         }
+        guestThreads?.forEach { HostThread.takeShortTurns($0, true) }
         let thread = try HostThread(name: "fault-1") { [self] in
+            // What it does is short, and somebody waits.
+            if guestThreads != nil { _ = HostThread.runBeforeOthers() }
             do throws(SystemError) { try server.run() } catch {
                 // A fault may be heard of and memory not be watched any more: whoever waited there was woken.
                 if state.withLock({ $0.isWatching }) { failed("the watch over missing pages: \(error)") }
@@ -131,6 +139,7 @@ final class IncomingPostcopy: Sendable {
             block.expect(nil)
             block.allowHugePages(true)
         }
+        guestThreads?.forEach { HostThread.takeShortTurns($0, false) }
         server.end()
         thread?.join()
     }

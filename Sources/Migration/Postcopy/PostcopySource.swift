@@ -116,7 +116,7 @@ final class PostcopySource: Sendable {
         guard let pages = pages.withLock({ $0 }), urgent.withLock({ $0 == nil }) else { return }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var sender = BackgroundSender(pages, requests, records, pacer, servesRequests: true)
+        var sender = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: true)
         try sender.runRequests(over: channel, sent: count, mustEnd: mustEnd)
     }
 
