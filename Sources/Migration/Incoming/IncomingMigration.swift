@@ -14,6 +14,7 @@ final class IncomingMigration: Sendable {
     private let listener: Listener
     let mapped: MappedRAMReader.Plan
     let measuresBlockTime: Bool
+    let pageLatencyTargetMicroseconds: UInt64
     let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
     let blocks: [RAMBlockDescription]
@@ -59,13 +60,15 @@ final class IncomingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
-        capabilities: Set<MigrationCapability>, multifdChannels: Int?, tls: TLSSettings?, allowsPlaintext: Bool,
-        descriptors: @escaping DescriptorResolver, mapped: MappedRAMReader.Plan,
+        capabilities: Set<MigrationCapability>, parameters: MigrationParameters, multifdChannels: Int?,
+        tls: TLSSettings?, allowsPlaintext: Bool, descriptors: @escaping DescriptorResolver,
+        mapped: MappedRAMReader.Plan,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
         self.mapped = mapped
+        pageLatencyTargetMicroseconds = parameters.pageLatencyTargetMicroseconds
         measuresBlockTime = capabilities.contains(.postcopyBlocktime)
         do throws(ChannelError) {
             listener = try Listener(

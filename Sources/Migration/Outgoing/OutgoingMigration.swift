@@ -125,7 +125,8 @@ final class OutgoingMigration: Sendable {
                 ? nil
                 : try PostcopySource(
                     machine.memory, blocks: blocks, statistics: statistics,
-                    bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
+                    bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond,
+                    pace: BackgroundPace(targetMicroseconds: parameters.pageLatencyTargetMicroseconds))
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
                 mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,
@@ -159,6 +160,7 @@ final class OutgoingMigration: Sendable {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         sender.postcopy?.pacer.bytesPerSecond = parameters.maxPostcopyBandwidthBytesPerSecond
+        sender.postcopy?.pace.targetMicroseconds = parameters.pageLatencyTargetMicroseconds
         convergence.update(parameters)
         post(.setBandwidthLimit(bytesPerSecond: parameters.bandwidthLimit))
         let available = parameters.availableSwitchoverBytesPerSecond

@@ -59,6 +59,7 @@ extension IncomingMigration {
         let postcopy = try IncomingPostcopy(
             machine.memory, machine.accelerator,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
+            guestThreads: pageLatencyTargetMicroseconds > 0 ? machine.cpuThreadIDs : nil,
             quiet: { [populating] in populating.close() },
             request: { [weak self] in self?.ask(for: $0) }, hugeShare: { [statistics] in statistics.isHuge($0) },
             failed: { [weak self] in self?.post(.pagesFailed($0)) })
@@ -112,7 +113,10 @@ extension IncomingMigration {
             if item == .command(.postcopy(.listen)) { postcopySource.withLock { $0 = id } }
             post(.item(id, item))
             guard isOpen(id) else { return false }
-            if item == .command(.postcopy(.listen)) { receiver.placer = try postcopy?.placer() }
+            if item == .command(.postcopy(.listen)) {
+                receiver.placer = try postcopy?.placer()
+                receiver.keepLittleWaiting(targetMicroseconds: pageLatencyTargetMicroseconds)
+            }
         }
         return true
     }
@@ -133,6 +137,7 @@ extension IncomingMigration {
                     post(.cameForUrgentPages(id))
                     guard isOpen(id) else { return }
                     HostThread.renameCurrent("postcopy-recv-1")
+                    if pageLatencyTargetMicroseconds > 0 { _ = HostThread.runBeforeOthers() }
                     isAdmitted = true
                 }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }

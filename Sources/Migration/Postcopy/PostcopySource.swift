@@ -16,6 +16,7 @@ final class PostcopySource: Sendable {
     private let current = Mutex(PageRequests())
     /// Of all pages that nobody asked for (`max-postcopy-bandwidth`).
     let pacer: Pacer
+    let pace: BackgroundPace
     private let memory: GuestMemory
     private let blocks: [RAMBlockDescription]
     private let statistics: OutgoingStatistics
@@ -31,13 +32,15 @@ final class PostcopySource: Sendable {
     private static let writeBytes = 256 << 10
 
     init(
-        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics, bytesPerSecond: UInt64
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics, bytesPerSecond: UInt64,
+        pace: BackgroundPace
     ) throws(SystemError) {
         self.memory = memory
         self.blocks = blocks
         described = Mutex(blocks)
         self.statistics = statistics
         pacer = Pacer(bytesPerSecond: bytesPerSecond)
+        self.pace = pace
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
@@ -122,7 +125,7 @@ final class PostcopySource: Sendable {
         guard let pages = pages.withLock({ $0 }), urgent.withLock({ $0 == nil }) else { return }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var sender = BackgroundSender(pages, requests, records, pacer, servesRequests: true)
+        var sender = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: true)
         try sender.runRequests(over: channel, sent: count, mustEnd: mustEnd)
     }
 
@@ -133,7 +136,7 @@ final class PostcopySource: Sendable {
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var rest = BackgroundSender(pages, requests, records, pacer, servesRequests: urgent == nil)
+        var rest = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: urgent == nil)
         let all = try rest.run(over: channel, sent: count, mustEnd: mustEnd)
         if all {
             requests.close()
