@@ -51,12 +51,11 @@ struct BackgroundSender: ~Copyable {
                 continue
             }
             if let latest = requests.takePlace() { place = latest }
-            let limit = UInt64(
-                pacer.batchBytes(most: pace.batchBytes, withinMicroseconds: pace.targetMicroseconds) / 4096)
-            let batch = pages.take(from: &place, limit: limit)
+            let limit = pagesAtOnce
+            let batch = pages.take(from: &place, limit: UInt64(limit))
             // Others may have taken the last ones just now.
             guard let first = batch.first else { continue }
-            if first.pageCount > limit {
+            if first.pageCount > UInt64(limit) {
                 guard try sendWhole(first, over: channel, sent, mustEnd: mustEnd) else { return false }
                 continue
             }
@@ -67,6 +66,10 @@ struct BackgroundSender: ~Copyable {
             sent(written, first)
         }
         return false
+    }
+
+    private var pagesAtOnce: Int {
+        pacer.batchBytes(most: pace.batchBytes, withinMicroseconds: pace.targetMicroseconds) / 4096
     }
 
     /// A page of the destination's memory that is many of the stream's: nothing may stand between them, a requested page neither.
@@ -83,8 +86,7 @@ struct BackgroundSender: ~Copyable {
                 requests.pause(nanoseconds: min(due, Self.lookNanoseconds), forPiece: false)
                 continue
             }
-            let pages = pacer.batchBytes(most: pace.batchBytes, withinMicroseconds: pace.targetMicroseconds) / 4096
-            let end = min(start.advanced(by: pages), piece.pages.upperBound)
+            let end = min(start.advanced(by: pagesAtOnce), piece.pages.upperBound)
             let part = OutgoingPages.Piece(block: piece.block, pages: start..<end)
             let written = try records.send([part], to: channel)
             let now = Clock.monotonicNanoseconds

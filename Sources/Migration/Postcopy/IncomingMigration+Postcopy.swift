@@ -9,7 +9,7 @@ import Transport
 
 extension IncomingMigration {
     /// Whether pages of a guest that runs here are missing.
-    var isPulling: Bool { [.postcopyActive, .postcopyPaused].contains(info().status) }
+    var isPulling: Bool { [.postcopyActive, .postcopyPaused, .postcopyRecover].contains(info().status) }
 
     var postcopy: IncomingPostcopy? { postcopies.withLock { $0 } }
 
@@ -110,7 +110,10 @@ extension IncomingMigration {
     /// The package of a source that switches: all of it is here before any of it counts. - Returns: false: it goes no further.
     func readPackage(_ id: ConnectionID, with receiver: inout PageReceiver) throws -> Bool {
         for item in try receiver.package() {
-            if item == .command(.postcopy(.listen)) { postcopySource.withLock { $0 = id } }
+            if item == .command(.postcopy(.listen)) {
+                postcopySource.withLock { $0 = id }
+                recoveryDecoder.withLock { $0 = receiver.decoderForRecovery }
+            }
             post(.item(id, item))
             guard isOpen(id) else { return false }
             if item == .command(.postcopy(.listen)) {
@@ -130,6 +133,7 @@ extension IncomingMigration {
                 received: received,
                 statistics: statistics)
             receiver.isCounted = true
+            var progress = ProgressTeller()
             var isAdmitted = false
             while let item = try receiver.next() {
                 // Not before its first record makes sense: there is no greeting, and a stranger's noise must not cost the migration.
@@ -148,6 +152,7 @@ extension IncomingMigration {
                     receiver.placer = try postcopy.placer()
                 }
                 try receiver.place(item)
+                if progress.isDue() { post(.progressed(id)) }
                 guard isOpen(id) else { return }
             }
             post(

@@ -51,15 +51,9 @@ extension OutgoingMigration {
 
     /// A request needs no decision: it goes to who sends pages. - Returns: whether the message was one.
     func tookRequest(_ message: ReturnPathMessage) throws(PageRequests.Refusal) -> Bool {
-        guard let postcopy = sender.postcopy else { return false }
-        switch message {
-        case .postcopy(.requestPages(let request)):
-            try postcopy.add(request)
-            return true
-        // Bytes that nobody takes would follow.
-        case .postcopy(.receivedBitmap(let block, _)): throw .bitmapUnasked(block: block)
-        default: return false
-        }
+        guard case .postcopy(.requestPages(let request)) = message, let postcopy = sender.postcopy else { return false }
+        try postcopy.add(request)
+        return true
     }
 }
 

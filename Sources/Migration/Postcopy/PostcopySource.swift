@@ -19,13 +19,15 @@ final class PostcopySource: Sendable {
     let pace: BackgroundPace
     private let memory: GuestMemory
     private let blocks: [RAMBlockDescription]
-    private let statistics: OutgoingStatistics
+    let statistics: OutgoingStatistics
     /// All pages that were found to be written so far, in any round.
     private let known: [AtomicPages]
-    private let pages = Mutex<OutgoingPages?>(nil)
+    let pages = Mutex<OutgoingPages?>(nil)
     private let urgent = Mutex<UrgentSender?>(nil)
     /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
     private let described: Mutex<[RAMBlockDescription]>
+    /// What the destination says it has, while a connection recovers.
+    let bitmaps = Mutex<ReceivedBitmaps?>(nil)
 
     /// Ranges of one DISCARD, and bytes of one write of them.
     private static let discardRanges = 1024
@@ -204,5 +206,13 @@ final class PostcopySource: Sendable {
     func end() {
         requests.close()
         urgent.withLock { $0 }?.end()
+    }
+
+    /// Another connection is there, and the threads of the one before are gone or going.
+    func startOver() {
+        end()
+        urgent.withLock { $0.take() }?.finish()
+        current.withLock { $0 = PageRequests() }
+        bitmaps.withLock { $0 = ReceivedBitmaps(blocks) }
     }
 }

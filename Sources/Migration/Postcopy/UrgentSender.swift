@@ -39,6 +39,12 @@ final class UrgentSender: Sendable {
                 }
                 isRunning.withLock { $0 = false }
             }
+            // Nothing ever comes back on it but its end, which somebody must notice while nothing is asked for.
+            _ = try HostThread.detached(name: "urgent-watch") { [self] in
+                var words: [UInt8] = []
+                while let count = try? channel.receive(appendingTo: &words, upTo: 64), count > 0 { words = [] }
+                if !requests.isOver { failed(.endOfStream(peer: channel.peer, received: 0, wanted: 1)) }
+            }
         } catch {
             isRunning.withLock { $0 = false }
             throw error
