@@ -125,9 +125,12 @@ struct PostcopyMigration {
 
     private func allowPostcopy(_ source: ChildVM, _ destination: ChildVM, _ cell: PostcopyCell) throws {
         for vm in [source, destination] {
-            try vm.execute(
-                "migrate-set-capabilities", ["capabilities": [["capability": "postcopy-ram", "state": true]]])
-            try vm.execute("migrate-set-parameters", ["x-postcopy-channels": JSON(cell.channels)])
+            let names = ["postcopy-ram", "postcopy-preempt"]
+            let capabilities = names.map { ["capability": .string($0), "state": true] as JSON }
+            try vm.execute("migrate-set-capabilities", ["capabilities": .array(capabilities)])
+            if cell.channels > 1 {
+                try vm.execute("migrate-set-parameters", ["x-postcopy-channels": JSON(cell.channels)])
+            }
         }
         if let cap = cell.capMegabytes {
             try source.execute("migrate-set-parameters", ["max-postcopy-bandwidth": JSON(cap * 1_000_000)])

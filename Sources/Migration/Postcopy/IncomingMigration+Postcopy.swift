@@ -59,6 +59,7 @@ extension IncomingMigration {
         let postcopy = try IncomingPostcopy(
             machine.memory, machine.accelerator,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
+            guestThreads: pageLatencyTargetMicroseconds > 0 ? machine.cpuThreadIDs : nil,
             quiet: { [populating] in populating.close() },
             request: { [weak self] in self?.ask(for: $0) }, hugeShare: { [statistics] in statistics.isHuge($0) },
             failed: { [weak self] in self?.post(.pagesFailed($0)) })
@@ -153,6 +154,7 @@ extension IncomingMigration {
                     post(.cameForUrgentPages(id))
                     guard isOpen(id) else { return }
                     HostThread.renameCurrent("postcopy-recv-1")
+                    if pageLatencyTargetMicroseconds > 0 { _ = HostThread.runBeforeOthers() }
                     isAdmitted = true
                 }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }
