@@ -38,15 +38,14 @@ final class BackgroundPace: Sendable {
     var batchBytes: Int {
         let target = targetMicroseconds
         guard target > 0 else { return Int(Self.writeBytes.lowerBound) }
-        return Int(Self.clamp(Self.worth(bytesPerSecond, nanoseconds: target * 1000), Self.writeBytes))
+        return Int(Self.clamp(Self.worth(bytesPerSecond, nanoseconds: Double(target) * 1000), Self.writeBytes))
     }
 
     /// What may wait in a socket; `nil`: as much as the kernel likes.
     /// - Parameter roundTrip: nanoseconds; less than the link carries meanwhile would be a brake.
     static func socketBytes(targetMicroseconds: UInt64, roundTrip: UInt64, bytesPerSecond: UInt64) -> Int? {
         guard targetMicroseconds > 0 else { return nil }
-        let time = targetMicroseconds.multipliedReportingOverflow(by: 1000).partialValue &+ 2 &* roundTrip
-        let bytes = worth(bytesPerSecond, nanoseconds: time)
+        let bytes = worth(bytesPerSecond, nanoseconds: Double(targetMicroseconds) * 1000 + 2 * Double(roundTrip))
         return bytes > socketBytes.upperBound ? nil : Int(max(bytes, socketBytes.lowerBound))
     }
 
@@ -70,8 +69,8 @@ final class BackgroundPace: Sendable {
 
     private var bytesPerSecond: UInt64 { state.withLock { $0.bytesPerSecond } }
 
-    private static func worth(_ bytesPerSecond: UInt64, nanoseconds: UInt64) -> UInt64 {
-        UInt64(min(Double(bytesPerSecond) * Double(nanoseconds) / 1e9, 1e15))
+    private static func worth(_ bytesPerSecond: UInt64, nanoseconds: Double) -> UInt64 {
+        UInt64(min(Double(bytesPerSecond) * nanoseconds / 1e9, 1e15))
     }
 
     private static func clamp(_ value: UInt64, _ range: ClosedRange<UInt64>) -> UInt64 {
