@@ -29,10 +29,13 @@ extension OutgoingMigration {
     }
 
     private func hold(_ channel: Channel, _ attempt: UInt64, _ postcopy: PostcopySource) throws(ChannelError) {
+        // A later connection's is another one.
+        guard isCurrent(attempt) else { return channel.cancel() }
         do throws(SystemError) {
-            try postcopy.open(channel) { [self] error in
+            try postcopy.open(channel) { [self] error, matters in
+                guard matters() else { return }
                 // What the main connection says tells more, where it says something.
-                if isLost(attempt, answers: true) { post(.urgentChannelLost(error.description)) }
+                if isLost(attempt, answers: true), matters() { post(.urgentChannelLost(error.description)) }
             }
         } catch {
             channel.cancel()

@@ -187,8 +187,10 @@ final class PostcopySource: Sendable {
     }
 
     /// The channel for requested pages is there. Its thread waits for requests.
-    /// - Parameter failed: told why it is of no use any more.
-    func open(_ channel: Channel, failed: @escaping @Sendable (ChannelError) -> Void) throws(SystemError) {
+    /// - Parameter failed: told why it is of no use any more, and whether that still matters when it is asked.
+    func open(
+        _ channel: Channel, failed: @escaping @Sendable (_ reason: ChannelError, _ matters: () -> Bool) -> Void
+    ) throws(SystemError) {
         let sender = UrgentSender(channel, requests, memory: memory, blocks: blocks)
         let (pacer, statistics) = (pacer, statistics)
         try sender.start(

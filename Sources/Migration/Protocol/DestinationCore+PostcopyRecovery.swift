@@ -68,7 +68,7 @@ extension DestinationCore {
     /// The bitmaps themselves are said by who reads the connection.
     mutating func takeInRecovery(_ item: StreamItem, _ actions: inout [DestinationAction]) {
         switch item {
-        case .ramSetup: break
+        case .ramSetup, .ramRecordsEnded, .ramSectionEnded(.start): break
         case .command(.ping(let value)): answer(ping: value, &actions)
         case .command(.postcopy(.receiveBitmap)):
             enter(phase, deadline: configuration.deadlines.acknowledgement, &actions)

@@ -77,6 +77,7 @@ extension SourceCore {
         let sentence = "the channel for requested pages: \(reason)"
         // A destination that takes a late start back closes it as well: what it says tells.
         guard phase != .committed else { return lossDuringPackage = lossDuringPackage ?? sentence }
+        guard ![.retracting, .breakingOff].contains(phase) else { return }
         disconnected(sentence, &actions)
     }
 
