@@ -134,7 +134,7 @@ public struct DestinationCore: Sendable {
         if pull >= .listening {
             return urgent.contains(connection) || connection == source && pull < .complete && !ramIsComplete
         }
-        return phase == .receiving && !ramIsComplete && pull < .discarding
+        return phase == .receiving && !ramIsComplete && pull < .discarding && !isUnlistening
             && (connection == source || channels[connection] != nil)
     }
 
