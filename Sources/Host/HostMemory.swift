@@ -6,6 +6,12 @@ public enum HostMemory {
     /// Physical memory in bytes.
     public static let byteCount = UInt64(sysconf(Int32(_SC_PHYS_PAGES))) * UInt64(sysconf(Int32(_SC_PAGESIZE)))
 
+    /// Whether the kernel makes transparent huge pages at all, if only where it is asked to.
+    public static var hasTransparentHugePages: Bool {
+        let text = (try? Descriptor.contents(of: "/sys/kernel/mm/transparent_hugepage/enabled")) ?? []
+        return !text.isEmpty && !String(decoding: text, as: UTF8.self).contains("[never]")
+    }
+
     /// Processors of this host that are in use.
     public static let processorCount = sysconf(Int32(_SC_NPROCESSORS_ONLN))
 

@@ -64,10 +64,27 @@ public struct MigrationInfo: Sendable, Equatable {
         }
     }
 
-    /// How long vCPUs stood still for pages of postcopy: all at once, and each.
+    /// How long threads stood still for pages of postcopy: all vCPUs at once, each vCPU, and all that are none.
     public struct BlockTime: Sendable, Equatable {
+        /// Waits that are over.
+        public struct Sum: Sendable, Equatable {
+            public private(set) var count: UInt64 = 0
+            public private(set) var nanoseconds: UInt64 = 0
+
+            public init() {}
+
+            mutating func add(_ nanoseconds: UInt64) {
+                count += 1
+                self.nanoseconds += nanoseconds
+            }
+
+            /// 0 of none.
+            public var meanNanoseconds: UInt64 { count == 0 ? 0 : nanoseconds / count }
+        }
+
         public var allNanoseconds: UInt64
-        public var cpuNanoseconds: [UInt64]
+        public var cpus: [Sum]
+        public var others: Sum
     }
 
     /// A switchover that would have broken the downtime limit: the guest ran on at the source.

@@ -8,12 +8,6 @@ import Testing
 
 @testable import Migration
 
-/// Whether the kernel makes transparent huge pages where it is asked to.
-private let hasHugePages: Bool = {
-    let text = (try? Descriptor.contents(of: "/sys/kernel/mm/transparent_hugepage/enabled")) ?? []
-    return !text.isEmpty && !String(decoding: text, as: UTF8.self).contains("[never]")
-}()
-
 private func pages(_ range: Range<UInt64>) -> Range<PageIndex> {
     PageIndex(range.lowerBound)..<PageIndex(range.upperBound)
 }
@@ -22,7 +16,7 @@ private func pages(_ range: Range<UInt64>) -> Range<PageIndex> {
 struct PostcopyHugeTests {
     @Test(
         "what arrived in pages of 4 KiB is huge behind the stream, zeros and all", .timeLimit(.minutes(10)),
-        .enabled(if: hasHugePages, "this host has no transparent huge pages"))
+        .enabled(if: HostMemory.hasTransparentHugePages, "this host has no transparent huge pages"))
     func transparent() async {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 60) {

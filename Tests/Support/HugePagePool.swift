@@ -1,3 +1,4 @@
+import Glibc
 import Host
 public import Testing
 
@@ -10,31 +11,32 @@ public final class HugePagePool: Sendable {
     }
 
     private let path: String
-    private let before: String
+    private let count: Int
 
     /// - Returns: `nil`: this process may not change it, or the host has not as many.
     public init?(_ count: Int, of size: Size) {
         let folder = "/sys/kernel/mm/hugepages/hugepages-\(size.byteCount >> 10)kB"
         // Pages of 2 MiB are made when they are touched; those of 1 GiB must be reserved beforehand.
         path = size == .twoMebibytes ? "\(folder)/nr_overcommit_hugepages" : "\(folder)/nr_hugepages"
-        guard let text = Self.number(at: path), let number = Int(text) else { return nil }
-        before = text
-        guard Self.write("\(number + count)", to: path), let now = Self.number(at: path).flatMap({ Int($0) }) else {
-            return nil
-        }
-        // What came short is given back by `deinit`.
-        guard now >= number + count else { return nil }
+        guard let number = Self.number(at: path), Self.write(number + count, to: path), let now = Self.number(at: path)
+        else { return nil }
+        // What came is given back by `deinit`, also if it came short.
+        self.count = min(count, max(0, now - number))
+        guard self.count == count else { return nil }
     }
 
-    deinit { _ = Self.write(before, to: path) }
-
-    private static func number(at path: String) -> String? {
-        (try? Descriptor.contents(of: path)).map { String(decoding: $0, as: UTF8.self).filter(\.isNumber) }
+    deinit {
+        // Others may have changed it meanwhile: only ours go.
+        if let now = Self.number(at: path) { _ = Self.write(max(0, now - count), to: path) }
     }
 
-    private static func write(_ text: String, to path: String) -> Bool {
-        guard let file = try? Descriptor.open(path, 1) else { return false }
-        return (try? file.writeAll(Array(text.utf8))) != nil
+    private static func number(at path: String) -> Int? {
+        (try? Descriptor.contents(of: path)).flatMap { Int(String(decoding: $0, as: UTF8.self).filter(\.isNumber)) }
+    }
+
+    private static func write(_ number: Int, to path: String) -> Bool {
+        guard let file = try? Descriptor.open(path, O_WRONLY) else { return false }
+        return (try? file.writeAll(Array("\(number)".utf8))) != nil
     }
 
     /// Whether so many can be had at all.

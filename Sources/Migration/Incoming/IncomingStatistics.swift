@@ -46,6 +46,10 @@ final class IncomingStatistics: Sendable {
                 state.info.resumptions += 1
                 state.info.errorDescription = nil
             }
+            if [.postcopyRecover, .postcopyPaused].contains(state.info.status), status == .postcopyActive {
+                state.info.resumptions += 1
+                state.info.errorDescription = nil
+            }
             state.info.status = status
             switch status {
             case .setup:
@@ -67,6 +71,8 @@ final class IncomingStatistics: Sendable {
             }
         }
     }
+
+    func listens(at addresses: [ListeningAddress]) { state.withLock { $0.info.listening = addresses } }
 
     func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
 

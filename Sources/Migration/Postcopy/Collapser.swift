@@ -19,11 +19,13 @@ final class Collapser: Sendable {
         let block: Int
         let pages: Range<PageIndex>
         var failures = 0
+        /// The kernel would not do it as long as the stream goes on.
+        var isForTheEnd = false
     }
 
     private enum Outcome {
         case done
-        case notYet
+        case atTheEnd
         case failed
     }
 
@@ -89,15 +91,19 @@ final class Collapser: Sendable {
             var kept: [Granule] = []
             let began = current
             for var granule in left {
+                guard isDue(granule) else {
+                    kept.append(granule)
+                    continue
+                }
                 guard waitForQuiet() else { return }
                 switch collapse(granule) {
-                case .done: break
-                case .notYet: kept.append(granule)
-                case .failed:
-                    granule.failures += 1
-                    if granule.failures < Self.attempts { kept.append(granule) }
+                case .done: continue
+                case .atTheEnd: granule.isForTheEnd = true
+                case .failed: granule.failures += 1
                 }
+                if granule.failures < Self.attempts { kept.append(granule) }
             }
+            if current == .abandoned { return }
             if began == .behindStream, kept.allSatisfy({ $0.failures == 0 }) { break }
             if kept.count == left.count, !pause(Self.lookNanoseconds) { return }
             left = kept
@@ -111,7 +117,8 @@ final class Collapser: Sendable {
         for (index, split) in splits {
             granules += split.splitUnits.map { Granule(block: index, pages: $0) }
         }
-        for (index, block) in memory.blocks.enumerated() where block.wantsHugePages {
+        let isAllowed = HostMemory.hasTransparentHugePages
+        for (index, block) in memory.blocks.enumerated() where block.wantsHugePages && isAllowed {
             let pages = Self.granuleBytes >> GuestPage.shift
             // Huge pages lie where addresses are multiples of their size.
             let ahead = UInt64(block.mapping.hostAddress(at: 0)) >> GuestPage.shift % pages
@@ -148,26 +155,30 @@ final class Collapser: Sendable {
         return current != .abandoned
     }
 
+    /// All its pages are here.
+    private func isDue(_ granule: Granule) -> Bool {
+        if granule.isForTheEnd, current == .streaming { return false }
+        let record = pending.blocks[granule.block]
+        let (start, end) = (granule.pages.lowerBound, granule.pages.upperBound)
+        return record.expected.nextRun(from: start, before: end, missingFrom: record.placed) == nil
+    }
+
     private func collapse(_ granule: Granule) -> Outcome {
         let block = memory.blocks[granule.block]
-        let record = pending.blocks[granule.block]
-        guard
-            record.expected.nextRun(
-                from: granule.pages.lowerBound, before: granule.pages.upperBound, missingFrom: record.placed) == nil
-        else { return .notYet }
         let began = Clock.monotonicNanoseconds
-        if let split = splits[granule.block] {
-            do throws(SystemError) { try split.makeHuge(granule.pages) } catch { return .failed }
-            _ = pause(min(Clock.monotonicNanoseconds - began, Self.longestRestNanoseconds))
-            return .done
-        }
-        guard let touched = try? block.touchedPages(in: granule.pages) else { return .notYet }
-        let isBehind = current == .behindStream
-        // The kernel fills nothing up while it tells of missing pages: zeroes that cost no memory yet count as missing.
-        if touched < Self.granuleBytes >> GuestPage.shift, !isBehind { return .notYet }
-        // Zeroes alone are worth no huge page.
-        if touched == 0 { return .done }
-        do throws(SystemError) { try block.collapse(granule.pages) } catch { return .failed }
+        do throws(SystemError) {
+            if let split = splits[granule.block] {
+                try split.makeHuge(granule.pages)
+            } else {
+                let isBehind = current == .behindStream
+                let touched = try block.touchedPages(in: granule.pages)
+                // The kernel fills nothing up while it tells of missing pages: zeroes that cost no memory yet count as missing.
+                if touched < UInt64(granule.pages.count), !isBehind { return .atTheEnd }
+                // Zeroes alone are worth no huge page.
+                if touched == 0 { return .done }
+                try block.collapse(granule.pages)
+            }
+        } catch { return .failed }
         // The guest gets as much of the time.
         _ = pause(min(Clock.monotonicNanoseconds - began, Self.longestRestNanoseconds))
         return .done

@@ -22,6 +22,8 @@ final class IncomingPostcopy: Sendable {
     /// Ends populating ahead, once.
     private let quiet: @Sendable () -> Void
     private let failed: @Sendable (String) -> Void
+    /// Threads of the guest, which are to go on at once when their page is here; `nil`: nobody is in a hurry.
+    private let guestThreads: [Int32]?
 
     private enum Watch {
         case notYet
@@ -40,19 +42,21 @@ final class IncomingPostcopy: Sendable {
 
     /// - Parameters:
     ///   - blockTime: if that is to be measured.
+    ///   - guestThreads: the kernel's ids; `nil`: requested pages have no precedence in this host.
     ///   - quiet: called before the first page is forgotten; then nothing but this puts memory behind blocks.
     ///   - request: asks the source, from the thread that heard of the faults.
     ///   - hugeShare: told what share of allocated RAM is huge, once all is here and was made huge as far as it goes.
     ///   - failed: the watch over memory failed: one sentence.
     /// - Throws: `SystemError` with the remedy where userfaultfd cannot be had.
     init(
-        _ memory: GuestMemory, _ accelerator: (any Accelerator)?, blockTime: BlockTime?,
+        _ memory: GuestMemory, _ accelerator: (any Accelerator)?, blockTime: BlockTime?, guestThreads: [Int32]? = nil,
         quiet: @escaping @Sendable () -> Void,
         request: @escaping @Sendable ([PageRequest]) -> Void, hugeShare: @escaping @Sendable (Double) -> Void,
         failed: @escaping @Sendable (String) -> Void
     ) throws(SystemError) {
         self.memory = memory
         self.accelerator = accelerator
+        self.guestThreads = guestThreads
         self.quiet = quiet
         self.failed = failed
         pending = try PendingPages(memory, blockTime: blockTime)
@@ -124,7 +128,10 @@ final class IncomingPostcopy: Sendable {
             block.allowHugePages(true)
         }
         try watched.watchWindows(of: accelerator)
+        guestThreads?.forEach { HostThread.takeShortTurns($0, true) }
         let thread = try HostThread(name: "fault-1") { [self] in
+            // What it does is short, and somebody waits.
+            if guestThreads != nil { _ = HostThread.runBeforeOthers() }
             do throws(SystemError) { try server.run() } catch {
                 // A fault may be heard of and memory not be watched any more: whoever waited there was woken.
                 if state.withLock({ $0.watch == .on }) { failed("the watch over missing pages: \(error)") }
@@ -174,6 +181,7 @@ final class IncomingPostcopy: Sendable {
             block.allowHugePages(true)
         }
         watched.endWindows()
+        guestThreads?.forEach { HostThread.takeShortTurns($0, false) }
         if isComplete {
             collapser.streamEnded()
         } else {

@@ -30,7 +30,7 @@ final class OutgoingPages: Sendable {
     private let wanted: [AtomicPages]
     /// All that was ever found to be written, and holes that were asked for.
     private let known: [AtomicPages]
-    /// All that was to be sent at first, for a guest that does not move after all.
+    /// All that was ever to be sent, for a guest that does not move after all, or another connection; and holes that were asked for.
     private let discarded: [AtomicPages]
     private let left = Atomic<UInt64>(0)
 
@@ -89,6 +89,29 @@ final class OutgoingPages: Sendable {
         }
     }
 
+    /// For another connection: all that was ever wanted and is not there. A page that was not wanted must not come: it is there, and a QEMU
+    /// gives up over it.
+    /// - Parameter received: what the destination has, block by block. Nobody takes anything out of `old` any more.
+    init(_ old: OutgoingPages, without received: [AtomicPages]) throws(SystemError) {
+        indices = old.indices
+        hostPages = old.hostPages
+        known = old.known
+        discarded = old.discarded
+        var wanted: [AtomicPages] = []
+        var count: UInt64 = 0
+        for (discarded, received) in zip(old.discarded, received) {
+            let pages = try AtomicPages(pageCount: discarded.pageCount)
+            var position = PageIndex(0)
+            while let run = discarded.nextRun(from: position, missingFrom: received) {
+                count += pages.insert(run)
+                position = run.upperBound
+            }
+            wanted.append(pages)
+        }
+        self.wanted = wanted
+        left.store(count, ordering: .relaxed)
+    }
+
     /// Pages that nobody has taken.
     var count: UInt64 { left.load(ordering: .acquiring) }
 
@@ -125,7 +148,11 @@ final class OutgoingPages: Sendable {
         for page in start..<end {
             let isData = wanted[block].remove(page)
             guard isData || known[block].insert(page) else { continue }
-            if isData { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+            if isData {
+                left.wrappingSubtract(1, ordering: .acquiringAndReleasing)
+            } else {
+                discarded[block].insert(page)
+            }
             if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
                 pieces[pieces.count - 1] = Piece(
                     block: block, pages: last.pages.lowerBound..<page.advanced(by: 1), isHole: !isData)
@@ -144,6 +171,7 @@ final class OutgoingPages: Sendable {
             if claim(whole, of: block) { return Piece(block: block, pages: whole) }
             guard known[block].insert(whole.lowerBound) else { return nil }
             known[block].insert(whole)
+            discarded[block].insert(whole)
             return Piece(block: block, pages: whole, isHole: true)
         }
     }

@@ -103,6 +103,7 @@ final class PagePlacer {
                     staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
             }
         } catch {
+            pending.unclaim(run.pages, of: run.block)
             // Memory was given up to the source again: nobody waits for these pages, and they come again.
             if pending.isAbandoned { return }
             throw error

@@ -40,6 +40,8 @@ final class SplitBlock: AwaitedPages {
     /// So many pages are copied while writes wait.
     private static let frozenPages: UInt64 = 512
     private static let mostPasses = 8
+    /// Who touches one page of what is here often touches the next; more would keep the first one waiting.
+    private static let servedPages = 8
 
     /// - Returns: `nil`: the block's pages are small.
     init?(
@@ -144,19 +146,25 @@ final class SplitBlock: AwaitedPages {
 
     // MARK: The thread that serves faults
 
-    /// A page is touched that nobody has to be asked for. It is copied from the huge page, or its unit has moved, or is about to.
+    /// A page is touched that nobody has to be asked for. It is copied from the huge page, with some behind it, or its unit has moved, or
+    /// is about to.
     func serve(_ page: PageIndex) throws(SystemError) {
-        let bytes = Self.bytes(page..<page.advanced(by: 1))
         try move.withLock { (move) throws(SystemError) in
-            let isMoving = move?.unit == unit(of: page)
+            let unit = unit(of: page)
+            let isMoving = move?.unit == unit
             // Who moves it wakes all who sleep there.
             if isMoving, move?.isFrozen == true { return }
-            if split.contains(unit(of: page)), served.insert(page) {
-                try watched.faults.copy(alias, at: bytes.lowerBound, into: block.mapping, bytes)
-                if isMoving { move?.again.append(page) }
-            } else {
-                try watched.faults.wake(block.mapping, bytes)
+            var end = page
+            let limit = min(page.advanced(by: Self.servedPages), pages(of: unit).upperBound)
+            if split.contains(unit) {
+                while end < limit, !record.expected.contains(end), served.insert(end) { end = end.advanced(by: 1) }
             }
+            guard page < end else {
+                return try watched.faults.wake(block.mapping, Self.bytes(page..<page.advanced(by: 1)))
+            }
+            let bytes = Self.bytes(page..<end)
+            try watched.faults.copy(alias, at: bytes.lowerBound, into: block.mapping, bytes)
+            if isMoving { move?.again += page..<end }
         }
     }
 

@@ -15,6 +15,7 @@ extension SourceCore {
         case .connecting: break
         case .reconnecting: return ask(&actions)
         case .reopening: break
+        case .recoverConnecting: return recoveryConnected(direction, &actions)
         default:
             // Too late: nobody waits for it any more.
             if !isConnected { actions.append(.close) }
