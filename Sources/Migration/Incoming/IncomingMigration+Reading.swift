@@ -1,7 +1,6 @@
 import Host
 import Machine
 import MigrationStream
-import Synchronization
 import Transport
 
 // The threads that read: one per connection.
@@ -42,21 +41,14 @@ extension IncomingMigration {
     private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool = false) {
         recognized(id)
         do {
-            var receiver: PageReceiver
-            if recovers {
-                guard isOpen(id), let decoder = recoveryDecoder.withLock({ $0 }), waitForEarlierReaders(id) else {
-                    return post(.disconnected(id, "what a lost connection brought is still being placed"))
-                }
-                receiver = PageReceiver(
-                    channel, behind: first, memory: machine.memory, decoder: decoder, received: received,
-                    statistics: statistics)
-                receiver.isCounted = true
-            } else {
-                receiver = PageReceiver(
-                    channel, behind: first, memory: machine.memory, blocks: blocks,
-                    catalogue: machine.sectionCatalogue, received: received, statistics: statistics,
-                    populating: populating)
-            }
+            guard
+                var receiver = recovers
+                    ? recoveryReceiver(channel, id, behind: first)
+                    : PageReceiver(
+                        channel, behind: first, memory: machine.memory, blocks: blocks,
+                        catalogue: machine.sectionCatalogue, received: received, statistics: statistics,
+                        populating: populating)
+            else { return }
             var progress = ProgressTeller()
             var marks = ChannelMarks()
             while let item = try receiver.next() {
@@ -83,12 +75,8 @@ extension IncomingMigration {
                 case .command(.postcopy(.packaged)):
                     post(.item(id, item))
                     guard isOpen(id), try readPackage(id, with: &receiver) else { return }
-                case .command(.postcopy(.receiveBitmap(let block))):
-                    post(.item(id, item))
-                    if isRecovering(id) { try tellReceived(block, on: channel) }
-                case .command(.postcopy(.resume)):
-                    post(.item(id, item))
-                    if isOpen(id), !isRecovering(id) { try goOn(id, &receiver) }
+                case .command(.postcopy(.receiveBitmap)), .command(.postcopy(.resume)):
+                    try recover(item, on: channel, id, &receiver)
                 case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
@@ -106,9 +94,7 @@ extension IncomingMigration {
                 case .command(.begin), .command(.resume):
                     post(.item(id, item))
                     if acceptsSource(id) { receiver.verification = verification }
-                    if isRecovering(id), !waitForEarlierReaders(id) {
-                        return post(.disconnected(id, "what a lost connection brought is still being placed"))
-                    }
+                    guard !isRecovering(id) || waitForEarlierReaders(id) else { return }
                 default: post(.item(id, item))
                 }
                 // What the core closed is not read any further.
@@ -119,9 +105,7 @@ extension IncomingMigration {
                     $0.isTruncation && isResumable ? .disconnected(id, $0.description) : .rejected(id, $0.description)
                 }
                     ?? .disconnected(id, "the source closed the connection"))
-        } catch {
-            post(.disconnected(id, "\(error)"))
-        }
+        } catch { post(.disconnected(id, "\(error)")) }
     }
 
     /// Pages that stand in the file at places of their own: all at once.

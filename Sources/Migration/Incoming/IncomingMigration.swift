@@ -346,7 +346,10 @@ final class IncomingMigration: Sendable {
         let isQuiet: Void? = readers.wait(deadline: .after(seconds: Self.quietSeconds)) {
             $0.isDisjoint(with: ids) ? () : nil
         }
-        guard isQuiet != nil else { return false }
+        guard isQuiet != nil else {
+            post(.disconnected(id, "what a lost connection brought is still being placed"))
+            return false
+        }
         post(.readersEnded(ids))
         return isOpen(id)
     }
