@@ -289,6 +289,7 @@ public final class Migrator: Sendable {
             }
             let incoming = try IncomingMigration(
                 machine, on: address, startsGuest: startsGuest, capabilities: state.capabilities,
+                parameters: state.parameters,
                 // What brings one connection brings no channels, whoever sent it.
                 multifdChannels: address.canReconnect ? state.multifd?.channels : nil,
                 tls: security.settings(state.parameters, "migrate-incoming"),

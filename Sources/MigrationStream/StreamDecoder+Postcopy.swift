@@ -41,7 +41,7 @@ extension StreamDecoder {
     /// - Returns: nil when bytes are missing.
     func pageSize(of name: String, at index: Int, _ buffer: ReceiveBuffer) throws(StreamError) -> UInt64? {
         let usual = UInt64(Wire.pageSize)
-        guard let advisedPageSizes else { return usual }
+        guard let advisedPageSizes, !pagesAreUniform else { return usual }
         let own = describes ? advisedPageSizes : blocks.first { $0.name == name }?.pageSize ?? usual
         guard own != usual else { return usual }
         guard buffer.count >= index + 8 else { return nil }

@@ -1,6 +1,7 @@
 import Host
 import Machine
 import MigrationStream
+import Synchronization
 import Transport
 
 // The threads that read: one per connection.
@@ -41,14 +42,9 @@ extension IncomingMigration {
     private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool = false) {
         recognized(id)
         do {
-            guard
-                var receiver = recovers
-                    ? recoveryReceiver(channel, id, behind: first)
-                    : PageReceiver(
-                        channel, behind: first, memory: machine.memory, blocks: blocks,
-                        catalogue: machine.sectionCatalogue, received: received, statistics: statistics,
-                        populating: populating)
-            else { return }
+            guard var receiver = makeReceiver(channel, id, behind: first, recovers: recovers) else {
+                return post(.disconnected(id, "what a lost connection brought is still being placed"))
+            }
             var progress = ProgressTeller()
             var marks = ChannelMarks()
             while let item = try receiver.next() {
@@ -71,12 +67,10 @@ extension IncomingMigration {
                     post(.item(id, item))
                     receiver.isCounted = acceptsPages(on: id)
                     if receiver.isCounted, !receiver.regions.isEmpty { try readFile(channel, id, receiver.regions) }
-                // Channels that wrote into a file left nothing to wait for.
-                case .command(.postcopy(.packaged)):
+                case .command(.postcopy(let command)):
                     post(.item(id, item))
-                    guard isOpen(id), try readPackage(id, with: &receiver) else { return }
-                case .command(.postcopy(.receiveBitmap)), .command(.postcopy(.resume)):
-                    try recover(item, on: channel, id, &receiver)
+                    guard try read(command, channel, id, &receiver) else { return }
+                // Channels that wrote into a file left nothing to wait for.
                 case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
@@ -94,7 +88,9 @@ extension IncomingMigration {
                 case .command(.begin), .command(.resume):
                     post(.item(id, item))
                     if acceptsSource(id) { receiver.verification = verification }
-                    guard !isRecovering(id) || waitForEarlierReaders(id) else { return }
+                    if isRecovering(id), !waitForEarlierReaders(id) {
+                        return post(.disconnected(id, "what a lost connection brought is still being placed"))
+                    }
                 default: post(.item(id, item))
                 }
                 // What the core closed is not read any further.
@@ -105,7 +101,26 @@ extension IncomingMigration {
                     $0.isTruncation && isResumable ? .disconnected(id, $0.description) : .rejected(id, $0.description)
                 }
                     ?? .disconnected(id, "the source closed the connection"))
-        } catch { post(.disconnected(id, "\(error)")) }
+        } catch {
+            post(.disconnected(id, "\(error)"))
+        }
+    }
+
+    /// - Returns: `nil` if readers of a lost connection are still at work.
+    private func makeReceiver(
+        _ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool
+    ) -> PageReceiver? {
+        guard recovers else {
+            return PageReceiver(
+                channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
+                received: received, statistics: statistics, populating: populating)
+        }
+        guard isOpen(id), let decoder = recoveryDecoder.withLock({ $0 }), waitForEarlierReaders(id) else { return nil }
+        var receiver = PageReceiver(
+            channel, behind: first, memory: machine.memory, decoder: decoder, received: received,
+            statistics: statistics)
+        receiver.isCounted = true
+        return receiver
     }
 
     /// Pages that stand in the file at places of their own: all at once.

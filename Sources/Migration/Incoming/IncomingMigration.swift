@@ -16,6 +16,7 @@ final class IncomingMigration: Sendable {
     private var listener: Listener { listening.withLock { $0 } }
     let mapped: MappedRAMReader.Plan
     let measuresBlockTime: Bool
+    let pageLatencyTargetMicroseconds: UInt64
     let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
     let blocks: [RAMBlockDescription]
@@ -54,7 +55,7 @@ final class IncomingMigration: Sendable {
     /// Until a listener that lacks descriptors or memory tries again.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     /// How long a connection that says nothing may hold up a source that is no Godwit, once.
-    private static let hearingNanoseconds: UInt64 = 1_000_000_000
+    private static let hearingNanoseconds: UInt64 = 3_000_000_000
     /// How long an arrived guest's process answers where the migration came in.
     private static let answeringNanoseconds: UInt64 = 60_000_000_000
     /// So long lost connections' threads may take to notice.
@@ -65,13 +66,15 @@ final class IncomingMigration: Sendable {
 
     init(
         _ machine: VirtualMachine, on address: MigrationAddress, startsGuest: Bool,
-        capabilities: Set<MigrationCapability>, multifdChannels: Int?, tls: TLSSettings?, allowsPlaintext: Bool,
-        descriptors: @escaping DescriptorResolver, mapped: MappedRAMReader.Plan,
+        capabilities: Set<MigrationCapability>, parameters: MigrationParameters, multifdChannels: Int?,
+        tls: TLSSettings?, allowsPlaintext: Bool, descriptors: @escaping DescriptorResolver,
+        mapped: MappedRAMReader.Plan,
         report: @escaping @Sendable (MigrationEvent) -> Void
     ) throws(MigrationError) {
         self.machine = machine
         self.report = report
         self.mapped = mapped
+        pageLatencyTargetMicroseconds = parameters.pageLatencyTargetMicroseconds
         measuresBlockTime = capabilities.contains(.postcopyBlocktime)
         let listener: Listener
         do throws(ChannelError) {
@@ -83,7 +86,9 @@ final class IncomingMigration: Sendable {
             throw MigrationError(error.description)
         }
         populating = PopulateAhead(machine.memory, received: received)
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         statistics = IncomingStatistics(
             totalBytes: machine.memory.byteCount, listening: listener.addresses.map(ListeningAddress.init))
         var configuration = DestinationConfiguration(
@@ -98,6 +103,7 @@ final class IncomingMigration: Sendable {
         configuration.features.insert(.verification)
         if case .file = address { configuration.readsMappedRAM = true }
         configuration.allowsPostcopy = capabilities.contains(.postcopyRAM)
+        configuration.blockPageSizes = machine.memory.blocks.reduce(0) { $0 | $1.pageBytes }
         if configuration.allowsPostcopy { configuration.features.insert(.postcopy) }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
@@ -346,10 +352,7 @@ final class IncomingMigration: Sendable {
         let isQuiet: Void? = readers.wait(deadline: .after(seconds: Self.quietSeconds)) {
             $0.isDisjoint(with: ids) ? () : nil
         }
-        guard isQuiet != nil else {
-            post(.disconnected(id, "what a lost connection brought is still being placed"))
-            return false
-        }
+        guard isQuiet != nil else { return false }
         post(.readersEnded(ids))
         return isOpen(id)
     }

@@ -78,7 +78,9 @@ final class OutgoingMigration: Sendable {
         self.descriptors = descriptors
         self.tls = tls
         self.report = report
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
@@ -122,10 +124,7 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             let postcopy =
                 configuration.postcopy == nil
-                ? nil
-                : try PostcopySource(
-                    machine.memory, blocks: blocks, statistics: statistics,
-                    bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
+                ? nil : try PostcopySource(machine.memory, blocks: blocks, statistics: statistics, parameters)
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
                 mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,
@@ -159,6 +158,7 @@ final class OutgoingMigration: Sendable {
         sender.setXBZRLECache(parameters.xbzrleCacheBytes)
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         sender.postcopy?.pacer.bytesPerSecond = parameters.maxPostcopyBandwidthBytesPerSecond
+        sender.postcopy?.pace.targetMicroseconds = parameters.pageLatencyTargetMicroseconds
         convergence.update(parameters)
         post(.setBandwidthLimit(bytesPerSecond: parameters.bandwidthLimit))
         let available = parameters.availableSwitchoverBytesPerSecond

@@ -32,7 +32,7 @@ extension IncomingMigration {
             switch action {
             case .preparePostcopy: try prepare()
             case .discardPages(let discard): try postcopy?.discard(discard)
-            case .listen: try postcopy?.listen()
+            case .listen: try postcopy?.listen(asksWholePages: statistics.info().rule == .qemu)
             case .finishPull(let waits):
                 // At the end of the process nothing is missed.
                 return aside("migration-end", or: { _ in .pullEnded(missing: 1) }) { [self] in
@@ -57,10 +57,12 @@ extension IncomingMigration {
 
     private func prepare() throws(SystemError) {
         let postcopy = try IncomingPostcopy(
-            machine.memory,
+            machine.memory, machine.accelerator,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
+            guestThreads: pageLatencyTargetMicroseconds > 0 ? machine.cpuThreadIDs : nil,
             quiet: { [populating] in populating.close() },
-            request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
+            request: { [weak self] in self?.ask(for: $0) }, hugeShare: { [statistics] in statistics.isHuge($0) },
+            failed: { [weak self] in self?.post(.pagesFailed($0)) })
         postcopies.withLock { $0 = postcopy }
         statistics.watch(postcopy.pending)
     }
@@ -105,6 +107,19 @@ extension IncomingMigration {
 
     // MARK: Reading
 
+    /// The core has heard of the command. - Returns: false: the connection goes no further.
+    func read(
+        _ command: PostcopyCommand, _ channel: Channel, _ id: ConnectionID, _ receiver: inout PageReceiver
+    ) throws -> Bool {
+        switch command {
+        case .packaged: return try isOpen(id) && readPackage(id, with: &receiver)
+        case .receiveBitmap(let block): if isRecovering(id) { try tellReceived(block, on: channel) }
+        case .resume: if isOpen(id), !isRecovering(id) { try goOn(id, &receiver) }
+        default: break
+        }
+        return true
+    }
+
     /// The package of a source that switches: all of it is here before any of it counts. - Returns: false: it goes no further.
     func readPackage(_ id: ConnectionID, with receiver: inout PageReceiver) throws -> Bool {
         for item in try receiver.package() {
@@ -114,7 +129,10 @@ extension IncomingMigration {
             }
             post(.item(id, item))
             guard isOpen(id) else { return false }
-            if item == .command(.postcopy(.listen)) { receiver.placer = try postcopy?.placer() }
+            if item == .command(.postcopy(.listen)) {
+                receiver.placer = try postcopy?.placer()
+                receiver.keepLittleWaiting(targetMicroseconds: pageLatencyTargetMicroseconds)
+            }
         }
         return true
     }
@@ -136,6 +154,7 @@ extension IncomingMigration {
                     post(.cameForUrgentPages(id))
                     guard isOpen(id) else { return }
                     HostThread.renameCurrent("postcopy-recv-1")
+                    if pageLatencyTargetMicroseconds > 0 { _ = HostThread.runBeforeOthers() }
                     isAdmitted = true
                 }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }

@@ -1,6 +1,5 @@
 import GuestMemory
 import Host
-import Machine
 import MigrationStream
 import Synchronization
 import Transport
@@ -17,28 +16,8 @@ extension IncomingMigration {
     /// The operator gives up the connection (`migrate-pause`).
     func breakOff() { post(.breakOff) }
 
-    /// For a connection that goes on without a header where another one was lost. - Returns: `nil`: it may not, and is told.
-    func recoveryReceiver(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) -> PageReceiver? {
-        guard isOpen(id), let decoder = recoveryDecoder.withLock({ $0 }), waitForEarlierReaders(id) else { return nil }
-        return PageReceiver(
-            channel, behind: first, memory: machine.memory, decoder: decoder, received: received, statistics: statistics
-        )
-    }
-
-    /// RECV_BITMAP and POSTCOPY_RESUME.
-    func recover(
-        _ item: StreamItem, on channel: Channel, _ id: ConnectionID, _ receiver: inout PageReceiver
-    ) throws {
-        post(.item(id, item))
-        if case .command(.postcopy(.receiveBitmap(let block))) = item {
-            if isRecovering(id) { try tellReceived(block, on: channel) }
-        } else if isOpen(id), !isRecovering(id) {
-            try goOn(id, &receiver)
-        }
-    }
-
     /// Which pages of a block the source need not send: those that came, and those that it was never to send.
-    private func tellReceived(_ name: String, on channel: Channel) throws {
+    func tellReceived(_ name: String, on channel: Channel) throws {
         guard let pending = postcopy?.pending, let block = blocks.firstIndex(where: { $0.name == name }) else { return }
         var writer = StreamWriter()
         writer.message(
@@ -58,7 +37,7 @@ extension IncomingMigration {
     }
 
     /// The source serves requests again. What was asked for before and did not come is asked for once more.
-    private func goOn(_ id: ConnectionID, _ receiver: inout PageReceiver) throws {
+    func goOn(_ id: ConnectionID, _ receiver: inout PageReceiver) throws {
         guard let postcopy else { return }
         receiver.placer = try postcopy.placer()
         receiver.isCounted = true

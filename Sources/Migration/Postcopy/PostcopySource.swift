@@ -16,6 +16,7 @@ final class PostcopySource: Sendable {
     private let current = Mutex(PageRequests())
     /// Of all pages that nobody asked for (`max-postcopy-bandwidth`).
     let pacer: Pacer
+    let pace: BackgroundPace
     private let memory: GuestMemory
     private let blocks: [RAMBlockDescription]
     let statistics: OutgoingStatistics
@@ -23,6 +24,8 @@ final class PostcopySource: Sendable {
     private let known: [AtomicPages]
     let pages = Mutex<OutgoingPages?>(nil)
     private let urgent = Mutex<UrgentSender?>(nil)
+    /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
+    private let described: Mutex<[RAMBlockDescription]>
     /// What the destination says it has, while a connection recovers.
     let bitmaps = Mutex<ReceivedBitmaps?>(nil)
 
@@ -31,15 +34,24 @@ final class PostcopySource: Sendable {
     private static let writeBytes = 256 << 10
 
     init(
-        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics, bytesPerSecond: UInt64
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
+        _ parameters: MigrationParameters
     ) throws(SystemError) {
         self.memory = memory
         self.blocks = blocks
+        described = Mutex(blocks)
         self.statistics = statistics
-        pacer = Pacer(bytesPerSecond: bytesPerSecond)
+        pacer = Pacer(bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
+        pace = BackgroundPace(targetMicroseconds: parameters.pageLatencyTargetMicroseconds)
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
+    }
+
+    /// Before the first round.
+    func agreed(_ features: FeatureSet) {
+        guard features.contains(.twoPhaseHandover) else { return }
+        described.withLock { $0 = $0.map(\.uniform) }
     }
 
     /// Before the first round, and after each collect.
@@ -62,7 +74,7 @@ final class PostcopySource: Sendable {
     ) throws(ChannelError) {
         let outgoing: OutgoingPages
         do throws(SystemError) {
-            outgoing = try OutgoingPages(of: blocks, taking: bitmaps, known: known)
+            outgoing = try OutgoingPages(of: described.withLock { $0 }, taking: bitmaps, known: known)
         } catch { throw .system(error) }
         pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
@@ -115,7 +127,7 @@ final class PostcopySource: Sendable {
         guard let pages = pages.withLock({ $0 }), urgent.withLock({ $0 == nil }) else { return }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var sender = BackgroundSender(pages, requests, records, pacer, servesRequests: true)
+        var sender = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: true)
         try sender.runRequests(over: channel, sent: count, mustEnd: mustEnd)
     }
 
@@ -126,7 +138,7 @@ final class PostcopySource: Sendable {
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var rest = BackgroundSender(pages, requests, records, pacer, servesRequests: urgent == nil)
+        var rest = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: urgent == nil)
         let all = try rest.run(over: channel, sent: count, mustEnd: mustEnd)
         if all {
             requests.close()

@@ -82,10 +82,12 @@ extension DestinationCore {
             return fail("the source may switch to postcopy, which it did not choose in BEGIN", &actions)
         }
         guard let advice else { return fail("the source may switch to postcopy of something else than RAM", &actions) }
-        guard advice.blockPageSizes == configuration.blockPageSizes else {
+        // A Godwit sends page by page, whatever stands behind it there and here.
+        let own = migration == nil ? configuration.blockPageSizes : UInt64(Wire.pageSize)
+        guard advice.blockPageSizes == own else {
             return fail(
                 "the source's memory has pages of 0x\(hex(advice.blockPageSizes)) bytes (the sizes of all blocks joined), this "
-                    + "machine's of 0x\(hex(configuration.blockPageSizes)); postcopy needs the same on both sides",
+                    + "machine's of 0x\(hex(own)); postcopy needs the same on both sides",
                 &actions)
         }
         pull = .advised

@@ -29,10 +29,15 @@ extension SourceCore {
         }
     }
 
+    /// Between two Godwits pages go one by one.
+    var wireBlocks: [RAMBlockDescription] {
+        rule == .twoPhase ? configuration.blocks.map(\.uniform) : configuration.blocks
+    }
+
     /// What a destination hears before RAM begins.
     mutating func advise(_ actions: inout [SourceAction]) {
         guard configuration.postcopy != nil else { return }
-        let advice = PostcopyAdvice(blockPageSizes: configuration.blocks.reduce(0) { $0 | $1.pageSize })
+        let advice = PostcopyAdvice(blockPageSizes: wireBlocks.reduce(0) { $0 | $1.pageSize })
         send(&actions) { $0.command(.postcopy(.advise(advice))) }
     }
 

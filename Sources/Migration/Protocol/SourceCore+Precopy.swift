@@ -110,7 +110,7 @@ extension SourceCore {
 
     /// The list of blocks; on every connection.
     mutating func beginRAM(_ actions: inout [SourceAction]) {
-        let blocks = configuration.blocks
+        let blocks = wireBlocks
         let flushesChannels = configuration.multifd == .flush
         if let mapped = configuration.mapped {
             for piece in mapped.pieces {

@@ -38,6 +38,8 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry(
             "max-postcopy-bandwidth", .unsigned(bits: 64), .setting(\.maxPostcopyBandwidthBytesPerSecond)),
         MigrationParameterEntry(
+            "x-page-latency-target", .unsigned(bits: 32), .setting(\.pageLatencyTargetMicroseconds)),
+        MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
         MigrationParameterEntry("multifd-channels", .unsigned(bits: 8), .setting(\.multifdChannels)),
         MigrationParameterEntry(
