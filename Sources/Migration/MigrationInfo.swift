@@ -116,6 +116,8 @@ public struct MigrationInfo: Sendable, Equatable {
     public var repeatedPages: UInt64 = 0
     /// At the destination: how long pages took that the guest waited for. `nil` before the first.
     public var pageLatency: LatencyHistogram?
+    /// At the source of such a guest: from when a request was read until its page had left. `nil` before the first.
+    public var serviceTime: LatencyHistogram?
     /// With the capability `postcopy-blocktime`.
     public var blockTime: BlockTime?
     /// How long a destination in state `x-paused` still waits for its source.

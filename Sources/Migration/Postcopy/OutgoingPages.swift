@@ -29,13 +29,23 @@ final class OutgoingPages: Sendable {
     private let known: [AtomicPages]
     /// All that was to be sent at first, for a guest that does not move after all.
     private let discarded: [AtomicPages]
+    /// What was asked for, of a destination that takes a page twice; `nil`: it does not.
+    private let asked: [AtomicPages]?
     private let left = Atomic<UInt64>(0)
 
     /// Takes over what is dirty in `bitmaps`. The guest stands still.
-    /// - Parameter known: what was dirty at any time, this included.
+    /// - Parameters:
+    ///   - known: what was dirty at any time, this included.
+    ///   - repeats: the destination is a Godwit, which drops what it has. A page that it asks for though it was sent with the rest goes
+    ///     once more: it may be behind much that waits in sockets.
     init(
-        of blocks: [RAMBlockDescription], taking bitmaps: [any DirtyPages], known: [AtomicPages]
+        of blocks: [RAMBlockDescription], taking bitmaps: [any DirtyPages], known: [AtomicPages], repeats: Bool = false
     ) throws(SystemError) {
+        var asked: [AtomicPages] = []
+        if repeats {
+            for bitmap in bitmaps { asked.append(try AtomicPages(pageCount: bitmap.pageCount)) }
+        }
+        self.asked = repeats ? asked : nil
         var indices: [String: Int] = [:]
         for (index, block) in blocks.enumerated() { indices[block.name] = index }
         self.indices = indices
@@ -99,9 +109,13 @@ final class OutgoingPages: Sendable {
         let start = RAMOffset(request.offset).page
         var pieces: [Piece] = []
         for page in start..<start.advanced(by: Int(request.length) / Wire.pageSize) {
-            let isData = wanted[block].remove(page)
-            guard isData || known[block].insert(page) else { continue }
-            if isData { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+            let isLeft = wanted[block].remove(page)
+            let isFirst = asked?[block].insert(page) ?? false
+            // What was never known has never been sent: zeroes.
+            let isHole = !isLeft && known[block].insert(page)
+            guard isLeft || isHole || isFirst else { continue }
+            let isData = !isHole
+            if isLeft { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
             if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
                 pieces[pieces.count - 1] = Piece(
                     block: block, pages: last.pages.lowerBound..<page.advanced(by: 1), isHole: !isData)

@@ -23,6 +23,7 @@ final class PostcopySource: Sendable {
     /// All pages that were found to be written so far, in any round.
     private let known: [AtomicPages]
     private let pages = Mutex<OutgoingPages?>(nil)
+    private let takesBatches = Atomic<Bool>(false)
     private let urgent = Mutex<UrgentSender?>(nil)
 
     /// Ranges of one DISCARD, and bytes of one write of them.
@@ -41,6 +42,11 @@ final class PostcopySource: Sendable {
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
+    }
+
+    /// The destination is a Godwit.
+    func agreed(_ features: FeatureSet) {
+        takesBatches.store(features.contains(.pageBatches), ordering: .relaxed)
     }
 
     /// Before the first round, and after each collect.
@@ -63,7 +69,8 @@ final class PostcopySource: Sendable {
     ) throws(ChannelError) {
         let outgoing: OutgoingPages
         do throws(SystemError) {
-            outgoing = try OutgoingPages(of: blocks, taking: bitmaps, known: known)
+            outgoing = try OutgoingPages(
+                of: blocks, taking: bitmaps, known: known, repeats: takesBatches.load(ordering: .relaxed))
         } catch { throw .system(error) }
         pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
@@ -127,7 +134,9 @@ final class PostcopySource: Sendable {
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var rest = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: urgent == nil)
+        var rest = BackgroundSender(
+            pages, requests, records, pacer, pace, servesRequests: urgent == nil,
+            batches: takesBatches.load(ordering: .relaxed))
         let all = try rest.run(over: channel, sent: count, mustEnd: mustEnd)
         if all {
             requests.close()
