@@ -15,11 +15,6 @@ extension Socket {
         }
     }
 
-    /// Of what was sent to this socket no more than about that much waits here to be received (socket(7), SO_RCVBUF), from now on.
-    public static func limitUnreceived(_ socket: Descriptor, bytes: Int) {
-        try? setOption(socket, SOL_SOCKET, SO_RCVBUF, CInt(clamping: bytes))
-    }
-
     /// What a byte takes to the peer and back, as the kernel sees it (tcp(7), TCP_INFO); `nil` of other sockets.
     public static func roundTripNanoseconds(of socket: Descriptor) -> UInt64? {
         var info = [UInt32](repeating: 0, count: 64)

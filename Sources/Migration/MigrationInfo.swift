@@ -116,6 +116,8 @@ public struct MigrationInfo: Sendable, Equatable {
     public var repeatedPages: UInt64 = 0
     /// At the destination: how long pages took that the guest waited for. `nil` before the first.
     public var pageLatency: LatencyHistogram?
+    /// At the source of such a guest: from when a request was read until its page had left. `nil` before the first.
+    public var serviceTime: LatencyHistogram?
     /// With the capability `postcopy-blocktime`.
     public var blockTime: BlockTime?
     /// At the destination, after postcopy: the share of allocated RAM that huge pages stand behind, 0 to 1, once what arrived in pages of

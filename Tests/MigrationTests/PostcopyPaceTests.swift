@@ -1,9 +1,10 @@
 import GuestMemory
+import MigrationStream
 import Testing
 
 @testable import Migration
 
-@Suite("what may stand in front of a requested page, and what follows it")
+@Suite("what may stand in front of a requested page")
 struct PostcopyPaceTests {
     // MARK: Pace
 
@@ -61,58 +62,37 @@ struct PostcopyPaceTests {
         #expect(Pacer(bytesPerSecond: 0).batchBytes(most: 65_536, withinMicroseconds: 200) == 65_536)
     }
 
-    // MARK: Strides
+    // MARK: Pages on their way
 
-    private static let pageCount: UInt64 = 1 << 18
+    private static func outgoing(repeats: Bool) throws -> OutgoingPages {
+        let block = RAMBlockDescription(name: "ram", length: 64 * 4096)
+        let bitmap = try DirtyBitmap(pageCount: 64)
+        bitmap.set(PageIndex(0)..<PageIndex(32))
+        let known = try AtomicPages(pageCount: 64)
+        known.insert(PageIndex(0)..<PageIndex(32))
+        return try OutgoingPages(of: [block], taking: [bitmap], known: [known], repeats: repeats)
+    }
 
-    private static func follow(
-        _ watch: inout StrideWatch, _ page: UInt64, of block: Int = 0, _ count: Int = 8
-    ) -> [UInt64] {
-        watch.asked(PageIndex(page), of: block, pageCount: pageCount, count: count).map(\.value)
+    private static func request(_ page: UInt64) -> PageRequest {
+        PageRequest(block: "ram", offset: page * 4096, length: 4096)
     }
 
     @Test(
-        "pages in equal steps are foreseen from the third on, and what was foreseen is part of the walk",
-        arguments: [1, 7, -5])
-    func strides(step: Int64) {
-        var watch = StrideWatch()
-        func page(_ number: Int64) -> UInt64 { UInt64(100_000 + number * step) }
-        #expect(Self.follow(&watch, page(0)).isEmpty && Self.follow(&watch, page(1)).isEmpty)
-        #expect(Self.follow(&watch, page(2)) == (3...10).map(page))
-        // Nobody asks for those any more.
-        #expect(Self.follow(&watch, page(11)) == (12...19).map(page))
-    }
-
-    @Test("several walks at once, in several blocks, do not disturb each other")
-    func walks() {
-        var watch = StrideWatch()
-        var foreseen: [[UInt64]] = [[], [], []]
-        let starts: [(page: UInt64, step: UInt64, block: Int)] = [(1000, 3, 0), (200_000, 64, 0), (1000, 5, 1)]
-        for round in 0..<3 as Range<UInt64> {
-            for (index, walk) in starts.enumerated() {
-                foreseen[index] = Self.follow(&watch, walk.page + round * walk.step, of: walk.block, 2)
-            }
-        }
-        #expect(foreseen == [[1009, 1012], [200_192, 200_256], [1015, 1020]])
-    }
-
-    @Test("pages in no order are not foreseen, the memory's ends are not passed, and the record stays small")
-    func limits() {
-        var watch = StrideWatch()
-        var random = SystemRandomNumberGenerator()
-        var guesses = 0
-        for _ in 0..<20_000 {
-            guesses += Self.follow(&watch, UInt64.random(in: 0..<Self.pageCount, using: &random)).count
-        }
-        // Equal steps come by chance, seldom.
-        #expect(guesses < 2000)
-        watch = StrideWatch()
-        for page in [Self.pageCount - 6, Self.pageCount - 4] { #expect(Self.follow(&watch, page).isEmpty) }
-        #expect(Self.follow(&watch, Self.pageCount - 2).isEmpty)
-        for page: UInt64 in [6, 4] { #expect(Self.follow(&watch, page).isEmpty) }
-        #expect(Self.follow(&watch, 2) == [0])
-        // The same page again is no step.
-        watch = StrideWatch()
-        for _ in 0..<4 { #expect(Self.follow(&watch, 50).isEmpty) }
+        "a page that went with the rest goes once more when a Godwit asks for it, and then never; a QEMU never gets it twice",
+        arguments: [true, false])
+    func repeated(repeats: Bool) throws {
+        let pages = try Self.outgoing(repeats: repeats)
+        var place = OutgoingPages.Place()
+        #expect(pages.take(from: &place, limit: 4).count == 1 && pages.count == 28)
+        let again = pages.take(Self.request(2))
+        #expect(
+            again.map(\.pages) == (repeats ? [PageIndex(2)..<PageIndex(3)] : []) && !again.contains(where: \.isHole))
+        #expect(pages.take(Self.request(2)).isEmpty)
+        // One that is left is taken as ever, and only once.
+        #expect(pages.take(Self.request(9)).count == 1 && pages.count == 27)
+        #expect(pages.take(Self.request(9)).isEmpty && pages.count == 27)
+        // A hole is zeroes, once.
+        #expect(pages.take(Self.request(40)).map(\.isHole) == [true])
+        #expect(pages.take(Self.request(40)).isEmpty && pages.count == 27)
     }
 }

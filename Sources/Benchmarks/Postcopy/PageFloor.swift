@@ -22,7 +22,9 @@ struct PageFloor: Sendable {
             roundTrip: try tls.map { try roundTrip(through: $0) } ?? roundTrip(), fault: try faultCost())
     }
 
-    private static func middle(_ times: [UInt64]) -> Double { times.dropFirst(warmUp).map { Double($0) }.median ?? .nan }
+    private static func middle(_ times: [UInt64]) -> Double {
+        times.dropFirst(warmUp).map { Double($0) }.median ?? .nan
+    }
 
     /// - Parameter exchange: asks for a page and waits for it.
     private static func times(_ exchange: () throws -> Void) rethrows -> [UInt64] {

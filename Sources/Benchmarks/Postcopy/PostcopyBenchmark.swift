@@ -24,7 +24,7 @@ public struct PostcopyBenchmark: Benchmark {
             "guest: what the guest timed itself, of the slowest accesses as many as pages were fetched for somebody who waited; page: at the "
                 + "destination, from the fault read to the page placed",
             "floor: 16 bytes there and 4 KiB back, and a fault that a page at hand ends, each alone on the quiet host and in the middle; "
-                + "the ratios are the guest's",
+                + "a ratio holds the page's time and the fault against it, guest-... what the guest timed",
             "published: the mean page request in the founding thread, before and with its series; other machines, a network, whole huge pages",
         ]
         #if DEBUG

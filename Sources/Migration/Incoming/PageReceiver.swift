@@ -132,14 +132,6 @@ struct PageReceiver: ~Copyable {
         }
     }
 
-    /// Pages come that nobody asked for: little of them waits here in front of one that somebody did.
-    func keepLittleWaiting(targetMicroseconds: UInt64) {
-        let bytes = BackgroundPace.socketBytes(
-            targetMicroseconds: targetMicroseconds, roundTrip: channel.roundTripNanoseconds ?? 0,
-            bytesPerSecond: BackgroundPace.assumedBytesPerSecond)
-        if let bytes { channel.limitUnreceived(bytes: bytes) }
-    }
-
     /// Postcopy: what came whole is placed, whatever becomes of the connection. Nobody else would do it: it is claimed.
     private func flush() throws(ChannelError) {
         if let placer { try Self.placing { () throws(SystemError) in try placer.flush() } }
@@ -242,6 +234,7 @@ struct PageReceiver: ~Copyable {
             }
             pending.duplicate += 1
         case .pageBatch(let block, let runs):
+            hasBatches = true
             try Self.placing { () throws(SystemError) in try placer.flush() }
             for run in runs { try place(run, of: block, with: placer) }
         case .pageDelta(let block, let offset, _):

@@ -150,6 +150,7 @@ final class OutgoingMigration: Sendable {
     func info() -> MigrationInfo {
         var info = statistics.info()
         info.trackingCPUNanoseconds = tracker?.cpuNanoseconds
+        if let times = sender.postcopy?.requests.latency.histogram, times.count > 0 { info.serviceTime = times }
         convergence.describe(&info)
         return info
     }

@@ -91,6 +91,7 @@ final class StreamSender: Sendable {
     func agreed(_ features: FeatureSet) {
         postcopy?.agreed(features)
         peerIsGodwit.store(features.contains(.multifd), ordering: .relaxed)
+        postcopy?.agreed(features)
         isResumable.store(features.contains(.resumption), ordering: .relaxed)
     }
 

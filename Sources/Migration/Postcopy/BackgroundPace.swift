@@ -4,8 +4,8 @@ import Synchronization
 /// How much of what nobody asked for may stand in front of a page that somebody waits for: what the link carries in the time that
 /// `x-page-latency-target` names.
 ///
-/// Little of it is in one write, little waits in the sender's socket, and little in the receiver's: a page that was asked for just after it
-/// was sent with the rest is behind all of that.
+/// Little of it is in one write, and little waits in the sender's socket. (What waits in the receiver's is no brake: a page that is asked for
+/// just after it was sent with the rest goes once more, see `OutgoingPages`.)
 final class BackgroundPace: Sendable {
     private struct State {
         /// Since when, and how much.

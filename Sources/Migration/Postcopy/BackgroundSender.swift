@@ -12,13 +12,15 @@ struct BackgroundSender: ~Copyable {
     let pace: BackgroundPace
     /// Requested pages go over the same channel, each before the next batch.
     let servesRequests: Bool
+    /// Other pages go as batches, to a Godwit: their contents are read where they are placed from.
+    let batches: Bool
     private var place = OutgoingPages.Place()
 
     private static let lookNanoseconds: UInt64 = 10_000_000
 
     init(
         _ pages: OutgoingPages, _ requests: PageRequests, _ records: consuming RecordWriter, _ pacer: Pacer,
-        _ pace: BackgroundPace, servesRequests: Bool
+        _ pace: BackgroundPace, servesRequests: Bool, batches: Bool = false
     ) {
         self.pages = pages
         self.requests = requests
@@ -26,6 +28,7 @@ struct BackgroundSender: ~Copyable {
         self.pacer = pacer
         self.pace = pace
         self.servesRequests = servesRequests
+        self.batches = batches
     }
 
     /// - Parameters:
@@ -59,7 +62,7 @@ struct BackgroundSender: ~Copyable {
                 guard try sendWhole(first, over: channel, sent, mustEnd: mustEnd) else { return false }
                 continue
             }
-            let written = try records.send(batch, to: channel)
+            let written = try records.send(batch, batches: batches, to: channel)
             let now = Clock.monotonicNanoseconds
             _ = pacer.sent(written.bytes, at: now)
             pace.sent(written.bytes, at: now)
@@ -116,7 +119,7 @@ struct BackgroundSender: ~Copyable {
             let written = try records.send([piece], to: channel)
             _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
             sent(written, piece)
-            requests.sent()
+            requests.sent(piece)
         }
     }
 }

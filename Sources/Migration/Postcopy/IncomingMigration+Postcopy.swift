@@ -131,7 +131,6 @@ extension IncomingMigration {
             guard isOpen(id) else { return false }
             if item == .command(.postcopy(.listen)) {
                 receiver.placer = try postcopy?.placer()
-                receiver.keepLittleWaiting(targetMicroseconds: pageLatencyTargetMicroseconds)
             }
         }
         return true

@@ -32,13 +32,23 @@ final class OutgoingPages: Sendable {
     private let known: [AtomicPages]
     /// All that was ever to be sent, for a guest that does not move after all, or another connection; and holes that were asked for.
     private let discarded: [AtomicPages]
+    /// What was asked for, of a destination that takes a page twice; `nil`: it does not.
+    private let asked: [AtomicPages]?
     private let left = Atomic<UInt64>(0)
 
     /// Takes over what is dirty in `bitmaps`. The guest stands still.
-    /// - Parameter known: what was dirty at any time, this included.
+    /// - Parameters:
+    ///   - known: what was dirty at any time, this included.
+    ///   - repeats: the destination is a Godwit, which drops what it has. A page that it asks for though it was sent with the rest goes
+    ///     once more: it may be behind much that waits in sockets.
     init(
-        of blocks: [RAMBlockDescription], taking bitmaps: [any DirtyPages], known: [AtomicPages]
+        of blocks: [RAMBlockDescription], taking bitmaps: [any DirtyPages], known: [AtomicPages], repeats: Bool = false
     ) throws(SystemError) {
+        var asked: [AtomicPages] = []
+        if repeats {
+            for bitmap in bitmaps { asked.append(try AtomicPages(pageCount: bitmap.pageCount)) }
+        }
+        self.asked = repeats ? asked : nil
         var indices: [String: Int] = [:]
         for (index, block) in blocks.enumerated() { indices[block.name] = index }
         self.indices = indices
@@ -96,6 +106,9 @@ final class OutgoingPages: Sendable {
         indices = old.indices
         hostPages = old.hostPages
         known = old.known
+        var asked: [AtomicPages] = []
+        for pages in old.asked ?? [] { asked.append(try AtomicPages(pageCount: pages.pageCount)) }
+        self.asked = old.asked == nil ? nil : asked
         discarded = old.discarded
         var wanted: [AtomicPages] = []
         var count: UInt64 = 0
@@ -146,13 +159,14 @@ final class OutgoingPages: Sendable {
         if hostPages[block] > 1 { return takeWhole(start..<end, of: block) }
         var pieces: [Piece] = []
         for page in start..<end {
-            let isData = wanted[block].remove(page)
-            guard isData || known[block].insert(page) else { continue }
-            if isData {
-                left.wrappingSubtract(1, ordering: .acquiringAndReleasing)
-            } else {
-                discarded[block].insert(page)
-            }
+            let isLeft = wanted[block].remove(page)
+            let isFirst = asked?[block].insert(page) ?? false
+            // What was never known has never been sent: zeroes.
+            let isHole = !isLeft && known[block].insert(page)
+            guard isLeft || isHole || isFirst else { continue }
+            let isData = !isHole
+            if isLeft { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+            if isHole { discarded[block].insert(page) }
             if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
                 pieces[pieces.count - 1] = Piece(
                     block: block, pages: last.pages.lowerBound..<page.advanced(by: 1), isHole: !isData)

@@ -45,6 +45,8 @@ final class PageRequests: Sendable {
         }
     }
     private let state = Monitor(State())
+    /// From when a request was read until its page had left.
+    let latency = PageLatency()
 
     /// So many pieces wait at most.
     private static let mostPieces = 4096
@@ -97,6 +99,7 @@ final class PageRequests: Sendable {
             return
         }
         for (index, piece) in pieces.enumerated() {
+            latency.asked(Self.place(of: piece))
             state.wait { $0.isOver || $0.pieces.count - $0.taken < Self.mostPieces ? () : nil }
             state.withLock { state in
                 if index == last { state.underWay -= 1 }
@@ -119,6 +122,16 @@ final class PageRequests: Sendable {
 
     /// The next piece, if there is one.
     func nextNow() -> Piece? { state.wait { .some($0.removeFirst()) } ?? nil }
+
+    /// The piece taken last is on its way: that one.
+    func sent(_ piece: Piece) {
+        latency.arrived(Self.place(of: piece))
+        sent()
+    }
+
+    private static func place(of piece: Piece) -> PageLatency.Place {
+        PageLatency.Place(block: piece.block, page: piece.pages.lowerBound)
+    }
 
     /// The piece taken last is on its way.
     func sent() { state.withLock { $0.underWay -= 1 } }

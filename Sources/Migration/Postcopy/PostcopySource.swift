@@ -23,6 +23,7 @@ final class PostcopySource: Sendable {
     /// All pages that were found to be written so far, in any round.
     private let known: [AtomicPages]
     let pages = Mutex<OutgoingPages?>(nil)
+    private let takesBatches = Atomic<Bool>(false)
     private let urgent = Mutex<UrgentSender?>(nil)
     /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
     private let described: Mutex<[RAMBlockDescription]>
@@ -50,6 +51,7 @@ final class PostcopySource: Sendable {
 
     /// Before the first round.
     func agreed(_ features: FeatureSet) {
+        takesBatches.store(features.contains(.pageBatches), ordering: .relaxed)
         guard features.contains(.twoPhaseHandover) else { return }
         described.withLock { $0 = $0.map(\.uniform) }
     }
@@ -74,7 +76,9 @@ final class PostcopySource: Sendable {
     ) throws(ChannelError) {
         let outgoing: OutgoingPages
         do throws(SystemError) {
-            outgoing = try OutgoingPages(of: described.withLock { $0 }, taking: bitmaps, known: known)
+            outgoing = try OutgoingPages(
+                of: described.withLock { $0 }, taking: bitmaps, known: known,
+                repeats: takesBatches.load(ordering: .relaxed))
         } catch { throw .system(error) }
         pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
@@ -138,7 +142,9 @@ final class PostcopySource: Sendable {
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var rest = BackgroundSender(pages, requests, records, pacer, pace, servesRequests: urgent == nil)
+        var rest = BackgroundSender(
+            pages, requests, records, pacer, pace, servesRequests: urgent == nil,
+            batches: takesBatches.load(ordering: .relaxed))
         let all = try rest.run(over: channel, sent: count, mustEnd: mustEnd)
         if all {
             requests.close()

@@ -27,6 +27,11 @@ extension MigrationInfo {
         if let blockTime { blockTime.add(to: &members) }
         if let pageLatency { pageLatency.add(to: &members) }
         if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
+        if let serviceTime {
+            members["x-postcopy-service-ns"] = serviceTime.json([
+                "dist": .array(serviceTime.octaves(24).map { JSON($0) })
+            ])
+        }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }
@@ -90,10 +95,16 @@ extension LatencyHistogram {
     fileprivate func add(to members: inout [String: JSON]) {
         members["postcopy-latency"] = JSON(meanNanoseconds)
         members["postcopy-latency-dist"] = .array(octaves(24).map { JSON($0) })
-        members["x-postcopy-latency-ns"] = [
+        members["x-postcopy-latency-ns"] = json([:])
+    }
+
+    /// How many there were, and what half, 90 and 99 of 100, and all took at most.
+    fileprivate func json(_ further: [String: JSON]) -> JSON {
+        let own: [String: JSON] = [
             "count": JSON(count), "p50": JSON(nanoseconds(atMille: 500)), "p90": JSON(nanoseconds(atMille: 900)),
             "p99": JSON(nanoseconds(atMille: 990)), "max": JSON(longestNanoseconds),
         ]
+        return .object(own.merging(further) { own, _ in own })
     }
 }
 
