@@ -26,10 +26,10 @@ struct PostcopyGarbageTests {
                 + "\(preempts ? "with" : "without") a channel for requested pages, seed \(seed)")
         let image = try MemoryImage("\(bench.folder)/image", byteCount: Self.byteCount, content: .mixed, seed: seed)
         let recording = try record(image, preempts: preempts, isGodwit: isGodwit)
-        #expect(recording.parts.count == 5 && recording.urgent.isEmpty == !preempts)
+        try #require(recording.parts.count == 5 && recording.urgent.isEmpty == !preempts)
         // As it is, it brings the guest here.
         var destination: VM? = try start("whole")
-        try replay(recording, to: destination!)
+        try replay(recording, to: destination!, patience: 5000)
         try destination!.waitForMigration("completed")
         try destination!.saveMemory(Self.byteCount, to: "\(bench.folder)/saved")
         #expect(try image.difference(from: "\(bench.folder)/saved") == nil, "seed \(seed)")
@@ -67,7 +67,7 @@ struct PostcopyGarbageTests {
         let port = try destination!.port()
         var random = SeededRandom(seed: seed &+ 99)
         let seed = seed
-        try replay(recording, to: destination!) {
+        try replay(recording, to: destination!, patience: 5000) {
             for _ in 0..<10 {
                 let noise = (0..<Int.random(in: 4...3000, using: &random)).map { _ in
                     UInt8.random(in: 0...255, using: &random)
@@ -127,9 +127,11 @@ struct PostcopyGarbageTests {
     // MARK: Sending
 
     /// Sends it all, and closes once the destination had its say.
-    /// - Parameter meanwhile: done behind the package.
+    /// - Parameters:
+    ///   - patience: so long an answer is waited for, in milliseconds.
+    ///   - meanwhile: done behind the package.
     private func replay(
-        _ recording: PostcopyPeer.Recording, to vm: VM, meanwhile: () throws -> Void = {}
+        _ recording: PostcopyPeer.Recording, to vm: VM, patience: UInt64 = 250, meanwhile: () throws -> Void = {}
     ) throws {
         let port = try vm.port()
         let main = try Socket.connect(host: "127.0.0.1", port: port, deadline: .after(seconds: 5))
@@ -138,7 +140,7 @@ struct PostcopyGarbageTests {
         let first = Array(recording.parts[...PostcopyPeer.Recording.packagePart].joined())
         guard (try? main.writeAll(first, deadline: deadline)) != nil else { return }
         var heard: [UInt8] = []
-        Self.listen(main, &heard, until: recording.answer, milliseconds: 200)
+        Self.listen(main, &heard, until: recording.answer, milliseconds: patience)
         try meanwhile()
         var urgent: Descriptor?
         if !recording.urgent.isEmpty {
@@ -148,7 +150,7 @@ struct PostcopyGarbageTests {
         }
         let rest = Array(recording.parts[(PostcopyPeer.Recording.packagePart + 1)...].joined())
         try? main.writeAll(rest, deadline: deadline)
-        Self.listen(main, &heard, until: Self.bytes(of: .shut(0)), milliseconds: 300)
+        Self.listen(main, &heard, until: Self.bytes(of: .shut(0)), milliseconds: patience)
         try? Socket.finishSending(main)
         if let urgent { try? Socket.finishSending(urgent) }
         Self.listen(main, &heard, until: [], milliseconds: 2000)
@@ -231,7 +233,8 @@ struct PostcopyGarbageTests {
         try source.waitForMigration("completed")
         try source.allowPostcopy(preempts: preempts)
         try source.client.execute(
-            "migrate-set-parameters", ["max-bandwidth": JSON(512 << 10), "max-postcopy-bandwidth": JSON(8 << 20)])
+            "migrate-set-parameters",
+            ["max-bandwidth": JSON(512 << 10), "max-postcopy-bandwidth": JSON(8 << 20)])
         let peer = try PostcopyPeer(byteCount: Self.byteCount, preempts: preempts, isGodwit: isGodwit) {
             try source.migrate(to: $0)
         }
