@@ -13,6 +13,9 @@ public struct MigrationParameters: Sendable, Equatable {
     /// fast as the transport goes.
     public var maxPostcopyBandwidthBytesPerSecond: UInt64 = 0
 
+    /// `x-postcopy-channels`, with the capability `postcopy-preempt`: channels for requested pages to a Godwit, 1 to 16.
+    public var postcopyChannels: UInt64 = 1
+
     /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
     public var xbzrleCacheBytes: UInt64 = 64 << 20
     /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.

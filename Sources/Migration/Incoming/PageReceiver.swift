@@ -226,6 +226,7 @@ struct PageReceiver: ~Copyable {
             }
             pending.duplicate += 1
         case .pageBatch(let block, let runs):
+            hasBatches = true
             try Self.placing { () throws(SystemError) in try placer.flush() }
             for run in runs { try place(run, of: block, with: placer) }
         case .pageDelta(let block, let offset, _):

@@ -11,6 +11,8 @@ struct BackgroundSender: ~Copyable {
     let pacer: Pacer
     /// Requested pages go over the same channel, each before the next batch.
     let servesRequests: Bool
+    /// Other pages go as batches, to a Godwit: their contents are read where they are placed from.
+    let batches: Bool
     private var place = OutgoingPages.Place()
 
     /// What stands before a requested page in a channel's way is little.
@@ -19,13 +21,14 @@ struct BackgroundSender: ~Copyable {
 
     init(
         _ pages: OutgoingPages, _ requests: PageRequests, _ records: consuming RecordWriter, _ pacer: Pacer,
-        servesRequests: Bool
+        servesRequests: Bool, batches: Bool = false
     ) {
         self.pages = pages
         self.requests = requests
         self.records = records
         self.pacer = pacer
         self.servesRequests = servesRequests
+        self.batches = batches
     }
 
     /// - Parameters:
@@ -52,7 +55,7 @@ struct BackgroundSender: ~Copyable {
             let batch = pages.take(from: &place, limit: limit)
             // Others may have taken the last ones just now.
             guard let first = batch.first else { continue }
-            let written = try records.send(batch, to: channel)
+            let written = try records.send(batch, batches: batches, to: channel)
             _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
             sent(written, first)
         }

@@ -22,7 +22,10 @@ final class PostcopySource: Sendable {
     /// All pages that were found to be written so far, in any round.
     private let known: [AtomicPages]
     private let pages = Mutex<OutgoingPages?>(nil)
+    private let takesBatches = Atomic<Bool>(false)
     private let urgent = Mutex<UrgentSender?>(nil)
+    /// Those of a Godwit.
+    private let channels = Mutex<[UrgentChannel]>([])
 
     /// Ranges of one DISCARD, and bytes of one write of them.
     private static let discardRanges = 1024
@@ -38,6 +41,11 @@ final class PostcopySource: Sendable {
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
+    }
+
+    /// The destination is a Godwit.
+    func agreed(_ features: FeatureSet) {
+        takesBatches.store(features.contains(.pageBatches), ordering: .relaxed)
     }
 
     /// Before the first round, and after each collect.
@@ -124,7 +132,9 @@ final class PostcopySource: Sendable {
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
-        var rest = BackgroundSender(pages, requests, records, pacer, servesRequests: urgent == nil)
+        var rest = BackgroundSender(
+            pages, requests, records, pacer, servesRequests: urgent == nil,
+            batches: takesBatches.load(ordering: .relaxed))
         let all = try rest.run(over: channel, sent: count, mustEnd: mustEnd)
         if all {
             requests.close()
@@ -156,6 +166,7 @@ final class PostcopySource: Sendable {
             urgent.end()
             urgent.finish()
         }
+        for channel in channels.withLock({ $0.taken() }) { channel.end() }
         if let outgoing = pages.withLock({ $0.take() }) { body(outgoing) }
     }
 
@@ -175,6 +186,7 @@ final class PostcopySource: Sendable {
     /// The channel for requested pages is there. Its thread waits for requests.
     /// - Parameter failed: told why it is of no use any more.
     func open(_ channel: Channel, failed: @escaping @Sendable (ChannelError) -> Void) throws(SystemError) {
+        guard channels.withLock({ $0.isEmpty }) else { return channel.cancel() }
         let sender = UrgentSender(channel, requests, memory: memory, blocks: blocks)
         let (pacer, statistics) = (pacer, statistics)
         try sender.start(
@@ -188,9 +200,37 @@ final class PostcopySource: Sendable {
         urgent.withLock { $0 = sender }
     }
 
+    /// The channels of a Godwit are there. - Parameter failed: told why one is of no use any more.
+    func open(
+        _ opened: [Channel], failed: @escaping @Sendable (UrgentChannel, ChannelError) -> Void
+    ) throws(SystemError) {
+        let (pacer, statistics, requests) = (pacer, statistics, requests)
+        // One that was opened for a QEMU, before it was known that there is none.
+        if let mistaken = urgent.withLock({ $0.take() }) { mistaken.end() }
+        for (number, channel) in opened.enumerated() {
+            let urgent = UrgentChannel(number, channel, requests, memory: memory, blocks: blocks)
+            try urgent.start(
+                sent: { sent, piece in
+                    _ = pacer.sent(sent.bytes, at: Clock.monotonicNanoseconds)
+                    statistics.sent(
+                        bytes: sent.bytes, normal: sent.normal, duplicate: piece.isHole ? 0 : sent.zero,
+                        holes: piece.isHole ? sent.zero : 0)
+                }, asked: { statistics.requested() }, failed: failed)
+            channels.withLock { $0.append(urgent) }
+        }
+    }
+
     /// The connection is gone, or the migration over: whoever waits here goes on.
     func end() {
         requests.close()
         urgent.withLock { $0 }?.end()
+        for channel in channels.withLock({ $0.taken() }) { channel.end() }
+    }
+}
+
+extension [UrgentChannel] {
+    fileprivate mutating func taken() -> [UrgentChannel] {
+        defer { removeAll() }
+        return self
     }
 }

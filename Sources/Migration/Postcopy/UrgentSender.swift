@@ -68,15 +68,17 @@ final class UrgentSender: Sendable {
 }
 
 extension RecordWriter {
-    /// Sends pieces of one block in one write, as records that every destination of postcopy knows.
+    /// Sends pieces of one block in one write, as records that every destination of postcopy knows, or as a batch.
     /// - Parameter pieces: all of a kind; at most ``classicPages`` pages, but for one piece, which may take several writes.
-    mutating func send(_ pieces: [OutgoingPages.Piece], to channel: Channel) throws(ChannelError) -> Sent {
+    mutating func send(
+        _ pieces: [OutgoingPages.Piece], batches: Bool = false, to channel: Channel
+    ) throws(ChannelError) -> Sent {
         guard let first = pieces.first else { return Sent() }
         if first.isHole {
             return try sendZeroes(first.pages.map { $0.offset.value }, of: first.block, to: channel)
         }
         guard first.pageCount > Self.classicPages else {
-            return try send(pieces.map(\.pages), of: first.block, batches: false, findsZeroes: true, to: channel)
+            return try send(pieces.map(\.pages), of: first.block, batches: batches, findsZeroes: true, to: channel)
         }
         var all = Sent()
         var start = first.pages.lowerBound

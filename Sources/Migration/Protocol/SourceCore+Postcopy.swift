@@ -48,13 +48,21 @@ extension SourceCore {
 
     mutating func openUrgentChannel(_ actions: inout [SourceAction]) {
         cancelTimer(.urgentChannel, &actions)
-        guard configuration.postcopy?.usesUrgentChannel == true, !urgentChannelIsAsked else { return }
+        guard configuration.postcopy?.usesUrgentChannel == true else { return }
+        // A Godwit that was slow to say so was taken for a QEMU that says nothing before it has both.
+        let isMistaken = rule == .twoPhase && !urgentChannelsAreGreeted
+        guard !urgentChannelIsAsked || isMistaken else { return }
+        if urgentChannelIsAsked { urgentChannelsInVain += urgentChannelIsOpen ? 0 : 1 }
         urgentChannelIsAsked = true
-        actions.append(.openUrgentChannel)
+        urgentChannelIsOpen = false
+        urgentChannelsAreGreeted = rule == .twoPhase
+        let count = configuration.postcopy?.urgentChannels ?? 1
+        actions.append(rule == .twoPhase ? .openUrgentChannels(count) : .openUrgentChannel)
     }
 
     mutating func urgentChannelOpened(_ actions: inout [SourceAction]) {
         guard configuration.postcopy?.usesUrgentChannel == true, phase < .committed else { return }
+        guard urgentChannelsInVain == 0 else { return urgentChannelsInVain -= 1 }
         urgentChannelIsOpen = true
         if phase == .openingUrgentChannel { collect(&actions) }
     }
@@ -67,9 +75,15 @@ extension SourceCore {
 
     mutating func urgentChannelLost(_ reason: String, _ actions: inout [SourceAction]) {
         let sentence = "the channel for requested pages: \(reason)"
-        // A destination that takes a late start back closes it as well: what it says tells.
-        guard phase != .committed else { return lossDuringPackage = lossDuringPackage ?? sentence }
-        disconnected(sentence, &actions)
+        switch phase {
+        // A destination that takes the move back closes it as well: what it says tells.
+        case .committed, .retracting: lossDuringPackage = lossDuringPackage ?? sentence
+        // All was sent, and a destination that has it closes it.
+        case .pulledWhole where rule == .twoPhase: break
+        // Of a move that was taken back.
+        case .idle..<SourcePhase.committed where !urgentChannelIsOpen: break
+        default: disconnected(sentence, &actions)
+        }
     }
 
     // MARK: The operator's word
@@ -232,7 +246,7 @@ extension SourceCore {
         pagesAreHandedOver = false
         discardsAreSent = false
         packagedState = nil
-        (urgentChannelIsAsked, urgentChannelIsOpen) = (false, false)
+        (urgentChannelIsAsked, urgentChannelIsOpen, urgentChannelsAreGreeted) = (false, false, false)
         actions.append(.takeBackPages)
     }
 

@@ -37,6 +37,7 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry("max-bandwidth", .unsigned(bits: 64), .setting(\.maxBandwidthBytesPerSecond)),
         MigrationParameterEntry(
             "max-postcopy-bandwidth", .unsigned(bits: 64), .setting(\.maxPostcopyBandwidthBytesPerSecond)),
+        MigrationParameterEntry("x-postcopy-channels", .unsigned(bits: 8), .setting(\.postcopyChannels)),
         MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
         MigrationParameterEntry("multifd-channels", .unsigned(bits: 8), .setting(\.multifdChannels)),
