@@ -8,5 +8,6 @@ public enum BenchmarkList {
         TransportBenchmark.self,
         ForecastBenchmark.self,
         BigGuestsBenchmark.self,
+        PostcopyBenchmark.self,
     ]
 }

@@ -14,7 +14,8 @@ public struct LiveLine: Sendable {
         fields.append(Amount.rate(figures.bytesPerSecond))
         if figures.status == "postcopy-active" {
             // The guest runs there and dirties nothing here.
-            fields.append("\(figures.requests) requested")
+            fields += ["\(figures.pagesLeft) pages left", "\(figures.requests) requested"]
+            if let latency = figures.latency { fields.append(latency.words) }
         } else {
             fields.append("dirty \(Amount.rate(figures.dirtyBytesPerSecond))")
         }

@@ -15,13 +15,16 @@ public struct MigrationProgress: Sendable {
         /// The VM's own verdict; where it has none, the line goes by the figures above.
         public var verdict: VerdictReading?
         public var throttlePercentage: UInt64?
-        /// How often a guest that moved asked for pages.
+        /// How often a guest that moved asked for pages, what that took, and how many pages it does not have.
         public var requests: UInt64
+        public var latency: LatencyReading?
+        public var pagesLeft: UInt64
 
         public init(
             status: String, round: UInt64, percent: Double, bytesPerSecond: Double, dirtyBytesPerSecond: Double,
             expectedDowntimeNanoseconds: UInt64? = nil, nanosecondsLeft: UInt64? = nil, verdict: VerdictReading? = nil,
-            throttlePercentage: UInt64? = nil, requests: UInt64 = 0
+            throttlePercentage: UInt64? = nil, requests: UInt64 = 0, latency: LatencyReading? = nil,
+            pagesLeft: UInt64 = 0
         ) {
             self.status = status
             self.round = round
@@ -33,6 +36,8 @@ public struct MigrationProgress: Sendable {
             self.verdict = verdict
             self.throttlePercentage = throttlePercentage
             self.requests = requests
+            self.latency = latency
+            self.pagesLeft = pagesLeft
         }
     }
 
@@ -66,8 +71,9 @@ public struct MigrationProgress: Sendable {
             dirtyBytesPerSecond: dirtyRate,
             expectedDowntimeNanoseconds: reading.expectedDowntimeMilliseconds.map { $0 &* 1_000_000 },
             nanosecondsLeft: Self.timeLeft(remaining: reading.remainingBytes, at: rate - dirtyRate),
-            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage, requests: reading.postcopyRequests
-        )
+            verdict: reading.verdict, throttlePercentage: reading.throttlePercentage,
+            requests: reading.postcopyRequests,
+            latency: reading.pageLatency, pagesLeft: reading.remainingBytes / max(1, reading.pageBytes))
     }
 
     private func bytesPerSecond(fallback: Double) -> Double {

@@ -30,6 +30,8 @@ public struct MigrationReading: Equatable, Sendable {
     /// Sent after the guest moved, and how often it asked for pages.
     public let postcopyBytes: UInt64
     public let postcopyRequests: UInt64
+    /// What those requests took; `nil` before the first.
+    public let pageLatency: LatencyReading?
     public let totalMilliseconds: UInt64?
     public let setupMilliseconds: UInt64?
     /// `nil` as long as nothing was measured: what the VM tells then is its limit.
@@ -72,6 +74,7 @@ public struct MigrationReading: Equatable, Sendable {
         downtimeBytes = count("downtime-bytes")
         postcopyBytes = count("postcopy-bytes")
         postcopyRequests = count("postcopy-requests")
+        pageLatency = LatencyReading(json)
         totalMilliseconds = milliseconds("total-time")
         setupMilliseconds = milliseconds("setup-time")
         expectedDowntimeMilliseconds =
@@ -118,7 +121,7 @@ extension MigrationReading {
         case "postcopy-paused":
             throw CommandFailure(
                 "\(what) is paused: \(errorDescription ?? "the connection was lost after the guest moved"); keep this VM: nobody else "
-                    + "has that memory")
+                    + "has that memory; go on with 'godwit migrate \(vm) --resume \(uri)'")
         case "x-unsettled":
             throw CommandFailure(
                 "\(what) ended in doubt: \(errorDescription ?? "the connection was lost at the handover"); the guest stands "

@@ -30,7 +30,7 @@ public struct MigrationReport: Sendable {
         add("cpu throttle percentage", reading.throttlePercentage, "%")
         if reading.hasRAM { lines += ramLines }
         if let handover = reading.handover { lines.append("handover: \(handover)") }
-        return lines.map { $0 + "\n" }.joined() + downtimeText
+        return lines.map { $0 + "\n" }.joined() + downtimeText + latencyText
     }
 
     private var coloredStatus: String {

@@ -235,7 +235,7 @@ extension Socket {
         return Descriptor(owning: number, name: name)
     }
 
-    private static func setOption(
+    static func setOption(
         _ socket: Descriptor, _ level: CInt, _ name: CInt, _ value: CInt
     ) throws(SystemError) {
         var value = value

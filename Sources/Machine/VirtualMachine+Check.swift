@@ -40,6 +40,13 @@ extension VirtualMachine {
         try unsafe GuestStatus(read: memory.guestReader)
     }
 
+    /// How long the accesses took that a guest `probe` timed so far.
+    ///
+    /// - Throws: `GuestProgramError` when no such guest runs here.
+    public func guestHistogram() throws(GuestProgramError) -> GuestHistogram {
+        try unsafe GuestHistogram(read: memory.guestReader)
+    }
+
     /// Has a built-in guest measure its longest gap afresh (`GuestStatus.CPU.longestGapTicks`). A running guest may just then store a
     /// gap it found before: then that one stays.
     ///

@@ -64,10 +64,27 @@ public struct MigrationInfo: Sendable, Equatable {
         }
     }
 
-    /// How long vCPUs stood still for pages of postcopy: all at once, and each.
+    /// How long threads stood still for pages of postcopy: all vCPUs at once, each vCPU, and all that are none.
     public struct BlockTime: Sendable, Equatable {
+        /// Waits that are over.
+        public struct Sum: Sendable, Equatable {
+            public private(set) var count: UInt64 = 0
+            public private(set) var nanoseconds: UInt64 = 0
+
+            public init() {}
+
+            mutating func add(_ nanoseconds: UInt64) {
+                count += 1
+                self.nanoseconds += nanoseconds
+            }
+
+            /// 0 of none.
+            public var meanNanoseconds: UInt64 { count == 0 ? 0 : nanoseconds / count }
+        }
+
         public var allNanoseconds: UInt64
-        public var cpuNanoseconds: [UInt64]
+        public var cpus: [Sum]
+        public var others: Sum
     }
 
     /// A switchover that would have broken the downtime limit: the guest ran on at the source.
@@ -101,6 +118,9 @@ public struct MigrationInfo: Sendable, Equatable {
     public var pageLatency: LatencyHistogram?
     /// With the capability `postcopy-blocktime`.
     public var blockTime: BlockTime?
+    /// At the destination, after postcopy: the share of allocated RAM that huge pages stand behind, 0 to 1, once what arrived in pages of
+    /// 4 KiB was made huge again.
+    public var hugeShare: Double?
     /// How long a destination in state `x-paused` still waits for its source.
     public var keptNanoseconds: UInt64?
     /// One sentence: why it failed or is paused, or what an operator must settle.

@@ -16,6 +16,10 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `x-postcopy-channels`, with the capability `postcopy-preempt`: channels for requested pages to a Godwit, 1 to 16.
     public var postcopyChannels: UInt64 = 1
 
+    /// `x-page-latency-target`, microseconds: so much of the link's time may be taken by what nobody asked for, in front of a page of
+    /// postcopy that somebody waits for. 0: nobody looks.
+    public var pageLatencyTargetMicroseconds: UInt64 = 200
+
     /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
     public var xbzrleCacheBytes: UInt64 = 64 << 20
     /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.

@@ -90,7 +90,7 @@ import Testing
     @Test("without a built-in guest there is nothing to check, and that is said")
     func noGuest() throws {
         let vm = try MonitoredMachine()
-        for command in ["x-check-guest", "x-query-guest", "x-reset-guest-gap"] {
+        for command in ["x-check-guest", "x-query-guest", "x-guest-histogram", "x-reset-guest-gap"] {
             #expect(try !vm.refusal(command).isEmpty)
         }
     }

@@ -72,7 +72,7 @@ extension Simulator {
             }
         case .keeps: kept()
         // Performed above.
-        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused: break
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop: break
         case .report, .agreed, .admit, .admitUrgent, .turnedAway: break
         }
     }

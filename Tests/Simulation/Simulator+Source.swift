@@ -73,9 +73,9 @@ extension Simulator {
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
-        // Of a QEMU destination, and those that were performed above.
+        // Of a QEMU destination, of a recovery, and those that were performed above.
         case .openUrgentChannel, .openUrgentChannels, .sendDiscards, .sendPackage, .serveRequests, .servePages,
-            .takeBackPages:
+            .takeBackPages, .prepareRecovery, .adoptBitmaps:
             break
         }
     }

@@ -25,6 +25,8 @@ struct MeasuredMachine: Sendable {
     /// Take a destination's memory from the host beforehand: what a first touch costs here (up to 2 ms where an outer host has taken the
     /// memory back) has nothing to do with the method, and would drown the difference.
     var takesMemoryBeforehand = false
+    /// A destination waits for its migration; else it is told to later, by `migrate-incoming`.
+    var listensAtOnce = true
     /// Where the serial line listens; `nil`: there is none.
     var serialPath: String?
 
@@ -59,14 +61,18 @@ extension BenchmarkOptions {
 final class GodwitVM: MeasuredVM {
     let child: ChildVM
 
-    init(_ role: String, in folder: String, _ machine: MeasuredMachine) throws {
+    /// - Parameter extra: options of `godwit run` besides.
+    init(_ role: String, in folder: String, _ machine: MeasuredMachine, extra: [String] = []) throws {
         var options = [
             "--memory", "\(machine.memoryMegabytes)M", "--cpus", "\(machine.cpuCount)",
             "--serial", machine.serialPath.map { "unix:\($0)" } ?? "none",
             "--accel", machine.method.godwitAccelerator,
         ]
-        options += machine.isDestination ? ["--incoming", "tcp:127.0.0.1:0"] : ["--guest", machine.guest]
+        options +=
+            machine.isDestination
+            ? ["--incoming", machine.listensAtOnce ? "tcp:127.0.0.1:0" : "defer"] : ["--guest", machine.guest]
         if machine.isDestination, machine.takesMemoryBeforehand { options.append("--memory-prealloc") }
+        options += extra
         child = try ChildVM(role, in: folder, options: options)
     }
 

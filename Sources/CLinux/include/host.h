@@ -19,6 +19,7 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+enum { GW_MADV_COLLAPSE = 25 }; /* Linux 6.1 */
 
 /* The credentials of a unix socket's peer (SO_PEERCRED), or -errno. */
 static inline int gw_peer_uid(int fd) {
@@ -74,7 +75,7 @@ struct gw_pm_scan_arg {
     uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
     uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
-enum { GW_PAGE_IS_PRESENT = 8, GW_PAGE_IS_SWAPPED = 16, GW_PAGE_IS_PFNZERO = 32 };
+enum { GW_PAGE_IS_PRESENT = 8, GW_PAGE_IS_SWAPPED = 16, GW_PAGE_IS_PFNZERO = 32, GW_PAGE_IS_HUGE = 64 };
 static inline int gw_pagemap_scan(int fd, struct gw_pm_scan_arg *_Nonnull argument) {
     int r = ioctl(fd, _IOWR('f', 16, struct gw_pm_scan_arg), argument);
     return r < 0 ? -errno : r;
@@ -91,6 +92,17 @@ static inline int gw_thread_set_name(const char *_Nonnull name) {
 }
 static inline int gw_set_timer_slack(unsigned long nanoseconds) {
     return prctl(PR_SET_TIMERSLACK, nanoseconds, 0, 0, 0) < 0 ? -errno : 0;
+}
+/* sched_setattr(2): an ordinary thread's turn on a processor, in nanoseconds; 0: the kernel's choice. Linux before 6.12 takes it for nothing. */
+static inline int gw_set_turn(int thread, int nice, unsigned long long nanoseconds) {
+    struct {
+        unsigned int size, policy;
+        unsigned long long flags;
+        int nice;
+        unsigned int priority;
+        unsigned long long runtime, deadline, period;
+    } attributes = {.size = sizeof attributes, .nice = nice, .runtime = nanoseconds};
+    return syscall(SYS_sched_setattr, thread, &attributes, 0u) < 0 ? -errno : 0;
 }
 static inline int gw_die_with_parent(int signal_number) {
     return prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0) < 0 ? -errno : 0;

@@ -64,10 +64,18 @@ struct PageReceiver: ~Copyable {
         self.received = received
         self.populating = populating
         self.decoder = decoder
+        countedBytes = decoder.position
         buffer.append(ahead)
     }
 
     deinit { try? flush() }
+
+    /// For the next connection, which goes on at a section's head.
+    var decoderForRecovery: StreamDecoder {
+        var next = decoder
+        next.connectionReplaced()
+        return next
+    }
 
     /// The next item; `nil` at the end of the stream, or when `failure` was found. - Throws: when the connection fails.
     mutating func next() throws(ChannelError) -> StreamItem? {
@@ -122,6 +130,14 @@ struct PageReceiver: ~Copyable {
         return try unsafe buffer.fill(atLeast: 4096) { (room) throws(ChannelError) in
             try unsafe channel.receive(into: UnsafeMutableRawBufferPointer(rebasing: room.prefix(limit)))
         }
+    }
+
+    /// Pages come that nobody asked for: little of them waits here in front of one that somebody did.
+    func keepLittleWaiting(targetMicroseconds: UInt64) {
+        let bytes = BackgroundPace.socketBytes(
+            targetMicroseconds: targetMicroseconds, roundTrip: channel.roundTripNanoseconds ?? 0,
+            bytesPerSecond: BackgroundPace.assumedBytesPerSecond)
+        if let bytes { channel.limitUnreceived(bytes: bytes) }
     }
 
     /// Postcopy: what came whole is placed, whatever becomes of the connection. Nobody else would do it: it is claimed.

@@ -46,10 +46,12 @@ final class Pacer: Sendable {
     }
 
     /// A good size for one write: a millisecond's worth, between one page and `most`.
-    func batchBytes(most: Int) -> Int {
+    /// - Parameter target: less than a millisecond's, if not 0.
+    func batchBytes(most: Int, withinMicroseconds target: UInt64 = 0) -> Int {
         let rate = bytesPerSecond
         guard rate > 0 else { return most }
-        return max(4096, Int(min(UInt64(most), rate / (1_000_000_000 / Self.writeNanoseconds))))
+        let time = target == 0 ? Self.writeNanoseconds : min(Self.writeNanoseconds, target * 1000)
+        return max(4096, Int(min(UInt64(most), rate / (1_000_000_000 / time))))
     }
 
     /// Accounts for bytes sent now. - Returns: how long to wait before the next, in nanoseconds.

@@ -9,24 +9,24 @@ struct BackgroundSender: ~Copyable {
     let requests: PageRequests
     var records: RecordWriter
     let pacer: Pacer
+    let pace: BackgroundPace
     /// Requested pages go over the same channel, each before the next batch.
     let servesRequests: Bool
     /// Other pages go as batches, to a Godwit: their contents are read where they are placed from.
     let batches: Bool
     private var place = OutgoingPages.Place()
 
-    /// What stands before a requested page in a channel's way is little.
-    private static let batchPages: UInt64 = 16
     private static let lookNanoseconds: UInt64 = 10_000_000
 
     init(
         _ pages: OutgoingPages, _ requests: PageRequests, _ records: consuming RecordWriter, _ pacer: Pacer,
-        servesRequests: Bool, batches: Bool = false
+        _ pace: BackgroundPace, servesRequests: Bool, batches: Bool = false
     ) {
         self.pages = pages
         self.requests = requests
         self.records = records
         self.pacer = pacer
+        self.pace = pace
         self.servesRequests = servesRequests
         self.batches = batches
     }
@@ -38,6 +38,9 @@ struct BackgroundSender: ~Copyable {
     mutating func run(
         over channel: Channel, sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
     ) throws(ChannelError) -> Bool {
+        if let bytes = pace.socketBytes(roundTrip: channel.roundTripNanoseconds ?? 0) {
+            channel.limitUnsent(bytes: bytes)
+        }
         while !mustEnd() {
             if servesRequests { try serve(over: channel, sent) }
             if pages.count == 0 {
@@ -51,15 +54,51 @@ struct BackgroundSender: ~Copyable {
                 continue
             }
             if let latest = requests.takePlace() { place = latest }
-            let limit = UInt64(pacer.batchBytes(most: Int(Self.batchPages) * 4096) / 4096)
-            let batch = pages.take(from: &place, limit: limit)
+            let limit = pagesAtOnce
+            let batch = pages.take(from: &place, limit: UInt64(limit))
             // Others may have taken the last ones just now.
             guard let first = batch.first else { continue }
+            if first.pageCount > UInt64(limit) {
+                guard try sendWhole(first, over: channel, sent, mustEnd: mustEnd) else { return false }
+                continue
+            }
             let written = try records.send(batch, batches: batches, to: channel)
-            _ = pacer.sent(written.bytes, at: Clock.monotonicNanoseconds)
+            let now = Clock.monotonicNanoseconds
+            _ = pacer.sent(written.bytes, at: now)
+            pace.sent(written.bytes, at: now)
             sent(written, first)
         }
         return false
+    }
+
+    private var pagesAtOnce: Int {
+        pacer.batchBytes(most: pace.batchBytes, withinMicroseconds: pace.targetMicroseconds) / 4096
+    }
+
+    /// A page of the destination's memory that is many of the stream's: nothing may stand between them, a requested page neither.
+    /// - Returns: false: `mustEnd` said so.
+    private mutating func sendWhole(
+        _ piece: OutgoingPages.Piece, over channel: Channel,
+        _ sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) -> Bool {
+        var start = piece.pages.lowerBound
+        while start < piece.pages.upperBound {
+            guard !mustEnd() else { return false }
+            let due = pacer.sent(0, at: Clock.monotonicNanoseconds)
+            guard due == 0 else {
+                requests.pause(nanoseconds: min(due, Self.lookNanoseconds), forPiece: false)
+                continue
+            }
+            let end = min(start.advanced(by: pagesAtOnce), piece.pages.upperBound)
+            let part = OutgoingPages.Piece(block: piece.block, pages: start..<end)
+            let written = try records.send([part], to: channel)
+            let now = Clock.monotonicNanoseconds
+            _ = pacer.sent(written.bytes, at: now)
+            pace.sent(written.bytes, at: now)
+            sent(written, part)
+            start = end
+        }
+        return true
     }
 
     /// Sends what is asked for, and nothing else, until there is something else to do, or nothing can be asked for any more.

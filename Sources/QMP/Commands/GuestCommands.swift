@@ -1,7 +1,7 @@
 import GuestPrograms
 import Machine
 
-/// What the VM knows about its built-in guests: `x-check-guest`, `x-query-guest`, `x-reset-guest-gap`.
+/// What the VM knows about its built-in guests: `x-check-guest`, `x-query-guest`, `x-guest-histogram`, `x-reset-guest-gap`.
 struct GuestCommands: Sendable {
     private let machine: VirtualMachine
 
@@ -11,6 +11,7 @@ struct GuestCommands: Sendable {
         [
             Command("x-check-guest") { [machine] _ in try machine.checkGuest().json },
             Command("x-query-guest") { [machine] _ in try machine.guestStatus().json },
+            Command("x-guest-histogram") { [machine] _ in try machine.guestHistogram().json },
             Command("x-reset-guest-gap") { [machine] _ in
                 try machine.resetGuestGaps()
                 return [:]
@@ -29,6 +30,10 @@ extension GuestCheck {
             "examples": .array(examples.map { .string($0.description) }), "status": status.json,
         ]
     }
+}
+
+extension GuestHistogram {
+    var json: JSON { ["tsc-kilohertz": JSON(tscKilohertz), "counts": .array(counts.map { JSON($0) })] }
 }
 
 extension GuestStatus {

@@ -24,11 +24,9 @@ extension MigrationInfo {
             members["expected-downtime"] = JSON(expected)
             if expectedDowntimeNanoseconds == nil { members["x-expected-downtime-unknown"] = true }
         }
-        if let blockTime {
-            members["postcopy-blocktime"] = milliseconds(blockTime.allNanoseconds)
-            members["postcopy-vcpu-blocktime"] = .array(blockTime.cpuNanoseconds.map(milliseconds))
-        }
+        if let blockTime { blockTime.add(to: &members) }
         if let pageLatency { pageLatency.add(to: &members) }
+        if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }
@@ -75,6 +73,16 @@ extension MigrationInfo {
     }
 
     private func milliseconds(_ nanoseconds: UInt64) -> JSON { JSON(nanoseconds / 1_000_000) }
+}
+
+extension MigrationInfo.BlockTime {
+    /// QEMU's names and units (10.1): what all and each stood still in milliseconds, the means of single waits in nanoseconds.
+    fileprivate func add(to members: inout [String: JSON]) {
+        members["postcopy-blocktime"] = JSON(allNanoseconds / 1_000_000)
+        members["postcopy-vcpu-blocktime"] = .array(cpus.map { JSON($0.nanoseconds / 1_000_000) })
+        members["postcopy-vcpu-latency"] = .array(cpus.map { JSON($0.meanNanoseconds) })
+        members["postcopy-non-vcpu-latency"] = JSON(others.meanNanoseconds)
+    }
 }
 
 extension LatencyHistogram {

@@ -39,6 +39,8 @@ struct MigrationParameterEntry: Sendable {
             "max-postcopy-bandwidth", .unsigned(bits: 64), .setting(\.maxPostcopyBandwidthBytesPerSecond)),
         MigrationParameterEntry("x-postcopy-channels", .unsigned(bits: 8), .setting(\.postcopyChannels)),
         MigrationParameterEntry(
+            "x-page-latency-target", .unsigned(bits: 32), .setting(\.pageLatencyTargetMicroseconds)),
+        MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),
         MigrationParameterEntry("multifd-channels", .unsigned(bits: 8), .setting(\.multifdChannels)),
         MigrationParameterEntry(
