@@ -216,7 +216,7 @@ extension DestinationCore {
         oldReaders += lost
         self.source = nil
         returnPathIsOpen = false
-        urgent = []
+        (urgent, urgentNumbers) = ([], [:])
         closeChannels(&actions)
         pullLoss = reason
         // Perhaps nothing is missing.
