@@ -13,6 +13,9 @@ public struct MigrationParameters: Sendable, Equatable {
     /// fast as the transport goes.
     public var maxPostcopyBandwidthBytesPerSecond: UInt64 = 0
 
+    /// `x-postcopy-channels`, with the capability `postcopy-preempt`: channels for requested pages to a Godwit, 1 to 16.
+    public var postcopyChannels: UInt64 = 1
+
     /// `x-page-latency-target`, microseconds: so much of the link's time may be taken by what nobody asked for, in front of a page of
     /// postcopy that somebody waits for. 0: nobody looks.
     public var pageLatencyTargetMicroseconds: UInt64 = 200

@@ -123,6 +123,10 @@ public final class Migrator: Sendable {
             throw MigrationError(
                 "multifd-channels \(parameters.multifdChannels): between 1 and \(StreamLimit.multifdChannels)")
         }
+        guard (1...UInt64(StreamLimit.urgentChannels)).contains(parameters.postcopyChannels) else {
+            throw MigrationError(
+                "x-postcopy-channels \(parameters.postcopyChannels): between 1 and \(StreamLimit.urgentChannels)")
+        }
         if let mistake = parameters.throttlingMistake { throw MigrationError(mistake) }
         let outgoing = state.withLock { state in
             state.parameters = parameters

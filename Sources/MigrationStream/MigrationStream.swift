@@ -223,6 +223,8 @@ public enum StreamLimit {
     /// Digests, or sums of them, in one answer.
     public static let digests = 4096
     public static let multifdChannels = 64
+    /// Between two Godwits, for requested pages.
+    public static let urgentChannels = 16
     /// Compressed contents of one packet.
     public static let multifdContentBytes = 1 << 20
     public static let vmDescriptionBytes = 64 << 20

@@ -4,18 +4,30 @@
 ///
 /// A Godwit source writes its ``Mark`` into the reserved bytes from byte 32 on, which QEMU neither sets nor reads:
 ///
-///     be32 0x474F4457, be32 number of channels, identifier of the migration (16 bytes)
+///     be32 0x474F4457, be32 number of channels, identifier of the migration (16 bytes), u8 kind
 public struct MultifdGreeting: Hashable, Sendable {
+    /// What a Godwit's channel is for.
+    public enum Kind: UInt8, Hashable, Sendable {
+        /// Packets of pages (multifd).
+        case pages = 0
+        /// Requests of a guest that moved before its memory, and the pages (postcopy).
+        case urgent = 1
+
+        var most: Int { self == .pages ? StreamLimit.multifdChannels : StreamLimit.urgentChannels }
+    }
+
     /// What a Godwit source says of its migration, so that its destination need not be told what to expect.
     public struct Mark: Hashable, Sendable {
         /// The one that BEGIN will name on the main channel.
         public let migration: MigrationIdentifier
-        /// How many channels there will be.
+        /// How many channels of this kind there will be.
         public let channels: Int
+        public let kind: Kind
 
-        public init(migration: MigrationIdentifier, channels: Int) {
+        public init(migration: MigrationIdentifier, channels: Int, kind: Kind = .pages) {
             self.migration = migration
             self.channels = channels
+            self.kind = kind
         }
     }
 
@@ -51,12 +63,15 @@ public struct MultifdGreeting: Hashable, Sendable {
         let mark = Self.markOffset
         if buffer.be32(mark) == Wire.godwitPing {
             let count = buffer.be32(mark + 4)
-            guard (1...UInt32(StreamLimit.multifdChannels)).contains(count) else {
-                throw StreamError(.multifd(.channelCount(count)), position: 0)
+            guard let kind = Kind(rawValue: buffer[mark + 24]) else {
+                throw StreamError(.multifd(.kind(buffer[mark + 24])), position: 0)
+            }
+            guard (1...UInt32(kind.most)).contains(count) else {
+                throw StreamError(.multifd(.channelCount(count, most: kind.most)), position: 0)
             }
             self.mark = Mark(
                 migration: MigrationIdentifier(high: buffer.be64(mark + 8), low: buffer.be64(mark + 16)),
-                channels: Int(count))
+                channels: Int(count), kind: kind)
         } else {
             self.mark = nil
         }
@@ -79,6 +94,7 @@ public struct MultifdGreeting: Hashable, Sendable {
             writer.be32(Wire.godwitPing)
             writer.be32(UInt32(mark.channels))
             writer.identifier(mark.migration)
+            writer.append([mark.kind.rawValue])
         }
         writer.append(repeating: 0, count: Self.byteCount - writer.bytes.count)
         return writer.bytes

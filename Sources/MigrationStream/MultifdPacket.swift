@@ -186,7 +186,8 @@ public struct MultifdCodec: Sendable {
 public enum MultifdFault: Hashable, Sendable {
     case magic(UInt32)
     case version(UInt32)
-    case channelCount(UInt32)
+    case channelCount(UInt32, most: Int)
+    case kind(UInt8)
     case channel(UInt8, of: Int)
     case flags(UInt32)
     case compression(got: UInt32, agreed: MultifdCompression)
@@ -204,8 +205,8 @@ public enum MultifdFault: Hashable, Sendable {
         case .magic(let magic): "0x\(hexadecimal(UInt64(magic), digits: 8)) begins no packet of a multifd channel"
         case .version(let version):
             "version \(version) of multifd channels is not supported, only \(MultifdWire.version)"
-        case .channelCount(let count):
-            "\(count) multifd channels are announced, not 1 to \(StreamLimit.multifdChannels)"
+        case .channelCount(let count, let most): "\(count) channels are announced, not 1 to \(most)"
+        case .kind(let kind): "a channel is of kind \(kind), which is not known"
         case .channel(let channel, let count):
             "the channel calls itself \(channel), the last one possible is \(count - 1)"
         case .flags(let flags): "a packet has unknown flags 0x\(hexadecimal(UInt64(flags)))"

@@ -70,8 +70,8 @@ struct MultifdTests {
         #expect(fault { $0[0] = 0x51 }?.cause == .multifd(.magic(0x5122_3344)))
         #expect(fault { $0[7] = 2 }?.cause == .multifd(.version(2)))
         #expect(fault { $0[24] = 3 }?.cause == .multifd(.channel(3, of: 3)))
-        #expect(fault { $0[39] = 0 }?.cause == .multifd(.channelCount(0)))
-        #expect(fault { $0[39] = 65 }?.cause == .multifd(.channelCount(65)))
+        #expect(fault { $0[39] = 0 }?.cause == .multifd(.channelCount(0, most: 64)))
+        #expect(fault { $0[39] = 65 }?.cause == .multifd(.channelCount(65, most: 64)))
         #expect(fault { $0[36] = 1 }?.description.contains("16777219 multifd channels are announced") == true)
         // Without a mark the number of channels is not known, but it has a limit.
         #expect(

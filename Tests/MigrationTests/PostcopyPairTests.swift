@@ -14,13 +14,15 @@ extension Migrator {
         /// Rounds before the guest is told to move; `nil`: it is told at once.
         var rounds: UInt64?
         var preempts = false
+        var urgentChannels: UInt64 = 1
         var channels: UInt64 = 0
         var isUnix = false
         var isPaced = false
 
         var testDescription: String {
             let when = rounds.map { "after \($0) rounds" } ?? "at once"
-            return "\(cpus) vCPUs, \(when)\(preempts ? ", preempt" : "")\(channels > 0 ? ", \(channels) channels" : "")"
+            return
+                "\(cpus) vCPUs, \(when)\(preempts ? ", \(urgentChannels) urgent" : "")\(channels > 0 ? ", \(channels) channels" : "")"
                 + (isUnix ? ", unix" : "") + (isPaced ? ", paced" : "")
         }
 
@@ -42,6 +44,7 @@ extension Migrator {
         // The guest is to be told before precopy comes to its end by itself.
         parameters.maxBandwidthBytesPerSecond = 64 << 20
         parameters.downtimeLimitMilliseconds = 0
+        parameters.postcopyChannels = terms.urgentChannels
         if terms.channels > 0 { parameters.multifdChannels = terms.channels }
         if terms.isPaced { parameters.maxPostcopyBandwidthBytesPerSecond = 1 << 20 }
         try set(parameters)
@@ -73,6 +76,8 @@ struct PostcopyPairTests {
         .init(), .init(cpus: 2, rounds: 1), .init(cpus: 4, rounds: 2, isPaced: true), .init(cpus: 2, preempts: true),
         .init(rounds: 1, preempts: true, isPaced: true), .init(cpus: 2, rounds: 1, channels: 2),
         .init(cpus: 4, rounds: 1, preempts: true, channels: 3, isUnix: true),
+        .init(cpus: 4, preempts: true, urgentChannels: 4),
+        .init(cpus: 2, rounds: 1, preempts: true, urgentChannels: 16, isPaced: true),
     ]
 
     @Test(
@@ -104,12 +109,9 @@ struct PostcopyPairTests {
                 claim(sent.rule == .twoPhase, "the rule was \(String(describing: sent.rule))")
                 claim(sent.ram?.postcopyRequests == got.ram?.postcopyRequests, "requests differ")
                 claim(got.ram?.postcopyBytes ?? 0 > 0, "nothing came behind the guest")
-                if let histogram = got.pageLatency {
-                    print(
-                        "postcopy: \(terms.testDescription): \(histogram.count) pages, p50 "
-                            + "\(histogram.nanoseconds(atMille: 500) / 1000) us, p99 "
-                            + "\(histogram.nanoseconds(atMille: 990) / 1000) us")
-                }
+                claim(
+                    got.pageLatency?.count == got.ram?.postcopyRequests,
+                    "\(String(describing: got.pageLatency?.count)) latencies")
             }
         }
     }

@@ -38,6 +38,20 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case keepsOldState
     /// What was on its way when the connection was lost is taken for delivered.
     case forgetsWhatWasLost
+    /// A page that is to come is not named in DISCARD.
+    case forgetsToDiscard
+    /// A page that was asked for is sent again with the rest.
+    case answersAgain
+    /// Now and then a request comes to nothing.
+    case losesRequests
+    /// Pages that were sent in a move which is taken back are not sent again.
+    case losesTakenPages
+    /// A destination whose move was taken back goes on expecting what was discarded then.
+    case keepsExpectations
+
+    var isOfPostcopy: Bool {
+        [.forgetsToDiscard, .answersAgain, .losesRequests, .losesTakenPages, .keepsExpectations].contains(self)
+    }
 
     /// By which words of a violation it may be found.
     var symptoms: [String] {
@@ -49,6 +63,11 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .stopsTheClock, .startsLate: ["are allowed"]
         case .forgetsWhatWasLost: ["pages differ at the switch"]
         case .keepsOldState: ["device state differs"]
+        case .forgetsToDiscard: ["pages differ"]
+        case .answersAgain: ["came twice"]
+        case .losesRequests: ["waits for ever", "yet it"]
+        case .losesTakenPages: ["differ", "the guest reads"]
+        case .keepsExpectations: ["came twice", "differ", "the guest reads"]
         }
     }
 }
@@ -106,6 +125,8 @@ struct SimulationPlan: Sendable {
     /// How likely an operator resumes to a wrong address, cancels, gives up the destination; and a stranger comes meanwhile.
     var mistakes = 0.0
     var pauses = false
+    /// The guest may move before its memory.
+    var postcopy: PostcopyPlan?
     /// The operator's cancel comes then, if at all.
     var cancelsAfter: UInt64?
     var proceedsAfter: UInt64 = 20 * millisecond
@@ -225,6 +246,7 @@ struct SimulationPlan: Sendable {
 
     /// Nothing goes wrong and nobody interferes: the migration must complete.
     var isUndisturbed: Bool {
-        cancelsAfter == nil && cutSteps.isEmpty && faults.allSatisfy { if case .stall = $0 { true } else { false } }
+        cancelsAfter == nil && cutSteps.isEmpty && postcopy?.cutSteps.isEmpty ?? true
+            && faults.allSatisfy { if case .stall = $0 { true } else { false } }
     }
 }

@@ -6,7 +6,7 @@ import Testing
 /// `GODWIT_SIMULATION_SEED=S` replays one with its trace.
 @Suite("Simulation")
 struct SimulationTests {
-    private static func environment(_ name: String) -> UInt64? {
+    static func environment(_ name: String) -> UInt64? {
         unsafe getenv(name).flatMap { unsafe UInt64(String(cString: $0)) }
     }
 
@@ -52,7 +52,7 @@ struct SimulationTests {
         if count >= 500 {
             #expect(resumed > 20, "hardly a seed completes after its connection was lost")
             #expect(broken > 50, "no seed has a switchover broken off")
-            for ending in RunEnding.allCases where ending != .stillUnsettled {
+            for ending in RunEnding.allCases where ![.stillUnsettled, .pausedInPostcopy].contains(ending) {
                 #expect(endings[ending, default: 0] > 0, "no seed ends as \(ending.rawValue)")
             }
         }
@@ -71,7 +71,7 @@ struct SimulationTests {
         }
     }
 
-    @Test("a planted bug is found within 500 seeds", arguments: PlantedBug.allCases)
+    @Test("a planted bug is found within 500 seeds", arguments: PlantedBug.allCases.filter { !$0.isOfPostcopy })
     func plantedBug(bug: PlantedBug) {
         for seed in 1...500 as ClosedRange<UInt64> {
             do { _ = try Simulator(seed: seed, bug: bug).run() } catch {

@@ -9,6 +9,10 @@ struct SimulatedReader {
     /// Pages whose contents are still to be read, in order.
     var awaited: [Int] = []
     var payload: [UInt8] = []
+    /// A channel for requested pages that has not said what it is.
+    var isGreeting = false
+    /// The package that is being read.
+    var package: (decoder: StreamDecoder, bytes: [UInt8])?
 }
 
 // The destination's shell.
@@ -25,12 +29,14 @@ extension Simulator {
 
     private func perform(_ action: DestinationAction) {
         trace("  destination -> \(action)")
+        if performPull(action) { return }
         switch action {
         case .send(let id, let bytes):
             guard let reader = readers[id] else { return }
             send(bytes, on: reader.connection, towards: .source)
         case .close(let id):
             guard let reader = readers.removeValue(forKey: id) else { return }
+            if let number = pull.channels.firstIndex(of: id) { pull.channels[number] = nil }
             close(reader.connection, by: .destination)
         case .loadState(let sections): loadState(sections)
         // Pages are not verified here.
@@ -43,7 +49,7 @@ extension Simulator {
                     destinationOwnsGuest = false
                     return feedDestination(.startedTooLate)
                 }
-                checkContract()
+                if plan.postcopy == nil || moment != nil { checkContract() }
                 destinationRuns(running)
             } failure: { [self] in
                 destinationOwnsGuest = false
@@ -65,9 +71,9 @@ extension Simulator {
                 if epoch == destinationEpoch { feedDestination(.readersEnded(ids)) }
             }
         case .keeps: kept()
-        // No source switches to postcopy here.
+        // Performed above.
         case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop: break
-        case .report, .agreed, .admit, .turnedAway: break
+        case .report, .agreed, .admit, .admitUrgent, .turnedAway: break
         }
     }
 
@@ -77,12 +83,13 @@ extension Simulator {
             destinationRuns(true)
         }
         perform(.destination, 10 * microsecond, 10 * millisecond) { [self] in
-            guard destination.phase == .loading else { return }
+            // Nobody wants it any more, and hears that it is over.
+            guard destination.phase == .loading else { return feedDestination(.stateLoaded(nanoseconds: 1000)) }
             loads += 1
             if bug == .keepsOldState, loads > 1 { return feedDestination(.stateLoaded(nanoseconds: 1000)) }
             let clock = sections.first { $0.name == "clock" }?.body ?? []
             destinationGuest.deviceState = clock.reversed().reduce(0) { $0 << 8 | UInt64($1) }
-            feedDestination(.stateLoaded(nanoseconds: 1000))
+            afterTouches { [self] in feedDestination(.stateLoaded(nanoseconds: 1000)) }
         } failure: { [self] in
             feedDestination(.loadFailed("device 'cpu' refuses its state"))
         }
@@ -103,23 +110,28 @@ extension Simulator {
         if destinationStarts > 1 { violate("the destination started the guest twice") }
         // By QEMU's rule a source that lost the connection has gone on meanwhile: what arrives late is what it was before.
         let isOutdated = plan.rule == .qemu && sourceOwnsGuest
-        if destinationGuest.pages != sourceGuest.pages, !isOutdated {
-            let wrong = destinationGuest.pages.indices.filter { destinationGuest.pages[$0] != sourceGuest.pages[$0] }
+        let wrong = destinationGuest.pages.indices.filter {
+            destinationGuest.pages[$0] != sourceGuest.pages[$0] && !pull.isMissing($0)
+        }
+        if !wrong.isEmpty, !isOutdated {
             violate("\(wrong.count) pages differ at the switch, the first is page \(wrong.first ?? 0)")
         }
         if destinationGuest.deviceState != sourceGuest.deviceState { violate("device state differs at the switch") }
         if running != guestRanBeforeStop { violate("the guest is \(running ? "running" : "paused") unlike before") }
         if running { destinationGuest.run(at: now) }
         checkInvariants()
+        if pull.isListening { runPulledGuest() }
         feedDestination(.guestStarted(nanoseconds: 500))
     }
 
     // MARK: Reading
 
-    func destinationAccepts(_ connection: SimulatedConnection) {
+    func destinationAccepts(_ connection: SimulatedConnection, isUrgent: Bool = false) {
         guard destinationIsAlive else { return }
-        let decoder = StreamDecoder(.load(blocks: map.blocks, catalogue: Self.catalogue))
-        readers[connection.id] = SimulatedReader(connection: connection, decoder: decoder)
+        var decoder = StreamDecoder(.load(blocks: map.blocks, catalogue: Self.catalogue))
+        decoder.allowsPostcopy = true
+        readers[connection.id] = SimulatedReader(
+            connection: connection, decoder: isUrgent ? .requestedPages(of: map.blocks) : decoder, isGreeting: isUrgent)
         feedDestination(.accepted(connection.id, answers: connection.isStranger || plan.rule != .oneWay))
     }
 
@@ -128,12 +140,18 @@ extension Simulator {
         guard destinationIsAlive else { return }
         readers[id]?.input.append(bytes)
         do {
+            guard try greets(id) else { return }
             while violation == nil, var reader = readers.removeValue(forKey: id) {
                 // Taken out and put back, so that its buffer is never copied.
                 let item = try next(&reader)
                 readers[id] = reader
+                for item in packaged.removeValue(forKey: id) ?? [] { feedDestination(.item(id, item)) }
                 guard let item else { return }
                 if isPlaced(item, from: id) { continue }
+                if case .command(.postcopy(.packaged)) = item {
+                    readers[id]?.package = (reader.decoder.packageDecoder(), [])
+                    pull.main = id
+                }
                 feedDestination(.item(id, item))
             }
         } catch {
@@ -147,13 +165,46 @@ extension Simulator {
         feedDestination(.disconnected(connection.id, reason))
     }
 
+    /// - Returns: whether there is more to be read than a greeting.
+    private func greets(_ id: ConnectionID) throws(StreamError) -> Bool {
+        guard var reader = readers.removeValue(forKey: id) else { return false }
+        guard reader.isGreeting else {
+            readers[id] = reader
+            return true
+        }
+        let greeting = try MultifdGreeting(from: &reader.input)
+        reader.isGreeting = greeting == nil
+        readers[id] = reader
+        guard let greeting else { return false }
+        feedDestination(.greeted(id, greeting))
+        return true
+    }
+
+    /// A package is looked at when all of it is here.
+    private func take(
+        _ piece: [UInt8], of package: (decoder: StreamDecoder, bytes: [UInt8]), _ reader: inout SimulatedReader
+    ) {
+        var package = package
+        package.bytes += piece
+        guard reader.decoder.payloadBytes == 0 else { return reader.package = package }
+        reader.package = nil
+        var buffer = ReceiveBuffer()
+        buffer.append(package.bytes)
+        let id = reader.connection.id
+        do {
+            var items: [StreamItem] = []
+            while let item = try package.decoder.next(from: &buffer) { items.append(item) }
+            packaged[id] = items
+        } catch { violate("the package is not understood: \(error)") }
+    }
+
     private func next(_ reader: inout SimulatedReader) throws(StreamError) -> StreamItem? {
         if reader.decoder.payloadBytes > 0 {
             let count = min(reader.decoder.payloadBytes, reader.input.count)
             var piece = [UInt8](repeating: 0, count: count)
             let moved = unsafe piece.withUnsafeMutableBytes { unsafe reader.input.move(to: $0) }
             reader.decoder.payloadConsumed(moved)
-            place(piece, &reader)
+            if let package = reader.package { take(piece, of: package, &reader) } else { place(piece, &reader) }
             if reader.decoder.payloadBytes > 0 { return nil }
         }
         return try reader.decoder.next(from: &reader.input)
@@ -166,7 +217,7 @@ extension Simulator {
         while reader.payload.count - start >= 4096, let page = reader.awaited.first {
             reader.awaited.removeFirst()
             if let value = SimulatedMemoryMap.value(reader.payload[start..<(start + 4096)]) {
-                destinationGuest.place(value, at: page)
+                if !pulled(value, page) { destinationGuest.place(value, at: page) }
             } else {
                 violate("page \(page) arrived with contents that are not a page's")
             }
@@ -182,13 +233,14 @@ extension Simulator {
         case .page(let block, let offset):
             readers[id]?.awaited = [map.page(block: block, offset: offset)]
         case .zeroPage(let block, let offset):
-            destinationGuest.place(0, at: map.page(block: block, offset: offset))
+            let page = map.page(block: block, offset: offset)
+            if !pulled(0, page) { destinationGuest.place(0, at: page) }
         case .pageBatch(let block, let runs):
             for run in runs {
                 for index in 0..<Int(run.pages) {
                     let page = map.page(block: block, offset: run.offset) + index
                     if run.kind == .zero {
-                        destinationGuest.place(0, at: page)
+                        if !pulled(0, page) { destinationGuest.place(0, at: page) }
                     } else {
                         readers[id]?.awaited.append(page)
                     }

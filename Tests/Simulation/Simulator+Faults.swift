@@ -68,6 +68,7 @@ extension Simulator {
         destination = Self.destination(plan, instance: MigrationIdentifier(high: destinationEpoch, low: 3))
         destinationGuest = SimulatedGuest(emptyPages: plan.pages)
         (readers, destinationTimers) = ([:], [:])
+        pull = SimulatedPull(pages: plan.pages)
     }
 
     func prepareCuts(of connection: SimulatedConnection) {
@@ -88,6 +89,7 @@ extension Simulator {
     }
 
     func strikeFaults() {
+        strikeUrgent()
         if plan.cutSteps.contains(steps), let connection = sourceConnection { cut(connection) }
         if phaseSteps[source.phase] == nil { phaseSteps[source.phase] = steps }
         for fault in plan.faults {
@@ -135,7 +137,8 @@ extension Simulator {
     /// QEMU's order of states; the ways out are open from everywhere.
     func checkOrder(_ status: MigrationStatus) {
         let order: [MigrationStatus] = [
-            .none, .paused, .setup, .active, .preSwitchover, .device, .unsettled, .completed,
+            .none, .paused, .setup, .active, .preSwitchover, .device, .postcopyDevice, .postcopyActive, .unsettled,
+            .postcopyPaused, .completed,
         ]
         if let old = order.firstIndex(of: lastReport), let new = order.firstIndex(of: status), new <= old {
             violate("the status goes from \(lastReport.rawValue) to \(status.rawValue)")
@@ -160,14 +163,18 @@ extension Simulator {
 
     /// Nothing is left to happen: nobody may be waiting.
     func checkEnd() {
-        if sourceIsAlive, ![.finished, .unsettled].contains(source.phase) {
+        let pulls: [SourcePhase] = isSilenced ? [.postcopyPaused, .pulled] : [.postcopyPaused]
+        checkPullEnd()
+        if sourceIsAlive, ![.finished, .unsettled].contains(source.phase), !pulls.contains(source.phase) {
             violate("the source waits for ever in phase \(source.phase)")
         }
-        if sourceIsAlive, sourceConnection != nil { violate("the source leaves its connection open") }
+        if sourceIsAlive, sourceConnection != nil, source.phase != .pulled {
+            violate("the source leaves its connection open")
+        }
         if sourceIsAlive, source.phase == .unsettled, !startHangs {
             violate("the source stays unsettled although it could be found out")
         }
-        let terminal: [DestinationPhase] = [.waiting, .started, .failed]
+        let terminal: [DestinationPhase] = [.waiting, .started, .failed, .pullPaused] + (isSilenced ? [.pulling] : [])
         // With a QEMU source the destination may wait as long as that source's connection stands.
         let isPatient = plan.rule != .twoPhase && destination.phase == .receiving
         if destinationIsAlive, !terminal.contains(destination.phase), !isPatient, destination.phase != .starting {
@@ -195,6 +202,7 @@ extension Simulator {
 
     var ending: RunEnding {
         guard sourceIsAlive else { return .sourceDied }
+        if [.postcopyPaused, .pulled].contains(source.phase) { return .pausedInPostcopy }
         let wasUnsettled = sourceOutcomes.contains { if case .unsettled = $0 { true } else { false } }
         switch sourceOutcomes.last {
         case .completed: return wasUnsettled ? .settledThere : .completed

@@ -47,6 +47,7 @@ extension Simulator {
 
     func abandon() {
         attempts += 1
+        closeUrgent()
         if let connection = sourceConnection {
             sourceConnection = nil
             close(connection, by: .source)
@@ -79,6 +80,8 @@ extension Simulator {
     // MARK: The operator
 
     func paused() {
+        // The guest moved.
+        if source.phase == .postcopyPaused { return }
         pauses += 1
         lastReport = .none
         if plan.guestRuns, !sourceGuest.runs { violate("the migration is paused, and the guest stands still") }

@@ -32,6 +32,7 @@ extension Simulator {
         } else {
             trace("source   -> \(action)")
         }
+        if performMove(action) { return }
         switch action {
         case .connect: connect()
         case .send(let bytes): sourceSends(bytes)
@@ -72,9 +73,9 @@ extension Simulator {
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
-        // No guest of these moves before its memory.
-        case .openUrgentChannel, .sendDiscards, .sendPackage, .serveRequests, .servePages, .takeBackPages,
-            .prepareRecovery, .adoptBitmaps:
+        // Of a QEMU destination, of a recovery, and those that were performed above.
+        case .openUrgentChannel, .openUrgentChannels, .sendDiscards, .sendPackage, .serveRequests, .servePages,
+            .takeBackPages, .prepareRecovery, .adoptBitmaps:
             break
         }
     }
@@ -119,7 +120,7 @@ extension Simulator {
             }
             connections.append(connection)
             sourceConnection = connection
-            sourceMessages = ReturnPathDecoder()
+            sourceMessages = ReturnPathDecoder(postcopyOf: plan.postcopy == nil ? [] : map.blocks)
             sourceInput = ReceiveBuffer()
             destinationAccepts(connection)
             feedSource(.connected(plan.rule == .oneWay ? .oneWay : .bothWays))
@@ -129,10 +130,19 @@ extension Simulator {
     private func sourceSends(_ bytes: [UInt8]) {
         guard let connection = sourceConnection else { return }
         if source.phase >= .savingState { startTail(of: connection) }
+        // A job that serves requests ends when there is another.
+        if move.service == .requests { move.service = .nothing }
+        send(bytes, on: connection, towards: .destination)
+    }
+
+    /// What a job of the sender writes.
+    func sourceSendsOnMain(_ bytes: [UInt8]) {
+        guard let connection = sourceConnection else { return }
         send(bytes, on: connection, towards: .destination)
     }
 
     func sourceReads(_ bytes: [UInt8], on connection: SimulatedConnection) {
+        if sourceIsAlive, urgentSourceReads(bytes, on: connection) { return }
         guard sourceIsAlive, connection === sourceConnection else { return }
         sourceInput.append(bytes)
         do {
@@ -141,6 +151,7 @@ extension Simulator {
                     acknowledged(mark)
                     continue
                 }
+                if tookRequest(message) { continue }
                 feedSource(.received(message))
             }
         } catch {
@@ -150,6 +161,7 @@ extension Simulator {
     }
 
     func sourceLoses(_ connection: SimulatedConnection, _ reason: String) {
+        if sourceIsAlive, urgentSourceLoses(connection, reason) { return }
         guard sourceIsAlive, connection === sourceConnection else { return }
         sourceConnection = nil
         if plan.rule == .oneWay, source.phase == .closing { return }
@@ -157,6 +169,7 @@ extension Simulator {
     }
 
     private func closeSource() {
+        closeUrgent()
         guard let connection = sourceConnection else { return }
         sourceConnection = nil
         close(connection, by: .source)
@@ -326,7 +339,9 @@ extension Simulator {
     /// The operator goes and looks at the destination, as often as it takes.
     private func operatorLooks() {
         guard sourceIsAlive, source.status == .unsettled else { return }
-        if destinationIsAlive, destination.phase == .started { return feedSource(.settle(.startedThere)) }
+        if destinationIsAlive, destination.phase >= .pulling, destination.phase < .failed {
+            return feedSource(.settle(.startedThere))
+        }
         // Without two phases the destination may wait on a silent connection for good: it is ended by hand.
         if plan.rule != .twoPhase { feedDestination(.giveUp) }
         if !destinationIsAlive || destination.phase == .failed || destinationEpoch > 0 {

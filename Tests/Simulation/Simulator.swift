@@ -10,7 +10,7 @@ struct Violation: Error, CustomStringConvertible {
 
 /// How a run ended, for counting what the seeds reach.
 enum RunEnding: String, CaseIterable, Hashable {
-    case completed, cancelled, failed, settledThere, settledHere, stillUnsettled, sourceDied
+    case completed, cancelled, failed, settledThere, settledHere, stillUnsettled, sourceDied, pausedInPostcopy
 }
 
 /// Two cores and what stands around them on virtual time: network, shells, guests, operator, faults. One seed, one run.
@@ -71,6 +71,15 @@ final class Simulator {
     var destinationTimers: [ProtocolTimer.Kind: UInt64] = [:]
     var destinationOutcomes: [DestinationOutcome] = []
 
+    // Postcopy.
+    var move: SimulatedMove
+    var pull: SimulatedPull
+    /// What a package held that has come whole.
+    var packaged: [ConnectionID: [StreamItem]] = [:]
+    /// The source's memory when the guest stood still for its move.
+    var truth: [UInt64] = []
+    var movesTakenBack = 0
+
     // The network.
     var connections: [SimulatedConnection] = []
     var networkIsSilentUntil: UInt64 = 0
@@ -95,12 +104,19 @@ final class Simulator {
         destinationGuest = SimulatedGuest(emptyPages: plan.pages)
         pending = [Bool](repeating: true, count: plan.pages)
         records = RAMRecordEncoder(blocks: map.blocks)
+        move = SimulatedMove(records: RAMRecordEncoder(blocks: map.blocks))
+        pull = SimulatedPull(pages: plan.pages)
         var configuration =
             SourceConfiguration(
                 migration: MigrationIdentifier(high: seed, low: 1), machineName: Self.machineName, blocks: map.blocks,
                 catalogue: Self.catalogue, pausesBeforeSwitchover: plan.pauses,
                 switchover: SwitchoverPolicy(downtimeLimitNanoseconds: plan.downtimeLimit))
         configuration.isResumable = plan.isResumable
+        if let moves = plan.postcopy {
+            configuration.features.insert(.postcopy)
+            configuration.postcopy = PostcopyTerms(
+                usesUrgentChannel: moves.channels > 0, urgentChannels: max(moves.channels, 1))
+        }
         source = SourceCore(configuration)
         destination = Self.destination(plan, instance: MigrationIdentifier(high: seed, low: 2))
     }
@@ -112,6 +128,10 @@ final class Simulator {
                 sections: [ExpectedSection(name: "cpu"), ExpectedSection(name: "clock")],
                 features: plan.rule == .twoPhase ? .all : [])
         waiting.deadlines.kept = 600 * second
+        if plan.postcopy != nil {
+            waiting.allowsPostcopy = true
+            waiting.features.insert(.postcopy)
+        }
         return DestinationCore(waiting)
     }
 
@@ -160,6 +180,9 @@ final class Simulator {
         if let time = plan.cancelsAfter { schedule(at: time) { [self] in feedSource(.cancel) } }
         if let time = plan.raisesLimitAfter {
             schedule(at: time) { [self] in feedSource(.setDowntimeLimit(nanoseconds: plan.generousLimit)) }
+        }
+        if let moves = plan.postcopy {
+            schedule(at: moves.startsAfter) { [self] in feedSource(.startPostcopy) }
         }
         schedule(at: 1 * microsecond) { [self] in feedSource(.start) }
         while violation == nil, let (time, action) = queue.removeFirst() {

@@ -180,6 +180,11 @@ extension IncomingMigration {
             guard let greeting = try greeting(channel, &buffer) else {
                 return post(.disconnected(id, "it ended inside its greeting"))
             }
+            if greeting.mark?.kind == .urgent {
+                // Nothing was asked for yet.
+                guard buffer.isEmpty else { return post(.rejected(id, "it sends pages that nobody waits for")) }
+                return readUrgentChannel(channel, id, greeting)
+            }
             barrier.greeted(id)
             post(.greeted(id, greeting))
             recognized(id)

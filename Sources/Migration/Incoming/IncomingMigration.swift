@@ -28,6 +28,8 @@ final class IncomingMigration: Sendable {
     let postcopies = Mutex<IncomingPostcopy?>(nil)
     /// The connection on which pages are asked for.
     let postcopySource = Mutex<ConnectionID?>(nil)
+    /// A Godwit source's channels for requested pages.
+    let urgents = UrgentConnections()
     /// How the words of another connection are read that goes on with postcopy.
     let recoveryDecoder = Mutex<StreamDecoder?>(nil)
     private let verifications = Mutex<IncomingVerification?>(nil)
@@ -217,6 +219,7 @@ final class IncomingMigration: Sendable {
     func forget(_ id: ConnectionID) -> Channel? {
         let channel = channels.withLock { $0.removeValue(forKey: id) }
         barrier.closed(id)
+        urgents.closed(id)
         return channel
     }
 
@@ -314,6 +317,7 @@ final class IncomingMigration: Sendable {
             answers.close(channel, id)
         case .drop(let id): forget(id)?.cancel()
         case .admit(let id, let count): barrier.admit(id, of: count)
+        case .admitUrgent(let id, let number, let count): urgents.admit(id, as: number, of: count)
         case .verify(let migration): return verify(migration)
         case .compareRoot(let root): return compared(verification?.compare(root: root))
         case .compareDigests(let range, let values): return compared(verification?.compare(range, values))

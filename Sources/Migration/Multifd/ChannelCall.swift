@@ -10,6 +10,7 @@ struct ChannelCall: Sendable {
     let migration: MigrationIdentifier
     /// Of the machine; a QEMU destination wants its own.
     var uuid: MigrationIdentifier?
+    var kind = MultifdGreeting.Kind.pages
 
     /// So many handshakes are under way at most: a burst of more would overflow what a listener holds for its process.
     static let atOnce = 16
@@ -79,7 +80,7 @@ struct ChannelCall: Sendable {
             if error == .cancelled { throw error }
             throw .unusable("channel \(index + 1) of \(count): \(error.description)")
         }
-        let mark = MultifdGreeting.Mark(migration: migration, channels: count)
+        let mark = MultifdGreeting.Mark(migration: migration, channels: count, kind: kind)
         let nobody = MigrationIdentifier(high: 0, low: 0)
         do throws(ChannelError) {
             try channel.send(MultifdGreeting(channel: UInt8(index), uuid: uuid ?? nobody, mark: mark).bytes)

@@ -106,7 +106,7 @@ final class OutgoingMigration: Sendable {
         }
         configuration.isResumable = capabilities.contains(.resumable) && address.canReconnect
         if capabilities.contains(.verify) { configuration.features.insert(.verification) }
-        configuration.allowPostcopy(capabilities)
+        configuration.allowPostcopy(capabilities, channels: Int(parameters.postcopyChannels))
         self.configuration = configuration
         usesDirectIO = parameters.usesDirectIO
         usesReturnPath = capabilities.contains(.returnPath)
@@ -273,6 +273,7 @@ final class OutgoingMigration: Sendable {
         case .sendDigests(let range): sender.enqueue(.digests(range))
         case .interruptRound: sender.interruptRound()
         case .openUrgentChannel: openUrgentChannel()
+        case .openUrgentChannels(let count): openUrgentChannels(count)
         case .sendDiscards: sender.enqueue(.discards)
         case .sendPackage(let bytes): sendPackage(bytes)
         case .prepareRecovery: sender.postcopy?.prepareRecovery()

@@ -98,11 +98,13 @@ extension IncomingMigration {
     /// On the thread that serves faults: under no lock but that of the words.
     private func ask(for requests: [PageRequest]) {
         statistics.asked(for: UInt64(requests.count))
-        // Without a source the pages stay asked for: there is nobody who could be told.
-        guard let id = postcopySource.withLock({ $0 }) else { return }
-        var writer = StreamWriter()
-        for request in requests { writer.message(.postcopy(.requestPages(request))) }
-        if let reason = say(writer.bytes, on: id) { post(.disconnected(id, reason)) }
+        // Without a source the pages stay asked for: there is nobody who could be told. Nor is there while a new one does not go on yet.
+        guard let main = postcopySource.withLock({ $0 }), isOpen(main) else { return }
+        for (id, requests) in urgents.route(requests) ?? [(main, requests)] {
+            var writer = StreamWriter()
+            for request in requests { writer.message(.postcopy(.requestPages(request))) }
+            if let reason = say(writer.bytes, on: id) { post(.disconnected(id, reason)) }
+        }
     }
 
     // MARK: Reading
@@ -136,9 +138,25 @@ extension IncomingMigration {
         return true
     }
 
-    /// The channel for requested pages: records from the first byte on.
-    func readRequestedPages(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
+    /// A Godwit's channel, behind its greeting.
+    func readUrgentChannel(_ channel: Channel, _ id: ConnectionID, _ greeting: MultifdGreeting) {
+        urgents.greeted(id)
+        post(.greeted(id, greeting))
         recognized(id)
+        guard urgents.waitForAdmission(id) else { return }
+        HostThread.renameCurrent("postcopy-recv-\(greeting.channel + 1)")
+        _ = HostThread.runBeforeOthers()
+        readRequestedPages(channel, id, behind: [], isAdmitted: true, lastWordsNanoseconds: Self.lastWordsNanoseconds)
+    }
+
+    /// A channel for requested pages: records from the first byte on.
+    /// - Parameter lastWordsNanoseconds: so long what the main connection says goes before the end of this one.
+    func readRequestedPages(
+        _ channel: Channel, _ id: ConnectionID, behind first: [UInt8], isAdmitted: Bool = false,
+        lastWordsNanoseconds: UInt64 = 0
+    ) {
+        recognized(id)
+        var isAdmitted = isAdmitted
         do {
             var receiver = PageReceiver(
                 channel, behind: first, memory: machine.memory, decoder: .requestedPages(of: blocks),
@@ -146,7 +164,6 @@ extension IncomingMigration {
                 statistics: statistics)
             receiver.isCounted = true
             var progress = ProgressTeller()
-            var isAdmitted = false
             while let item = try receiver.next() {
                 // Not before its first record makes sense: there is no greeting, and a stranger's noise must not cost the migration.
                 if !isAdmitted {
@@ -167,9 +184,15 @@ extension IncomingMigration {
                 if progress.isDue() { post(.progressed(id)) }
                 guard isOpen(id) else { return }
             }
+            if receiver.failure == nil, urgents.waitUntilClosed(id, nanoseconds: lastWordsNanoseconds) { return }
             post(
                 receiver.failure.map { .rejected(id, $0.description) }
                     ?? .disconnected(id, "the source closed the connection"))
-        } catch { post(.disconnected(id, "\(error)")) }
+        } catch {
+            if urgents.waitUntilClosed(id, nanoseconds: lastWordsNanoseconds) { return }
+            post(.disconnected(id, "\(error)"))
+        }
     }
+
+    private static let lastWordsNanoseconds: UInt64 = 200_000_000
 }

@@ -28,6 +28,48 @@ extension OutgoingMigration {
         } catch { post(.urgentChannelFailed(error.description)) }
     }
 
+    /// Connects so many times, and says on each which it is.
+    func openUrgentChannels(_ count: Int) {
+        guard let postcopy = sender.postcopy else { return }
+        let attempt = attempts.withLock { $0 }
+        do throws(SystemError) {
+            let token = try CancelToken()
+            connecting.withLock { $0 = token }
+            _ = try HostThread(name: "migration-conn") { [self] in
+                do throws(ChannelError) {
+                    let call = ChannelCall(count: count, migration: configuration.migration, kind: .urgent)
+                    let channels = try call.connect(
+                        to: target.withLock { $0 }, connector: Connector(tls: tls, descriptors: descriptors),
+                        cancel: token)
+                    try hold(channels, attempt, postcopy)
+                } catch {
+                    if isCurrent(attempt) { post(.urgentChannelFailed(error.description)) }
+                }
+            }
+        } catch { post(.urgentChannelFailed(error.description)) }
+    }
+
+    private func hold(
+        _ channels: [Channel], _ attempt: UInt64, _ postcopy: PostcopySource
+    ) throws(ChannelError) {
+        // The migration may have ended meanwhile.
+        guard isCurrent(attempt), open.withLock({ $0 != nil }) else {
+            for channel in channels { channel.cancel() }
+            return
+        }
+        do throws(SystemError) {
+            try postcopy.open(channels) { [self] urgent, error in
+                // What the main connection says tells more, where it says something.
+                if isLost(attempt, answers: true), !urgent.isEnded { post(.urgentChannelLost(error.description)) }
+            }
+        } catch {
+            for channel in channels { channel.cancel() }
+            throw .system(error)
+        }
+        guard isCurrent(attempt), open.withLock({ $0 != nil }) else { return postcopy.end() }
+        post(.urgentChannelOpened)
+    }
+
     private func hold(_ channel: Channel, _ attempt: UInt64, _ postcopy: PostcopySource) throws(ChannelError) {
         // A later connection's is another one.
         guard isCurrent(attempt) else { return channel.cancel() }
@@ -61,10 +103,11 @@ extension OutgoingMigration {
 }
 
 extension SourceConfiguration {
-    mutating func allowPostcopy(_ capabilities: Set<MigrationCapability>) {
+    mutating func allowPostcopy(_ capabilities: Set<MigrationCapability>, channels: Int) {
         guard capabilities.contains(.postcopyRAM) else { return }
         features.insert(.postcopy)
-        postcopy = PostcopyTerms(usesUrgentChannel: capabilities.contains(.postcopyPreempt))
+        postcopy = PostcopyTerms(
+            usesUrgentChannel: capabilities.contains(.postcopyPreempt), urgentChannels: channels)
     }
 }
 

@@ -1,6 +1,7 @@
 import GuestMemory
 import Host
 import MigrationStream
+import Synchronization
 
 /// What a destination asked for and nobody has sent: the thread that reads its answers fills it, one thread empties it.
 ///
@@ -47,6 +48,8 @@ final class PageRequests: Sendable {
     private let state = Monitor(State())
     /// From when a request was read until its page had left.
     let latency = PageLatency()
+    /// Requests that threads are answering by themselves.
+    private let answering = Atomic<Int>(0)
 
     /// So many pieces wait at most.
     private static let mostPieces = 4096
@@ -110,6 +113,39 @@ final class PageRequests: Sendable {
         }
     }
 
+    // MARK: Threads that answer by themselves
+
+    /// Takes out what is asked for, to be sent at once by the caller, who then says ``answered()``. - Throws: what is wrong with it.
+    func claim(_ request: PageRequest) throws(Refusal) -> [Piece] {
+        // Before its pages are taken: who then finds that none is left must not find nothing under way either.
+        answering.wrappingAdd(1, ordering: .sequentiallyConsistent)
+        let (open, isWithdrawn) =
+            state.wait { .some(($0.isOver ? nil : $0.pages, $0.isWithdrawn || $0.isOver)) } ?? (nil, false)
+        guard let open else {
+            guard isWithdrawn else { throw .tooEarly(request) }
+            return []
+        }
+        let pieces = open.take(request)
+        for piece in pieces { latency.asked(Self.place(of: piece)) }
+        // Nobody waits for this, and nobody is woken.
+        let vain = state.wait { state in
+            if let last = pieces.last {
+                state.latest = OutgoingPages.Place(block: last.block, page: last.pages.upperBound)
+            } else {
+                state.vain += 1
+            }
+            return .some(state.vain)
+        }
+        guard vain ?? 0 <= Self.mostVain else { throw .endless }
+        return pieces
+    }
+
+    /// A claimed piece is on its way.
+    func left(_ piece: Piece) { latency.arrived(Self.place(of: piece)) }
+
+    /// What was claimed last is on its way.
+    func answered() { answering.wrappingSubtract(1, ordering: .sequentiallyConsistent) }
+
     // MARK: The thread that sends them
 
     /// The next piece, waiting for it. - Returns: `nil`: there will be none.
@@ -168,13 +204,18 @@ final class PageRequests: Sendable {
     /// Waits until all that was asked for is on its way, at most that long. - Returns: whether it is.
     /// - Parameter servesItself: who asks is also who sends: it does not wait for what it has to send itself.
     func settle(nanoseconds: UInt64, servesItself: Bool = false) -> Bool {
-        state.wait(deadline: .after(nanoseconds: nanoseconds)) { state -> Bool? in
-            if state.isEmpty, state.underWay == 0 { return true }
-            return servesItself && !state.isEmpty ? false : nil
-        } ?? false
+        let isSettled =
+            state.wait(deadline: .after(nanoseconds: nanoseconds)) { state -> Bool? in
+                if state.isEmpty, state.underWay == 0 { return true }
+                return servesItself && !state.isEmpty ? false : nil
+            } ?? false
+        guard isSettled, answering.load(ordering: .sequentiallyConsistent) > 0 else { return isSettled }
+        // Those threads wake nobody.
+        Clock.sleep(nanoseconds: min(nanoseconds, 100_000))
+        return false
     }
 
-    var isOver: Bool { state.withLock { $0.isOver } }
+    var isOver: Bool { state.wait { .some($0.isOver) } ?? true }
 
     /// The guest did not move: nothing is taken up any more, and what waits is not sent.
     func withdraw() {

@@ -25,6 +25,8 @@ final class PostcopySource: Sendable {
     let pages = Mutex<OutgoingPages?>(nil)
     private let takesBatches = Atomic<Bool>(false)
     private let urgent = Mutex<UrgentSender?>(nil)
+    /// Those of a Godwit.
+    private let channels = Mutex<[UrgentChannel]>([])
     /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
     private let described: Mutex<[RAMBlockDescription]>
     /// What the destination says it has, while a connection recovers.
@@ -176,6 +178,7 @@ final class PostcopySource: Sendable {
             urgent.end()
             urgent.finish()
         }
+        for channel in channels.withLock({ $0.taken() }) { channel.end() }
         if let outgoing = pages.withLock({ $0.take() }) { body(outgoing) }
     }
 
@@ -197,6 +200,7 @@ final class PostcopySource: Sendable {
     func open(
         _ channel: Channel, failed: @escaping @Sendable (_ reason: ChannelError, _ matters: () -> Bool) -> Void
     ) throws(SystemError) {
+        guard channels.withLock({ $0.isEmpty }) else { return channel.cancel() }
         let sender = UrgentSender(channel, requests, memory: memory, blocks: blocks)
         let (pacer, statistics) = (pacer, statistics)
         try sender.start(
@@ -210,10 +214,31 @@ final class PostcopySource: Sendable {
         urgent.withLock { $0 = sender }
     }
 
+    /// The channels of a Godwit are there. - Parameter failed: told why one is of no use any more.
+    func open(
+        _ opened: [Channel], failed: @escaping @Sendable (UrgentChannel, ChannelError) -> Void
+    ) throws(SystemError) {
+        let (pacer, statistics, requests) = (pacer, statistics, requests)
+        // One that was opened for a QEMU, before it was known that there is none.
+        if let mistaken = urgent.withLock({ $0.take() }) { mistaken.end() }
+        for (number, channel) in opened.enumerated() {
+            let urgent = UrgentChannel(number, channel, requests, memory: memory, blocks: blocks)
+            try urgent.start(
+                sent: { sent, piece in
+                    _ = pacer.sent(sent.bytes, at: Clock.monotonicNanoseconds)
+                    statistics.sent(
+                        bytes: sent.bytes, normal: sent.normal, duplicate: piece.isHole ? 0 : sent.zero,
+                        holes: piece.isHole ? sent.zero : 0)
+                }, asked: { statistics.requested() }, failed: failed)
+            channels.withLock { $0.append(urgent) }
+        }
+    }
+
     /// The connection is gone, or the migration over: whoever waits here goes on.
     func end() {
         requests.close()
         urgent.withLock { $0 }?.end()
+        for channel in channels.withLock({ $0.taken() }) { channel.end() }
     }
 
     /// Another connection is there, and the threads of the one before are gone or going.
@@ -222,5 +247,12 @@ final class PostcopySource: Sendable {
         urgent.withLock { $0.take() }?.finish()
         current.withLock { $0 = PageRequests() }
         bitmaps.withLock { $0 = ReceivedBitmaps(blocks) }
+    }
+}
+
+extension [UrgentChannel] {
+    fileprivate mutating func taken() -> [UrgentChannel] {
+        defer { removeAll() }
+        return self
     }
 }

@@ -26,6 +26,10 @@ extension DestinationCore {
             return dismiss(connection, "it is a channel of multifd, which is off here; \(remedy)", &actions)
         }
         visitors[connection]?.wish = .channel(greeting)
+        if let mark = greeting.mark, mark.kind == .urgent {
+            if migration != nil { admitUrgent(connection, greeting.channel, mark, &actions) }
+            return
+        }
         if usesChannels { admitOrDismiss(connection, greeting, &actions) }
     }
 
@@ -33,6 +37,10 @@ extension DestinationCore {
     mutating func sortChannels(_ actions: inout [DestinationAction]) {
         for connection in visitors.keys.sorted(by: { $0.rawValue < $1.rawValue }) {
             guard case .channel(let greeting) = visitors[connection]?.wish else { continue }
+            if let mark = greeting.mark, mark.kind == .urgent {
+                admitUrgent(connection, greeting.channel, mark, &actions)
+                continue
+            }
             admitOrDismiss(connection, greeting, &actions)
         }
     }
@@ -59,6 +67,31 @@ extension DestinationCore {
         channels[connection] = greeting.channel
         actions.append(.admit(connection, of: expected))
         if channels.count == expected { cancelTimer(.channels, &actions) }
+    }
+
+    /// A channel for requested pages: it may come at any time, in particular for another attempt to move.
+    private mutating func admitUrgent(
+        _ connection: ConnectionID, _ number: UInt8, _ mark: MultifdGreeting.Mark, _ actions: inout [DestinationAction]
+    ) {
+        if let reason = unwelcomeForRequests(connection, number, mark) {
+            return dismiss(connection, reason, &actions)
+        }
+        visitors[connection] = nil
+        cancelTimer(.visitor(connection), &actions)
+        urgent.insert(connection)
+        urgentNumbers[connection] = number
+        actions.append(.admitUrgent(connection, number: number, of: mark.channels))
+    }
+
+    private func unwelcomeForRequests(
+        _ connection: ConnectionID, _ number: UInt8, _ mark: MultifdGreeting.Mark
+    ) -> String? {
+        if let reason = precedes(connection) { return reason }
+        guard source != nil, features.contains(.postcopy), pull < .complete, phase < .started else {
+            return "it is a channel for requested pages, and the migration under way asks for none"
+        }
+        guard mark.migration == migration else { return "it is a channel of another migration" }
+        return urgentNumbers.values.contains(number) ? "channel \(number) for requested pages is here already" : nil
     }
 
     /// A source that comes back may be here with its channels before we know that its old connection is lost: they wait for its RESUME.

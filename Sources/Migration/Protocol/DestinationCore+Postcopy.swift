@@ -28,7 +28,7 @@ extension DestinationCore {
 
     /// Whether a connection without a greeting may be the source's channel for requested pages (QEMU's `postcopy-preempt`).
     public var expectsUrgentChannel: Bool {
-        pull >= .advised && pull < .complete && urgent.isEmpty && source != nil && phase > .opened
+        pull >= .advised && pull < .complete && urgent.isEmpty && migration == nil && source != nil && phase > .opened
             && (phase < .pullPaused || isRecovering)
     }
 
@@ -156,11 +156,13 @@ extension DestinationCore {
     /// It said its last word: what was requested came.
     mutating func urgentEnded(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
         guard urgent.remove(connection) != nil else { return }
+        urgentNumbers[connection] = nil
         actions.append(.close(connection))
     }
 
     mutating func urgentLost(_ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]) {
         urgent.remove(connection)
+        urgentNumbers[connection] = nil
         actions.append(.close(connection))
         let sentence = "its channel for requested pages is lost: \(reason)"
         if isBound { return losePull(sentence, &actions) }
@@ -214,7 +216,7 @@ extension DestinationCore {
         oldReaders += lost
         self.source = nil
         returnPathIsOpen = false
-        urgent = []
+        (urgent, urgentNumbers) = ([], [:])
         closeChannels(&actions)
         pullLoss = reason
         // Perhaps nothing is missing.
@@ -246,7 +248,7 @@ extension DestinationCore {
 
     mutating func closeUrgent(_ actions: inout [DestinationAction]) {
         for connection in urgent.sorted(by: { $0.rawValue < $1.rawValue }) { actions.append(.close(connection)) }
-        urgent = []
+        (urgent, urgentNumbers) = ([], [:])
     }
 
     mutating func forgetPull(_ actions: inout [DestinationAction]) {

@@ -114,6 +114,8 @@ public struct DestinationCore: Sendable {
     var loadIsVoid = false
     /// Channels for requested pages.
     var urgent: Set<ConnectionID> = []
+    /// What a Godwit's call themselves.
+    var urgentNumbers: [ConnectionID: UInt8] = [:]
     /// When READY was said, at the latest.
     var readyAt: UInt64 = 0
     /// Closed connections of this migration from which a thread may still be placing pages.

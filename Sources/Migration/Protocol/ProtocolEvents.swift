@@ -128,8 +128,13 @@ public struct SourceConfiguration: Sendable {
 public struct PostcopyTerms: Hashable, Sendable {
     /// Requested pages go over a channel of their own (QEMU's capability `postcopy-preempt`).
     public var usesUrgentChannel: Bool
+    /// How many of those a Godwit is given.
+    public var urgentChannels: Int
 
-    public init(usesUrgentChannel: Bool = false) { self.usesUrgentChannel = usesUrgentChannel }
+    public init(usesUrgentChannel: Bool = false, urgentChannels: Int = 1) {
+        self.usesUrgentChannel = usesUrgentChannel
+        self.urgentChannels = urgentChannels
+    }
 }
 
 /// Whether the connection carries answers.
@@ -273,6 +278,8 @@ public enum SourceAction: Hashable, Sendable {
     case saveState
     /// Open the channel for requested pages; nothing is said on it yet. -> `urgentChannelOpened`, `urgentChannelFailed`.
     case openUrgentChannel
+    /// Between two Godwits: open so many, and greet on each. -> `urgentChannelOpened`, when all are there, or `urgentChannelFailed`.
+    case openUrgentChannels(Int)
     /// Say DISCARD for all that `collect` found, which from here on is sent by `servePages` alone. -> `discardsSent`, `trackingFailed`,
     /// or `disconnected`.
     case sendDiscards
@@ -435,6 +442,8 @@ public enum DestinationAction: Hashable, Sendable {
     case drop(ConnectionID)
     /// A channel belongs to the migration, which has so many: its packets may be read as far as ``DestinationCore/acceptsPages(on:)``.
     case admit(ConnectionID, of: Int)
+    /// A Godwit's channel for requested pages belongs to the migration, which has so many: pages may be asked for there.
+    case admitUrgent(ConnectionID, number: UInt8, of: Int)
     /// Those connections were closed: nothing of what they brought may be placed after the answer. -> `readersEnded`.
     case awaitReaders([ConnectionID])
     /// The source is lost; what was received is kept, and another connection is awaited: the reason, one sentence, and how long.

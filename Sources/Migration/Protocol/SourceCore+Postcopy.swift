@@ -53,13 +53,21 @@ extension SourceCore {
 
     mutating func openUrgentChannel(_ actions: inout [SourceAction]) {
         cancelTimer(.urgentChannel, &actions)
-        guard configuration.postcopy?.usesUrgentChannel == true, !urgentChannelIsAsked else { return }
+        guard configuration.postcopy?.usesUrgentChannel == true else { return }
+        // A Godwit that was slow to say so was taken for a QEMU that says nothing before it has both.
+        let isMistaken = rule == .twoPhase && !urgentChannelsAreGreeted
+        guard !urgentChannelIsAsked || isMistaken else { return }
+        if urgentChannelIsAsked { urgentChannelsInVain += urgentChannelIsOpen ? 0 : 1 }
         urgentChannelIsAsked = true
-        actions.append(.openUrgentChannel)
+        urgentChannelIsOpen = false
+        urgentChannelsAreGreeted = rule == .twoPhase
+        let count = configuration.postcopy?.urgentChannels ?? 1
+        actions.append(rule == .twoPhase ? .openUrgentChannels(count) : .openUrgentChannel)
     }
 
     mutating func urgentChannelOpened(_ actions: inout [SourceAction]) {
         guard configuration.postcopy?.usesUrgentChannel == true else { return }
+        guard urgentChannelsInVain == 0 else { return urgentChannelsInVain -= 1 }
         if phase == .recoveringBitmaps { return urgentChannelReopened(&actions) }
         guard phase < .committed else { return }
         urgentChannelIsOpen = true
@@ -75,10 +83,17 @@ extension SourceCore {
 
     mutating func urgentChannelLost(_ reason: String, _ actions: inout [SourceAction]) {
         let sentence = "the channel for requested pages: \(reason)"
-        // A destination that takes a late start back closes it as well: what it says tells.
-        guard phase != .committed else { return lossDuringPackage = lossDuringPackage ?? sentence }
-        guard ![.retracting, .breakingOff].contains(phase) else { return }
-        disconnected(sentence, &actions)
+        switch phase {
+        // A destination that takes the move back closes it as well: what it says tells.
+        case .committed, .retracting: lossDuringPackage = lossDuringPackage ?? sentence
+        // It is closed and opened again anyway.
+        case .breakingOff where pagesAreHandedOver: break
+        // All was sent, and a destination that has it closes it.
+        case .pulledWhole where rule == .twoPhase: break
+        // Of a move that was taken back.
+        case .idle..<SourcePhase.committed where !urgentChannelIsOpen: break
+        default: disconnected(sentence, &actions)
+        }
     }
 
     // MARK: The operator's word
@@ -241,7 +256,7 @@ extension SourceCore {
         pagesAreHandedOver = false
         discardsAreSent = false
         packagedState = nil
-        (urgentChannelIsAsked, urgentChannelIsOpen) = (false, false)
+        (urgentChannelIsAsked, urgentChannelIsOpen, urgentChannelsAreGreeted) = (false, false, false)
         actions.append(.takeBackPages)
     }
 

@@ -33,7 +33,7 @@ extension SourceCore {
         isConnected = true
         guard direction == .bothWays else { return pausePostcopy("nobody answers on this transport", &actions) }
         (pongsAwaited, unaskedWords) = (0, 0)
-        (urgentChannelIsAsked, urgentChannelIsOpen) = (false, false)
+        (urgentChannelIsAsked, urgentChannelIsOpen, urgentChannelsAreGreeted) = (false, false, false)
         helloFeatures = nil
         actions.append(.prepareRecovery)
         report(.postcopyRecover, &actions)

@@ -151,6 +151,10 @@ public struct SourceCore: Sendable {
     var isPostcopy = false
     var urgentChannelIsAsked = false
     var urgentChannelIsOpen = false
+    /// They are a Godwit's.
+    var urgentChannelsAreGreeted = false
+    /// Answers still to come of channels that were asked for by mistake.
+    var urgentChannelsInVain = 0
     /// DISCARD was asked for: all that was dirty then is to follow the guest.
     var pagesAreHandedOver = false
     /// Moves of this kind that were broken off.

@@ -37,6 +37,7 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry("max-bandwidth", .unsigned(bits: 64), .setting(\.maxBandwidthBytesPerSecond)),
         MigrationParameterEntry(
             "max-postcopy-bandwidth", .unsigned(bits: 64), .setting(\.maxPostcopyBandwidthBytesPerSecond)),
+        MigrationParameterEntry("x-postcopy-channels", .unsigned(bits: 8), .setting(\.postcopyChannels)),
         MigrationParameterEntry(
             "x-page-latency-target", .unsigned(bits: 32), .setting(\.pageLatencyTargetMicroseconds)),
         MigrationParameterEntry(

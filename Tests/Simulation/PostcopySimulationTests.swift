@@ -1,0 +1,69 @@
+import Migration
+import TestSupport
+import Testing
+
+/// Both cores, with a guest that moves before its memory.
+@Suite("Simulation of postcopy")
+struct PostcopySimulationTests {
+    private static func simulator(_ seed: UInt64, bug: PlantedBug? = nil, isTracing: Bool = false) -> Simulator {
+        var generator = SeededRandom(seed: seed &* 7919)
+        var plan = SimulationPlan.random(using: &generator)
+        plan.rule = .twoPhase
+        plan.postcopy = .random(using: &generator)
+        // By then precopy would often be over.
+        plan.bytesPerSecond = min(plan.bytesPerSecond, 100_000_000)
+        return Simulator(seed: seed, plan: plan, bug: bug, isTracing: isTracing)
+    }
+
+    private static func report(_ seed: UInt64, bug: PlantedBug? = nil) -> String {
+        let replay = simulator(seed, bug: bug, isTracing: true)
+        var ending = ""
+        do { ending = "ends as \(try replay.run().rawValue)" } catch { ending = "\(error)" }
+        let lines = replay.traceLines
+        let shown = lines.count > 400 ? lines.prefix(100) + ["..."] + lines.suffix(300) : lines[...]
+        return "seed \(seed): \(ending)\n" + shown.joined(separator: "\n")
+    }
+
+    @Test("no seed leads to two running guests, a wrong page, a page answered twice, or a guest that waits for nobody")
+    func seeds() {
+        let count = SimulationTests.environment("GODWIT_SIMULATION_SEEDS") ?? 500
+        if let seed = SimulationTests.environment("GODWIT_SIMULATION_SEED") {
+            print(Self.report(seed))
+            #expect(throws: Never.self) { try Self.simulator(seed).run() }
+            return
+        }
+        var endings: [RunEnding: Int] = [:]
+        var (moved, takenBack, waits) = (0, 0, 0)
+        for seed in 1...max(count, 1) {
+            let simulator = Self.simulator(seed)
+            do { endings[try simulator.run(), default: 0] += 1 } catch {
+                Issue.record("\(Self.report(seed))")
+                return
+            }
+            if simulator.pull.accesses > 0 { moved += 1 }
+            if simulator.movesTakenBack > 0 { takenBack += 1 }
+            waits += simulator.pull.asked.count { $0 }
+        }
+        let summary = RunEnding.allCases.map { "\($0.rawValue) \(endings[$0, default: 0])" }.joined(separator: ", ")
+        print(
+            "simulation of postcopy: \(count) seeds: \(summary); \(moved) moved, \(takenBack) had a move taken back, "
+                + "\(waits) pages were waited for")
+        guard count >= 500 else { return }
+        #expect(moved > 100, "hardly a guest moves before its memory")
+        #expect(takenBack > 20, "hardly a move is taken back")
+        #expect(waits > 500, "hardly a page is waited for")
+        #expect(endings[.pausedInPostcopy, default: 0] > 10, "hardly a connection is lost behind the move")
+    }
+
+    @Test("a bug planted in postcopy is found within 500 seeds", arguments: PlantedBug.allCases.filter(\.isOfPostcopy))
+    func plantedBug(bug: PlantedBug) {
+        for seed in 1...500 as ClosedRange<UInt64> {
+            do { _ = try Self.simulator(seed, bug: bug).run() } catch {
+                #expect(bug.symptoms.contains { error.sentence.contains($0) }, "seed \(seed): \(error)")
+                print("simulation: \(bug.rawValue) found by seed \(seed): \(error)")
+                return
+            }
+        }
+        Issue.record("no seed of 500 finds \(bug.rawValue)")
+    }
+}
