@@ -103,6 +103,9 @@ public protocol Accelerator: AnyObject, Sendable {
     /// Has each vCPU stand still for so many percent of the time, in turns of some milliseconds; 0 ends that. The guest is never kept from
     /// being stopped. - Throws: `AcceleratorError` for more than 99 %.
     func throttle(to percentage: Int) throws(AcceleratorError)
+    /// Tells a watch where this shows guest memory to its CPUs besides the blocks' own mappings, and of every change there, until another
+    /// is set. - Throws: `AcceleratorError` with what the watch said.
+    func watchWindows(_ watch: (any WindowWatch)?) throws(AcceleratorError)
     /// State that belongs to no single CPU: interrupt controllers, timer, clock.
     func saveSystem() throws(AcceleratorError) -> [SystemState]
     /// Loads one section of `saveSystem`. - Throws: naming the section that does not fit.

@@ -121,7 +121,7 @@ extension MigrationReading {
         case "postcopy-paused":
             throw CommandFailure(
                 "\(what) is paused: \(errorDescription ?? "the connection was lost after the guest moved"); keep this VM: nobody else "
-                    + "has that memory")
+                    + "has that memory; go on with 'godwit migrate \(vm) --resume \(uri)'")
         case "x-unsettled":
             throw CommandFailure(
                 "\(what) ended in doubt: \(errorDescription ?? "the connection was lost at the handover"); the guest stands "

@@ -12,13 +12,11 @@ import Synchronization
     /// SAFETY: points to the start of `words`, which lives as long as this object, and holds `wordCount` words; zeroed memory is a valid
     /// word. Indices are checked at the doors.
     nonisolated(unsafe) private let word: UnsafeMutablePointer<Atomic<UInt64>>
-    private let wordCount: Int
 
     /// No page is set.
     public init(pageCount: UInt64) throws(SystemError) {
         self.pageCount = pageCount
-        wordCount = Int((pageCount + 63) / 64)
-        words = try Mapping(anonymousByteCount: max(1, wordCount) * 8)
+        words = try Mapping(anonymousByteCount: max(1, Int((pageCount + 63) / 64)) * 8)
         unsafe word = UnsafeMutablePointer(bitPattern: words.hostAddress(at: 0))!
     }
 
@@ -62,6 +60,24 @@ import Synchronization
             gone += UInt64((mask & old).nonzeroBitCount)
         }
         return gone
+    }
+
+    /// In words of 64 pages: the last one's bits behind the last page are never set.
+    public var wordCount: Int { Int((pageCount + 63) / 64) }
+
+    /// The pages of a word, the first in the lowest bit.
+    public func bits(inWord index: Int) -> UInt64 {
+        precondition(index >= 0 && index < wordCount, "a word of the block")
+        return unsafe word[index].load(ordering: .acquiring)
+    }
+
+    /// Sets pages of a word; bits behind the last page are ignored.
+    public func insert(bits: UInt64, intoWord index: Int) {
+        precondition(index >= 0 && index < wordCount, "a word of the block")
+        let isLast = index == wordCount - 1 && pageCount % 64 != 0
+        let mask = isLast ? ~(UInt64.max << (pageCount % 64)) : .max
+        guard bits & mask != 0 else { return }
+        unsafe word[index].bitwiseOr(bits & mask, ordering: .acquiringAndReleasing)
     }
 
     /// Pages of a range that are set, each as it is when it is looked at.

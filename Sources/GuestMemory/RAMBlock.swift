@@ -8,6 +8,21 @@ public enum RAMBacking: String, Sendable, CaseIterable {
     case anonymous
     /// A memfd: memory with a descriptor, which another process can be given.
     case memfd
+    /// A memfd of the host's huge pages, which must be reserved there (`nr_hugepages`, or `nr_overcommit_hugepages`).
+    case hugetlb2M = "hugetlb=2M"
+    case hugetlb1G = "hugetlb=1G"
+
+    /// Those for which nothing has to be reserved.
+    public static let unreserved: [RAMBacking] = [.anonymous, .memfd]
+
+    /// Bytes of a page of it; RAM is a multiple.
+    public var pageBytes: UInt64 {
+        switch self {
+        case .anonymous, .memfd: GuestPage.byteCount
+        case .hugetlb2M: 2 << 20
+        case .hugetlb1G: 1 << 30
+        }
+    }
 }
 
 /// Pages of a block that are on their way to it: who touches one waits until it is there (postcopy).
@@ -24,17 +39,21 @@ public final class RAMBlock: Sendable {
     public let mapping: Mapping
     /// `nil` for anonymous memory.
     public let file: MemoryFile?
-    private let pageMap: PageMap
+    /// Bytes of a page of what stands behind it.
+    public let pageBytes: UInt64
+    let pageMap: PageMap
     /// Pages that show a file until they are written, in order: allocated, whether or not somebody touched them.
     private let shown = Mutex<[Range<PageIndex>]>([])
     private let awaited = Mutex<(any AwaitedPages)?>(nil)
-    private let wantsHugePages: Bool
+    /// The kernel is asked to back it with transparent huge pages.
+    public let wantsHugePages: Bool
 
     /// Allocates a block of holes. - Throws: `SystemError` when the host has no address space or descriptor left.
     public init(name: String, byteCount: UInt64, backing: RAMBacking = .anonymous) throws(SystemError) {
         precondition(byteCount > 0 && byteCount % GuestPage.byteCount == 0, "whole pages")
         self.name = name
         self.byteCount = byteCount
+        pageBytes = backing.pageBytes
         pageMap = try PageMap()
         switch backing {
         case .anonymous:
@@ -48,11 +67,21 @@ public final class RAMBlock: Sendable {
             let file = try MemoryFile(name: "godwit-\(name)", byteCount: byteCount)
             self.file = file
             mapping = try Mapping(file.descriptor, byteCount: Int(byteCount))
+        case .hugetlb2M, .hugetlb1G:
+            wantsHugePages = false
+            let (file, mapping) = try Self.hugetlb(name, byteCount, backing)
+            (self.file, self.mapping) = (file, mapping)
         }
         try mapping.advise(.dontDump)
     }
 
     public var pageCount: UInt64 { byteCount >> GuestPage.shift }
+
+    /// The file knows what was never touched. One of huge pages does not: there page tables are asked, as of private memory.
+    private var tellsHoles: Bool { file != nil && pageBytes == GuestPage.byteCount }
+
+    /// KVM shows it through windows of its own, which can be exchanged page by page.
+    public var hasWindows: Bool { file != nil && pageBytes == GuestPage.byteCount }
 
     /// All pages of the block.
     public var pages: Range<PageIndex> { PageIndex(0)..<PageIndex(pageCount) }
@@ -68,7 +97,7 @@ public final class RAMBlock: Sendable {
     }
 
     private func runsHere(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
-        guard file == nil else { return try runsOfFile(in: pages) }
+        guard !tellsHoles else { return try runsOfFile(in: pages) }
         let touched = try touchedRuns(in: pages)
         let shown = shown.withLock { $0 }
         return shown.isEmpty
@@ -130,7 +159,7 @@ public final class RAMBlock: Sendable {
     /// Whether anything inside a range is allocated.
     public func isAllocated(in pages: Range<PageIndex>) throws(SystemError) -> Bool {
         if awaited.withLock({ $0 })?.awaitedRuns(in: pages).isEmpty == false { return true }
-        guard let file else {
+        guard let file, tellsHoles else {
             if shown.withLock({ $0.contains { $0.overlaps(pages) } }) { return true }
             let range = Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value)
             return try !pageMap.touched(in: mapping, range, limit: 1).ranges.isEmpty
@@ -162,12 +191,6 @@ public final class RAMBlock: Sendable {
     public func discard(_ pages: Range<PageIndex>) throws(SystemError) {
         let (start, end) = (Int(pages.lowerBound.offset.value), Int(pages.upperBound.offset.value))
         try mapping.advise(file == nil ? .forget : .forgetShared, at: start, count: end - start)
-    }
-
-    /// Whether the kernel may back the block with huge pages, where it would else: it fills what is missing of one with zeroes.
-    public func allowHugePages(_ allowed: Bool) {
-        // Refused only by a host that has no huge pages at all.
-        if !allowed { try? mapping.advise(.noHugePages) } else if wantsHugePages { try? mapping.advise(.hugePages) }
     }
 
     /// Gives all memory back to the host: the block is a hole, and its contents are gone. - Throws: `SystemError`.

@@ -6,6 +6,12 @@ public enum HostMemory {
     /// Physical memory in bytes.
     public static let byteCount = UInt64(sysconf(Int32(_SC_PHYS_PAGES))) * UInt64(sysconf(Int32(_SC_PAGESIZE)))
 
+    /// Whether the kernel makes transparent huge pages at all, if only where it is asked to.
+    public static var hasTransparentHugePages: Bool {
+        let text = (try? Descriptor.contents(of: "/sys/kernel/mm/transparent_hugepage/enabled")) ?? []
+        return !text.isEmpty && !String(decoding: text, as: UTF8.self).contains("[never]")
+    }
+
     /// Processors of this host that are in use.
     public static let processorCount = sysconf(Int32(_SC_NPROCESSORS_ONLN))
 
@@ -24,10 +30,11 @@ extension Mapping {
 
     /// Takes memory for every page now instead of at its first touch, with a thread for each processor (at most 16).
     ///
+    /// - Parameter isReserved: nobody else can be given it: what is available does not matter.
     /// - Throws: `SystemError` where the host has less memory available than that (nothing is taken), or what the kernel says.
-    public func populate() throws(SystemError) {
+    public func populate(isReserved: Bool = false) throws(SystemError) {
         let available = HostMemory.availableByteCount
-        guard UInt64(byteCount) <= available else {
+        guard isReserved || UInt64(byteCount) <= available else {
             throw SystemError(
                 "preallocate", "\(byteCount) bytes of memory", code: ENOMEM,
                 remedy: "\(available) bytes are available; take less memory, or do not preallocate it")

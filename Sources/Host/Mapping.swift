@@ -9,12 +9,16 @@ import Glibc
     /// SAFETY: immutable, valid for `byteCount` bytes as long as this object lives.
     nonisolated(unsafe) let base: UnsafeMutableRawPointer
 
-    /// Maps `byteCount` bytes of a file, shared, from `offset` on. Nothing is reserved or touched.
-    public init(_ file: Descriptor, offset: UInt64 = 0, byteCount: Int, readOnly: Bool = false) throws(SystemError) {
+    /// Maps `byteCount` bytes of a file, shared, from `offset` on. Nothing is touched.
+    /// - Parameter reserves: memory for all of it is set aside at once, or it fails (hugetlb: else a touch may end the process).
+    public init(
+        _ file: Descriptor, offset: UInt64 = 0, byteCount: Int, readOnly: Bool = false, reserves: Bool = false
+    ) throws(SystemError) {
         let protection = readOnly ? PROT_READ : PROT_READ | PROT_WRITE
         // SAFETY: a fresh range chosen by the kernel; checked for MAP_FAILED before use.
         let address = unsafe mmap(
-            nil, byteCount, protection, MAP_SHARED | MAP_NORESERVE, file.number, Int(truncatingIfNeeded: offset))
+            nil, byteCount, protection, MAP_SHARED | (reserves ? 0 : MAP_NORESERVE), file.number,
+            Int(truncatingIfNeeded: offset))
         guard let address = unsafe address, unsafe address != MAP_FAILED else { throw .last("mmap", file.name) }
         unsafe base = address
         self.byteCount = byteCount
@@ -203,6 +207,8 @@ import Glibc
         case hugePages
         /// Never: neither on first touch nor later.
         case noHugePages
+        /// Copy into huge pages now what is there.
+        case collapse
         /// Keep out of core dumps.
         case dontDump
         /// Allocate now, for writing.
@@ -221,6 +227,7 @@ import Glibc
         switch advice {
         case .hugePages: value = CInt(MADV_HUGEPAGE)
         case .noHugePages: value = CInt(MADV_NOHUGEPAGE)
+        case .collapse: value = CInt(GW_MADV_COLLAPSE)
         case .dontDump: value = CInt(MADV_DONTDUMP)
         case .populate: value = CInt(MADV_POPULATE_WRITE)
         case .forget: value = CInt(MADV_DONTNEED)

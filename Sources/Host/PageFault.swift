@@ -8,6 +8,8 @@ public struct PageFault: Hashable, Sendable {
     public let isWrite: Bool
     /// The file has the page (``UserFault/Mode/minor``).
     public let isMinor: Bool
+    /// The page is there, and protected (``UserFault/Mode/writeProtected``).
+    public let isProtected: Bool
     /// The kernel's id of the thread that waits, with ``UserFault/Features/threadID``; else 0. KVM may have a thread of the kernel
     /// fetch a page while the vCPU is halted: then it is that one's.
     public let threadID: Int32
@@ -37,6 +39,7 @@ public struct PageFaultBatch: Sendable {
             address: UInt(load(start + GW_UFFD_MESSAGE_ADDRESS, as: UInt64.self)),
             isWrite: flags & UInt64(UFFD_PAGEFAULT_FLAG_WRITE) != 0,
             isMinor: flags & UInt64(UFFD_PAGEFAULT_FLAG_MINOR) != 0,
+            isProtected: flags & UInt64(UFFD_PAGEFAULT_FLAG_WP) != 0,
             threadID: Int32(bitPattern: load(start + GW_UFFD_MESSAGE_THREAD, as: UInt32.self)))
     }
 

@@ -60,7 +60,7 @@ public final class PageMap: Sendable {
                 (count, searchedTo) = try scan(mapping, rest, for: sought, sought.pagesAtOnce, &regions)
                 let ranges = regions[..<count].lazy
                 switch sought {
-                case .touched: for region in ranges { found.append(region.range(in: mapping)) }
+                case .touched, .huge: for region in ranges { found.append(region.range(in: mapping)) }
                 case .untouched:
                     let holes = ranges.filter { $0.categories & UInt64(GW_PAGE_IS_SWAPPED) == 0 }
                     found.append(position..<searchedTo, without: holes.map { $0.range(in: mapping) })
@@ -86,13 +86,16 @@ public final class PageMap: Sendable {
         case touched
         /// Among them those that were swapped out, with that category.
         case untouched
+        /// Those of huge pages.
+        case huge
 
         /// After so many pages it is decided anew.
-        var pagesAtOnce: Int { self == .touched ? 512 : 64 }
+        var pagesAtOnce: Int { self == .untouched ? 64 : 512 }
 
         /// - Parameters: bytes, and those of the last touched run that is known.
         func next(passed: Int, reported: Int, lastRun: Int) -> Sought {
             switch self {
+            case .huge: .huge
             case .touched: lastRun >= 256 * 4096 ? .untouched : .touched
             // A call costs as much as some pages.
             case .untouched: passed - reported >= 2 * reported ? .untouched : .touched
@@ -144,6 +147,9 @@ public final class PageMap: Sendable {
             request.category_anyof_mask = UInt64(GW_PAGE_IS_PRESENT | GW_PAGE_IS_PFNZERO)
             request.category_inverted = UInt64(GW_PAGE_IS_PRESENT)
             request.return_mask = UInt64(GW_PAGE_IS_SWAPPED)
+        case .huge:
+            request.category_mask = UInt64(GW_PAGE_IS_HUGE | GW_PAGE_IS_PRESENT)
+            request.return_mask = UInt64(GW_PAGE_IS_HUGE)
         }
         // SAFETY: the kernel writes at most as many regions as the array has, for the time of the call.
         let count = unsafe regions.withUnsafeMutableBufferPointer { buffer in
@@ -152,6 +158,21 @@ public final class PageMap: Sendable {
         }
         try checked(count, "PAGEMAP_SCAN")
         return (Int(count), Int(request.walk_end - base))
+    }
+
+    /// Bytes of a mapping that huge pages stand behind, transparent ones and hugetlb's.
+    /// - Returns: `nil` where the kernel has no PAGEMAP_SCAN.
+    public func hugeBytes(in mapping: Mapping) throws(SystemError) -> Int? {
+        guard canScan else { return nil }
+        var regions = [gw_page_region](repeating: gw_page_region(), count: Self.regionsAtOnce)
+        var (position, bytes) = (0, 0)
+        while position < mapping.byteCount {
+            let (count, searchedTo) = try scan(mapping, position..<mapping.byteCount, for: .huge, .max, &regions)
+            bytes += regions[..<count].reduce(0) { $0 + Int($1.end - $1.start) }
+            guard searchedTo > position else { throw SystemError("search", file.name, code: EIO) }
+            position = searchedTo
+        }
+        return bytes
     }
 
     private func read(_ mapping: Mapping, _ range: Range<Int>, _ limit: Int) throws(SystemError) -> ([Range<Int>], Int)

@@ -74,6 +74,33 @@ extension UserFault {
         try checked(unsafe gw_uffd_wake(descriptor.number, &place), "UFFDIO_WAKE", Self.words(range))
     }
 
+    /// From now on who writes to pages of the range that are there sleeps; reading goes on. The range is registered for it.
+    public func protect(_ mapping: Mapping, _ range: Range<Int>) throws(SystemError) {
+        try protect(mapping, range, mode: 1)
+    }
+
+    /// The contrary; who sleeps there goes on.
+    public func unprotect(_ mapping: Mapping, _ range: Range<Int>) throws(SystemError) {
+        try protect(mapping, range, mode: 0)
+    }
+
+    private func protect(_ mapping: Mapping, _ range: Range<Int>, mode: UInt64) throws(SystemError) {
+        var request = uffdio_writeprotect()
+        request.range = Self.place(mapping, range)
+        request.mode = mode
+        var status: CInt = 0
+        // The layout of the address space may just be changing.
+        repeat { status = unsafe gw_uffd_write_protect(descriptor.number, &request) } while status == -EAGAIN
+        try checked(status, "UFFDIO_WRITEPROTECT", Self.words(range))
+    }
+
+    /// The same for address space that need not be registered, nor be a ``Mapping``'s.
+    public func wake(_ addresses: Range<UInt>) throws(SystemError) {
+        var place = Self.place(addresses)
+        try checked(
+            unsafe gw_uffd_wake(descriptor.number, &place), "UFFDIO_WAKE", "\(addresses.count) bytes of a window")
+    }
+
     private static let doNotWake: UInt64 = 1
 
     /// Calls `attempt` until all of the range is there. It returns the status, and the bytes done or, of none, -errno.

@@ -20,6 +20,8 @@ public final class UserFault: Sendable {
         /// Pages that the file has and the page tables have not, of hugetlb memory (Linux 5.13) and shared memory (5.14).
         public static let minorHuge = Features(rawValue: UInt64(UFFD_FEATURE_MINOR_HUGETLBFS))
         public static let minorShared = Features(rawValue: UInt64(UFFD_FEATURE_MINOR_SHMEM))
+        /// Writes to pages that are there can be stopped, in private memory.
+        public static let writeProtection = Features(rawValue: UInt64(UFFD_FEATURE_PAGEFAULT_FLAG_WP))
         /// A fault tells the thread that it stopped.
         public static let threadID = Features(rawValue: UInt64(UFFD_FEATURE_THREAD_ID))
         /// A fault tells the byte that was touched, not only its page.
@@ -33,6 +35,8 @@ public final class UserFault: Sendable {
 
         /// To a page that does not exist yet.
         public static let missing = Mode(rawValue: 1 << 0)
+        /// Writes to a page that was protected (``UserFault/protect(_:_:)``).
+        public static let writeProtected = Mode(rawValue: 1 << 1)
         /// To a page that the file behind the range has, but that was not mapped here yet. Only shared memory.
         public static let minor = Mode(rawValue: 1 << 2)
     }
@@ -110,11 +114,21 @@ public final class UserFault: Sendable {
     /// - Throws: `SystemError`: EINVAL where the memory cannot do that, EBUSY where another userfaultfd watches it.
     @discardableResult
     public func register(_ mapping: Mapping, _ range: Range<Int>, _ mode: Mode) throws(SystemError) -> Operations {
+        try register(Self.place(mapping, range), Self.words(range), mode)
+    }
+
+    /// The same for address space of this process that is no ``Mapping``'s: an ``AddressWindow``'s.
+    @discardableResult
+    public func register(_ addresses: Range<UInt>, _ mode: Mode) throws(SystemError) -> Operations {
+        try register(Self.place(addresses), "\(addresses.count) bytes of a window", mode)
+    }
+
+    private func register(_ range: uffdio_range, _ words: String, _ mode: Mode) throws(SystemError) -> Operations {
         var request = uffdio_register()
-        request.range = Self.place(mapping, range)
+        request.range = range
         request.mode = mode.rawValue
         try checked(
-            unsafe gw_uffd_register(descriptor.number, &request), "UFFDIO_REGISTER", Self.words(range),
+            unsafe gw_uffd_register(descriptor.number, &request), "UFFDIO_REGISTER", words,
             remedy: mode.contains(.minor) ? "minor faults need shared memory (a memfd), and Linux 5.14 or newer" : nil)
         return Operations(rawValue: request.ioctls)
     }
@@ -123,6 +137,18 @@ public final class UserFault: Sendable {
     public func unregister(_ mapping: Mapping, _ range: Range<Int>) throws(SystemError) {
         var place = Self.place(mapping, range)
         try checked(unsafe gw_uffd_unregister(descriptor.number, &place), "UFFDIO_UNREGISTER", Self.words(range))
+    }
+
+    /// The same for address space that is no ``Mapping``'s.
+    public func unregister(_ addresses: Range<UInt>) throws(SystemError) {
+        var place = Self.place(addresses)
+        try checked(
+            unsafe gw_uffd_unregister(descriptor.number, &place), "UFFDIO_UNREGISTER",
+            "\(addresses.count) bytes of a window")
+    }
+
+    static func place(_ addresses: Range<UInt>) -> uffdio_range {
+        uffdio_range(start: UInt64(addresses.lowerBound), len: UInt64(addresses.count))
     }
 
     static func place(_ mapping: Mapping, _ range: Range<Int>) -> uffdio_range {

@@ -52,7 +52,7 @@ extension KVMSlots: MemoryListener {
         guard !plan.isEmpty else { return }
         // Who failed meanwhile sees that something changed, whether it came to something or not.
         defer { generation.add(1, ordering: .sequentiallyConsistent) }
-        if plan.isPausing {
+        if plan.isPausing || plan.changesWindows && windows.isWatched {
             counters.withLock { $0.pauses += 1 }
             try hold.hold { () throws(MemoryError) in try perform(plan) }
         } else {

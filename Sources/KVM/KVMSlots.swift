@@ -105,7 +105,7 @@ final class KVMSlots: Sendable {
                 ShownPages(
                     pages: pages,
                     content: .init(block: block, firstPage: range.offset.page, isReadOnly: range.isReadOnly)))
-            guard strategy == .atomic, range.block.file != nil else { continue }
+            guard strategy == .atomic, range.block.hasWindows else { continue }
             do throws(SystemError) { try windows.reserve(pages) } catch {
                 throw MemoryError("\(range.place): \(error.description)")
             }
@@ -124,7 +124,7 @@ final class KVMSlots: Sendable {
 
     var planner: SlotPlanner {
         SlotPlanner(
-            strategy: strategy, hasFile: memory.blocks.map { $0.file != nil }, granulePages: granulePages,
+            strategy: strategy, hasFile: memory.blocks.map(\.hasWindows), granulePages: granulePages,
             limit: limit, hasShadowPaging: shadowPaging != .none, logged: watched,
             windowAddress: { [windows] in windows.hostAddress(of: $0) },
             blockAddress: { [memory] in memory.blocks[$0].mapping.hostAddress(at: Int($1.offset.value)) })

@@ -22,6 +22,10 @@ struct SlotPlan: Equatable {
     var slots: [Slot] = []
 
     var isEmpty: Bool { operations.isEmpty }
+
+    var changesWindows: Bool {
+        operations.contains { if case .window = $0 { true } else { false } }
+    }
 }
 
 /// How slots follow the memory layout.

@@ -10,6 +10,8 @@ final class SlotWindows: Sendable {
     private let windows = Mutex<[UInt64: AddressWindow]>([:])
     /// A file of ones.
     private let nothing = Mutex<MemoryFile?>(nil)
+    /// Who must know of every place where a file's pages can be touched.
+    private let watch = Mutex<(any WindowWatch)?>(nil)
 
     init(granulePages: UInt64) { self.granulePages = granulePages }
 
@@ -36,8 +38,37 @@ final class SlotWindows: Sendable {
         return window.hostAddress(at: offset)
     }
 
+    func setWatch(_ new: (any WindowWatch)?) { watch.withLock { $0 = new } }
+
+    /// While that is so, windows are changed with all vCPUs held: between the change and the watch a touch would go unnoticed.
+    var isWatched: Bool { watch.withLock { $0 != nil } }
+
+    /// Guest pages of one granule, as a watch is told of them.
+    func window(_ pages: Range<UInt64>, _ content: ShownPages.Content) -> BlockWindow {
+        BlockWindow(
+            address: hostAddress(of: pages.lowerBound), block: content.block,
+            pages: content.firstPage..<content.firstPage.advanced(by: pages.count))
+    }
+
     /// Exchanges what stands behind guest pages of one granule. Atomic for whoever touches them.
     func exchange(
+        _ pages: Range<UInt64>, from old: ShownPages.Content?, to new: ShownPages.Content?, blocks: [RAMBlock]
+    ) throws(SystemError) {
+        try show(pages, from: old, to: new, blocks: blocks)
+        guard let watch = watch.withLock({ $0 }) else { return }
+        guard let new else {
+            let address = hostAddress(of: pages.lowerBound)
+            return watch.hides(address..<address + UInt(pages.count << Int(GuestPage.shift)))
+        }
+        if let old, old.block == new.block, old.firstPage == new.firstPage { return }
+        do throws(SystemError) { try watch.shows(window(pages, new)) } catch {
+            try? show(pages, from: new, to: old, blocks: blocks)
+            if let old { try? watch.shows(window(pages, old)) }
+            throw error
+        }
+    }
+
+    private func show(
         _ pages: Range<UInt64>, from old: ShownPages.Content?, to new: ShownPages.Content?, blocks: [RAMBlock]
     ) throws(SystemError) {
         let (window, offset) = place(pages.lowerBound)

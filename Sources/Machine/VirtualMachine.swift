@@ -84,7 +84,9 @@ public final class VirtualMachine: Sendable {
         let ranges = configuration.kind == .pc ? try layout(configuration).ranges : [0..<byteCount]
         do {
             let block = try RAMBlock(name: "ram", byteCount: byteCount, backing: configuration.backing)
-            if configuration.isPreallocated { try block.mapping.populate() }
+            if configuration.isPreallocated {
+                try block.mapping.populate(isReserved: block.pageBytes > GuestPage.byteCount)
+            }
             let memory = GuestMemory(blocks: [block])
             var transaction = MemoryTransaction()
             var offset: UInt64 = 0

@@ -120,6 +120,9 @@ public struct MigrationInfo: Sendable, Equatable {
     public var serviceTime: LatencyHistogram?
     /// With the capability `postcopy-blocktime`.
     public var blockTime: BlockTime?
+    /// At the destination, after postcopy: the share of allocated RAM that huge pages stand behind, 0 to 1, once what arrived in pages of
+    /// 4 KiB was made huge again.
+    public var hugeShare: Double?
     /// How long a destination in state `x-paused` still waits for its source.
     public var keptNanoseconds: UInt64?
     /// One sentence: why it failed or is paused, or what an operator must settle.

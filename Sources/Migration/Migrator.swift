@@ -306,13 +306,8 @@ public final class Migrator: Sendable {
     /// Goes on with a migration whose connection was lost (`migrate` with `resume`), over a new one to `address`.
     public func resume(to address: MigrationAddress) throws(MigrationError) {
         let outgoing = state.withLock { $0.outgoing }
-        guard outgoing?.info().status != .postcopyPaused else {
-            throw MigrationError(
-                "migrate: a migration whose guest moved first (postcopy) is not taken up again by this version; its guest runs at "
-                    + "the destination as far as its memory got there")
-        }
         guard let outgoing, outgoing.isPaused else {
-            throw MigrationError("migrate: there is no paused migration to resume")
+            throw MigrationError("migrate: Cannot resume if there is no paused migration")
         }
         guard address.canReconnect else {
             throw MigrationError("migrate: 'resume' needs tcp: or unix:, not \(address)")
@@ -340,6 +335,32 @@ public final class Migrator: Sendable {
             throw MigrationError("Postcopy must be started after migration has been started")
         }
         try outgoing.startPostcopy()
+    }
+
+    /// Gives up the connection of a postcopy, on whichever side (`migrate-pause`): both sides pause, and can go on over another.
+    public func pause() throws(MigrationError) {
+        let (outgoing, incoming) = state.withLock { ($0.outgoing, $0.incoming) }
+        if let outgoing, outgoing.isFollowed { return try outgoing.breakOff() }
+        guard let incoming, [.postcopyActive, .postcopyRecover].contains(incoming.info().status) else {
+            throw MigrationError(SourceCore.nothingToPause)
+        }
+        incoming.breakOff()
+    }
+
+    /// Where the source of a paused postcopy may come to go on (`migrate-recover`), instead of where it could before. Returns when the
+    /// address is bound. May be said again, with another address, as long as nobody came.
+    public func recover(on address: MigrationAddress) throws(MigrationError) {
+        let (incoming, parameters) = state.withLock { ($0.incoming, $0.parameters) }
+        // QEMU's sentence.
+        guard let incoming, incoming.info().status == .postcopyPaused else {
+            throw MigrationError("Migrate recover can only be run when postcopy is paused.")
+        }
+        let tls = try security.settings(parameters, "migrate-recover")
+        try incoming.listen { () throws(ChannelError) in
+            try Listener(
+                on: address, tls: tls, allowsPlaintext: security.allowsPlaintext,
+                descriptors: { [weak self] in self?.takeDescriptor($0) })
+        }
     }
 
     /// Goes on from `pre-switchover` (`migrate-continue`).

@@ -100,9 +100,16 @@ public struct ReceiveBuffer: Sendable {
 
     func copy(_ range: Range<Int>) -> [UInt8] { Array(storage[(head + range.lowerBound)..<(head + range.upperBound)]) }
 
-    /// The text of that range, or nil when it is not UTF-8.
+    /// The text of that range, or nil when it is not UTF-8. A peer's words end up before an operator: what would steer a terminal is
+    /// replaced.
     func text(_ range: Range<Int>) -> String? {
-        String(validating: storage[(head + range.lowerBound)..<(head + range.upperBound)], as: UTF8.self)
+        let bytes = storage[(head + range.lowerBound)..<(head + range.upperBound)]
+        guard let text = String(validating: bytes, as: UTF8.self) else { return nil }
+        func steers(_ scalar: Unicode.Scalar) -> Bool { scalar.properties.generalCategory == .control }
+        guard text.unicodeScalars.contains(where: steers) else { return text }
+        var clean = String.UnicodeScalarView()
+        clean.append(contentsOf: text.unicodeScalars.map { steers($0) ? "\u{fffd}" : $0 })
+        return String(clean)
     }
 
     func holds(_ name: [UInt8], at index: Int) -> Bool {

@@ -18,6 +18,7 @@ extension StreamDecoder {
         case .begin(_, let features), .resume(_, let features):
             if !describes { allowsPageBatches = features.contains(.pageBatches) }
             carriesDigests = features.contains(.verification)
+            pagesAreUniform = true
         // The device sections before it may be void: those of the next attempt have the same numbers.
         case .retract, .commitWithin: forgetDeviceSections()
         // Who describes a stream reads on: the package's sections are like any others.

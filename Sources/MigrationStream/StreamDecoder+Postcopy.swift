@@ -30,12 +30,18 @@ extension StreamDecoder {
         if state != .ended { state = hasRecordsOnly ? .records : .betweenSections }
     }
 
+    /// Whether a connection that begins so takes up a postcopy: RECV_BITMAP, without a header.
+    public static func recoveryIsAnnounced(by bytes: [UInt8]) -> Bool {
+        bytes.count >= 3 && bytes[0] == SectionType.command.rawValue
+            && UInt16(bytes[1]) << 8 | UInt16(bytes[2]) == CommandType.receiveBitmap.rawValue
+    }
+
     /// The size of a block's pages, which stands behind its length where postcopy was advised and it is not the stream's own: each side
     /// knows from its own memory whether it does. Who describes a stream sees it: a name's length is not zero, nor are a record's flags.
     /// - Returns: nil when bytes are missing.
     func pageSize(of name: String, at index: Int, _ buffer: ReceiveBuffer) throws(StreamError) -> UInt64? {
         let usual = UInt64(Wire.pageSize)
-        guard let advisedPageSizes else { return usual }
+        guard let advisedPageSizes, !pagesAreUniform else { return usual }
         let own = describes ? advisedPageSizes : blocks.first { $0.name == name }?.pageSize ?? usual
         guard own != usual else { return usual }
         guard buffer.count >= index + 8 else { return nil }

@@ -55,6 +55,8 @@ public struct StreamDecoder: Sendable {
     public var tellsEndOfRecords = false
     /// What ADVISE said of the source's page sizes: then blocks with pages of another size than the stream's tell it.
     var advisedPageSizes: UInt64?
+    /// BEGIN was said: between two Godwits pages are the stream's own, whatever stands behind blocks.
+    var pagesAreUniform = false
     /// The commands of postcopy are items instead of errors.
     public var allowsPostcopy = false
 

@@ -24,6 +24,9 @@ public struct RAMBlockDescription: Hashable, Sendable {
     /// ``Wire/pageSize``.
     public let pageSize: UInt64
 
+    /// As two Godwits see it, which move pages one by one whatever stands behind them.
+    public var uniform: RAMBlockDescription { RAMBlockDescription(name: name, length: length) }
+
     public init(name: String, length: UInt64, pageSize: UInt64 = UInt64(Wire.pageSize)) {
         self.name = name
         self.length = length

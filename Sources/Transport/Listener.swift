@@ -29,6 +29,8 @@ public final class Listener: Sendable {
         var sockets: [Descriptor] = []
         /// The only channel of what is not a listening socket, until it is accepted.
         var single: Channel?
+        /// A connection may be leaving the kernel's queue, or be in the hands of whoever accepted it.
+        var isAccepting = false
     }
 
     /// Listens on, opens or starts what the address says.
@@ -97,7 +99,10 @@ public final class Listener: Sendable {
     public func accept(deadline: Deadline = .never, cancel: CancelToken? = nil) throws(ChannelError) -> Channel {
         try closing.check()
         try cancel?.check()
-        let (sockets, single) = state.withLock { ($0.sockets, $0.single.take()) }
+        let (sockets, single) = state.withLock { state in
+            state.isAccepting = false
+            return (state.sockets, state.single.take())
+        }
         if let single { return single }
         guard !sockets.isEmpty else {
             throw .unusable("accept on \(address): it brings one channel only, and that was accepted already")
@@ -117,19 +122,24 @@ public final class Listener: Sendable {
         }
     }
 
-    /// Whether a connection was made that nobody has accepted yet.
+    /// Whether a connection was made that nobody has accepted yet, or one was accepted by a thread that did not come back for the next.
     public var hasConnectionWaiting: Bool {
         let sockets = state.withLock { $0.sockets.map { ($0, Readiness.readable) } }
         guard !sockets.isEmpty, let ready = try? poll(sockets, deadline: Deadline(at: 0)) else { return false }
-        return ready.contains { !$0.isEmpty }
+        // In this order: what the queue has lost by now is marked.
+        return ready.contains { !$0.isEmpty } || state.withLock { $0.isAccepting }
     }
 
     /// `nil` if the connection went away in the meantime.
     private func acceptNow(_ listener: Descriptor) throws(ChannelError) -> Channel? {
+        state.withLock { $0.isAccepting = true }
         let socket = try channelled { () throws(SystemError) in
             try Socket.accept(listener, deadline: Deadline(at: 0))
         }
-        guard let socket else { return nil }
+        guard let socket else {
+            state.withLock { $0.isAccepting = false }
+            return nil
+        }
         return try Channel.socket(socket, peer: Self.peer(of: socket, on: address), limits: limits, tls: tls)
     }
 

@@ -106,7 +106,7 @@ struct GarbageTests {
     }
 
     /// What a machine without devices would write to a file.
-    private static func stream(of image: MemoryImage) throws -> [UInt8] {
+    static func stream(of image: MemoryImage) throws -> [UInt8] {
         let blocks = [RAMBlockDescription(name: "ram", length: image.byteCount)]
         let contents = try Descriptor.contents(of: image.path)
         var writer = StreamWriter()

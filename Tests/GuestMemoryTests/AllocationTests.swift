@@ -49,7 +49,7 @@ import Testing
         #expect(try block.allocatedRuns(in: part) == [pages(piece - 2..<piece + 2), runs[2]])
     }
 
-    @Test("memory taken beforehand has no holes left, on both kinds of memory", arguments: RAMBacking.allCases)
+    @Test("memory taken beforehand has no holes left, on both kinds of memory", arguments: RAMBacking.unreserved)
     func preallocated(backing: RAMBacking) throws {
         // Not a multiple of what a thread takes at a time.
         let block = try RAMBlock(name: "ram", byteCount: (130 << 20) + 4096, backing: backing)
@@ -65,7 +65,7 @@ import Testing
         #expect(try !block.isAllocated(in: block.pages))
     }
 
-    @Test("random touches are found as they are, on both kinds of memory", arguments: RAMBacking.allCases)
+    @Test("random touches are found as they are, on both kinds of memory", arguments: RAMBacking.unreserved)
     func model(backing: RAMBacking) throws {
         var random = SeededRandom(seed: 9)
         // More than there is host memory: such a block has no huge pages, so that touched pages are single ones.
@@ -114,7 +114,7 @@ import Testing
         #expect(try block.allocatedRuns(in: first.advanced(by: 1)..<last) == part, "seed \(seed)")
     }
 
-    @Test("making memory zero clears what was there and leaves holes holes", arguments: RAMBacking.allCases)
+    @Test("making memory zero clears what was there and leaves holes holes", arguments: RAMBacking.unreserved)
     func zero(backing: RAMBacking) throws {
         let memory = try memory(4 << 28, backing)
         let block = memory.blocks[0]

@@ -7,16 +7,23 @@ import Testing
 private final class HugePages: Sendable {
     static let byteCount = 2 << 20
     private static let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages"
-    private let before: String
+    private let count: Int
 
     init?(_ count: Int) {
-        guard let text = try? Descriptor.contents(of: Self.path), let file = try? Descriptor.open(Self.path, O_WRONLY)
-        else { return nil }
-        before = String(decoding: text, as: UTF8.self).filter(\.isNumber)
-        guard let number = Int(before), (try? file.writeAll(Array("\(number + count)".utf8))) != nil else { return nil }
+        self.count = count
+        guard let number = Self.limit, Self.set(number + count) else { return nil }
     }
 
-    deinit { try? Descriptor.open(Self.path, O_WRONLY).writeAll(Array(before.utf8)) }
+    /// Others may have changed it meanwhile: only ours go.
+    deinit { if let number = Self.limit { _ = Self.set(max(0, number - count)) } }
+
+    private static var limit: Int? {
+        (try? Descriptor.contents(of: path)).flatMap { Int(String(decoding: $0, as: UTF8.self).filter(\.isNumber)) }
+    }
+
+    private static func set(_ number: Int) -> Bool {
+        (try? Descriptor.open(path, O_WRONLY).writeAll(Array("\(number)".utf8))) != nil
+    }
 
     /// Whether four can be had: asked for by touching them, which the kernel refuses without harm.
     static let canBeHad: Bool = {

@@ -10,8 +10,11 @@ struct UserFaultLatencyTests {
         case zeroInAnonymous = "anonymous, UFFDIO_ZEROPAGE"
         case copyToShared = "memfd, UFFDIO_COPY"
         case mapShared = "memfd, filled beside, UFFDIO_CONTINUE"
+        case copyBeside = "memfd, UFFDIO_COPY through another mapping, UFFDIO_WAKE"
+        case fillAndMap = "memfd, filled through another mapping on demand, UFFDIO_CONTINUE"
         var testDescription: String { rawValue }
-        var isShared: Bool { self == .copyToShared || self == .mapShared }
+        var isShared: Bool { self != .copyToAnonymous && self != .zeroInAnonymous }
+        var isMinor: Bool { self == .mapShared || self == .fillAndMap }
     }
 
     private static let pages = 2000
@@ -27,12 +30,13 @@ struct UserFaultLatencyTests {
             ? Mapping(file.descriptor, byteCount: byteCount) : Mapping(anonymousByteCount: byteCount)
         let source = try Mapping(anonymousByteCount: 4096)
         source.store(UInt64(1), at: 0)
+        let alias = try Mapping(file.descriptor, byteCount: byteCount)
         if way == .mapShared {
-            let alias = try Mapping(file.descriptor, byteCount: byteCount)
             for page in 0..<Self.pages { alias.store(UInt64(1), at: page * 4096) }
         }
         let faults = try UserFault(wanting: .minorShared)
-        try faults.register(guest, 0..<byteCount, way == .mapShared ? [.missing, .minor] : .missing)
+        try faults.register(guest, 0..<byteCount, way.isMinor ? [.missing, .minor] : .missing)
+        if way == .copyBeside { try faults.register(alias, 0..<byteCount, .missing) }
         // The half of it that is the handler's: from having read the fault to having ended it.
         let placing = Mutex<[UInt64]>([])
         let server = try FaultServer(faults) { faults, fault in
@@ -43,6 +47,12 @@ struct UserFaultLatencyTests {
                 try faults.copy(source, at: 0, into: guest, start..<start + 4096)
             case .zeroInAnonymous: try faults.zero(guest, start..<start + 4096)
             case .mapShared: try faults.mapExisting(guest, start..<start + 4096)
+            case .copyBeside:
+                try faults.copy(source, at: 0, into: alias, start..<start + 4096)
+                try faults.wake(guest, start..<start + 4096)
+            case .fillAndMap:
+                alias.copy(from: source, at: 0, count: 4096, to: start)
+                try faults.mapExisting(guest, start..<start + 4096)
             }
             let ended = Clock.monotonicNanoseconds
             placing.withLock { $0.append(ended - began) }

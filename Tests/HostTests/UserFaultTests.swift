@@ -91,6 +91,34 @@ private let isAllowed = (try? UserFault.supportedFeatures()) != nil
         #expect(server.seen.filter { !$0.isMinor }.isEmpty)
     }
 
+    @Test(
+        "who sleeps in one mapping of a file goes on when its page is placed through another, and is woken in the first"
+    )
+    func window() throws {
+        let scene = try Scene(.shared)
+        let window = try #require(scene.alias)
+        let faults = try UserFault()
+        let (here, there) = (scene.guest.hostAddress(at: 0), window.hostAddress(at: 0))
+        try faults.register(scene.guest, scene.all, .missing)
+        try faults.register(there..<there + UInt(window.byteCount), .missing)
+        let isRight = Atomic(false)
+        let touch = try Touch {
+            isRight.store(window.load(at: 7 * Scene.page + 8, as: UInt64.self) == Scene.word(7), ordering: .relaxed)
+        }
+        var batch = PageFaultBatch()
+        try #require(try faults.waitForFaults(into: &batch, stop: EventDescriptor()))
+        #expect(batch[0].address == there + UInt(7 * Scene.page))
+        try faults.copy(scene.source, at: Scene.range(7).lowerBound, into: scene.guest, Scene.range(7))
+        try faults.wake(here..<here + UInt(Scene.page))
+        #expect(!touch.hasEnded(within: 50))
+        try faults.wake(batch[0].address..<batch[0].address + UInt(Scene.page))
+        #expect(touch.hasEnded())
+        #expect(isRight.load(ordering: .relaxed) == true)
+        // What is not registered any more stops nobody.
+        try faults.unregister(there..<there + UInt(window.byteCount))
+        #expect(window.load(at: 8 * Scene.page, as: UInt64.self) == 0)
+    }
+
     @Test("a hole of the file is no minor fault, and cannot be mapped")
     func holeIsMissing() throws {
         let scene = try Scene(.shared)

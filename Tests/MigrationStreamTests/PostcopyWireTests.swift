@@ -311,6 +311,12 @@ struct PostcopyWireTests {
         }
         #expect(
             try setup(plain, describing, piece: 5) == .ramSetup(blocks.map { .init(name: $0.name, length: $0.length) }))
+        // Two Godwits move pages one by one, whatever stands behind blocks.
+        var begun = Sample.opening()
+        begun.command(.begin(MigrationIdentifier(high: 1, low: 2), [.pageBatches, .twoPhaseHandover]))
+        begun.command(.postcopy(.advise(PostcopyAdvice(blockPageSizes: 4096))))
+        begun.ramSetup(id: 2, blocks: blocks.map(\.uniform), postcopyIsAdvised: true)
+        #expect(try setup(begun.bytes, loading, piece: 3) == .ramSetup(blocks.map(\.uniform)))
         let other = stream(advised: true, [Sample.low, .init(name: "huge", length: huge.length, pageSize: 1 << 30)])
         let refusal = #expect(throws: StreamError.self) { try setup(other, loading, piece: 3) }
         #expect(

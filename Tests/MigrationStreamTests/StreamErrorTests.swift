@@ -210,4 +210,15 @@ struct StreamErrorTests {
         buffer.append(bytes + [UInt8](repeating: 0, count: 20))
         #expect { try decoder.next(from: &buffer) } throws: { ($0 as? StreamError)?.cause == cause }
     }
+
+    @Test("a peer's words come without what would steer a terminal")
+    func words() throws {
+        var writer = StreamWriter()
+        writer.message(.failure(reason: "no\u{1b}[2J\u{9b}1m\n\u{7f}memory: ü"))
+        var decoder = ReturnPathDecoder()
+        var buffer = ReceiveBuffer()
+        buffer.append(writer.bytes)
+        let clean = "no\u{fffd}[2J\u{fffd}1m\u{fffd}\u{fffd}memory: ü"
+        #expect(try decoder.next(from: &buffer) == .failure(reason: clean))
+    }
 }

@@ -320,7 +320,7 @@ struct ProtocolPostcopyTests {
             if moment > 0 { driver.feed(.stateLoaded(nanoseconds: 1)) }
             if moment > 1 { driver.feed(.guestStarted(nanoseconds: 1)) }
             driver.feed(moment == 0 ? .rejected(Driver.id, "nonsense") : .disconnected(Driver.id, "gone"))
-            #expect(driver.actions.contains(.close(Driver.id)) && driver.actions.contains(.finishPull(waits: false)))
+            #expect(driver.actions.contains(.drop(Driver.id)) && driver.actions.contains(.finishPull(waits: false)))
             driver.feed(.pullEnded(missing: 5))
             if moment < 1 { driver.feed(.stateLoaded(nanoseconds: 1)) }
             if moment < 2 { driver.feed(.guestStarted(nanoseconds: 1)) }
@@ -394,7 +394,7 @@ struct ProtocolPostcopyTests {
         driver.feed(.stateLoaded(nanoseconds: 1), .guestStarted(nanoseconds: 1))
         lost = driver
         lost.feed(.disconnected(Driver.urgent, "gone"))
-        #expect(lost.core.phase == .pullPaused && lost.actions.contains(.close(Driver.id)))
+        #expect(lost.core.phase == .pullPaused && lost.actions.contains(.drop(Driver.id)))
         driver.feed(.urgentEnded(Driver.urgent))
         #expect(driver.core.phase == .pulling)
         driver.sendAll()

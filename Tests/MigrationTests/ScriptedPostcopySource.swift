@@ -26,11 +26,14 @@ final class ScriptedPostcopySource: Sendable {
 
     static let ramID: UInt32 = 2
 
-    init(of machine: VirtualMachine, to address: MigrationAddress) throws {
+    /// - Parameter pageBytes: of the memory that it says it has.
+    init(of machine: VirtualMachine, to address: MigrationAddress, pageBytes: UInt64 = 4096) throws {
         self.machine = machine
         self.address = address
         channel = try Connector().connect(to: address, deadline: .after(seconds: 10))
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: pageBytes)
+        }
         _ = try HostThread.detached(name: "script-return") { [self] in listen() }
     }
 
@@ -81,7 +84,8 @@ final class ScriptedPostcopySource: Sendable {
     func command(_ command: PostcopyCommand) throws { try say { $0.command(.postcopy(command)) } }
 
     /// Up to the list of blocks.
-    func open(advising advice: PostcopyAdvice? = PostcopyAdvice(blockPageSizes: 4096)) throws {
+    func open(advising advice: PostcopyAdvice? = nil) throws {
+        let advice = advice ?? PostcopyAdvice(blockPageSizes: blocks.reduce(0) { $0 | $1.pageSize })
         try say { writer in
             writer.header()
             writer.configuration(machine: machine.configuration.streamName)

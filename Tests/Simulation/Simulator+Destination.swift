@@ -66,7 +66,7 @@ extension Simulator {
             }
         case .keeps: kept()
         // No source switches to postcopy here.
-        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused: break
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop: break
         case .report, .agreed, .admit, .turnedAway: break
         }
     }

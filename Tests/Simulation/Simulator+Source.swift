@@ -73,7 +73,9 @@ extension Simulator {
         case .finished(let outcome): finished(outcome)
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
         // No guest of these moves before its memory.
-        case .openUrgentChannel, .sendDiscards, .sendPackage, .serveRequests, .servePages, .takeBackPages: break
+        case .openUrgentChannel, .sendDiscards, .sendPackage, .serveRequests, .servePages, .takeBackPages,
+            .prepareRecovery, .adoptBitmaps:
+            break
         }
     }
 

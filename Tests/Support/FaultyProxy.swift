@@ -36,14 +36,17 @@ public final class FaultyProxy: Sendable {
         /// The strike's body has not returned yet.
         var isStriking = false
         var isHeld = false
+        /// Connections that are held by themselves.
+        var held: Set<Int> = []
         var isClosed = false
-        var sockets: [Descriptor] = []
+        /// Of each connection, by its number: the source's end and the destination's.
+        var sockets: [Int: (source: Descriptor, destination: Descriptor)] = [:]
         var connections = 0
     }
 
     private let listener: Descriptor
     private let wake: EventDescriptor
-    private let target: String
+    private let target: Mutex<String>
     private let point: Point
     private let state = Monitor(State())
     private let strike = Mutex<(@Sendable (FaultyProxy) -> Void)?>(nil)
@@ -56,7 +59,7 @@ public final class FaultyProxy: Sendable {
     ) throws {
         listener = try Socket.listen(host: "127.0.0.1", port: "0")
         wake = try EventDescriptor()
-        self.target = target
+        self.target = Mutex(target)
         self.point = point
         self.strike.withLock { $0 = strike }
         try HostThread.detached(name: "proxy") { [self] in accept() }
@@ -64,6 +67,12 @@ public final class FaultyProxy: Sendable {
 
     /// What a source migrates to.
     public var uri: String { "tcp:127.0.0.1:\(Socket.localPort(of: listener) ?? 0)" }
+
+    /// What connects from now on is led to that port of 127.0.0.1.
+    public func redirect(to port: String) { target.withLock { $0 = port } }
+
+    /// The numbers of the connections that were not cut, in the order in which they were made.
+    public var connections: [Int] { state.withLock { $0.sockets.keys.sorted() } }
 
     /// Bytes that passed on all connections.
     public var passed: (forward: Int, backward: Int) { state.withLock { ($0.forward, $0.backward) } }
@@ -85,16 +94,47 @@ public final class FaultyProxy: Sendable {
     /// Ends all connections at once.
     public func cut() {
         state.withLock { state in
-            state.sockets.forEach(Socket.shutdown)
-            state.sockets = []
+            for pair in state.sockets.values {
+                Socket.shutdown(pair.source)
+                Socket.shutdown(pair.destination)
+            }
+            state.sockets = [:]
             state.isHeld = false
+            state.held = []
         }
     }
+
+    /// Ends one connection.
+    public func cut(connection number: Int) {
+        state.withLock { state in
+            guard let pair = state.sockets.removeValue(forKey: number) else { return }
+            Socket.shutdown(pair.source)
+            Socket.shutdown(pair.destination)
+            state.held.remove(number)
+        }
+    }
+
+    /// Tells one side of one connection that the other says nothing more; the other hears nothing of it.
+    public func halfClose(connection number: Int, towardsDestination: Bool) {
+        let socket = state.withLock { state in
+            let pair = state.sockets[number]
+            return towardsDestination ? pair?.destination : pair?.source
+        }
+        if let socket { try? Socket.finishSending(socket) }
+    }
+
+    /// Nothing passes on one connection any more, until `release` or `cut`.
+    public func hold(connection number: Int) { state.withLock { _ = $0.held.insert(number) } }
 
     /// Nothing passes any more, in neither direction, until `release` or `cut`.
     public func hold() { state.withLock { $0.isHeld = true } }
 
-    public func release() { state.withLock { $0.isHeld = false } }
+    public func release() {
+        state.withLock { state in
+            state.isHeld = false
+            state.held = []
+        }
+    }
 
     /// Ends everything.
     public func close() {
@@ -109,38 +149,43 @@ public final class FaultyProxy: Sendable {
         while let source = try? Socket.accept(listener, wake: wake) {
             guard
                 let destination = try? Socket.connect(
-                    host: "127.0.0.1", port: target, deadline: .after(seconds: 5))
+                    host: "127.0.0.1", port: target.withLock({ $0 }), deadline: .after(seconds: 5))
             else {
                 Socket.shutdown(source)
                 continue
             }
-            let isFirst = state.withLock { state in
-                state.sockets += [source, destination]
+            let number = state.withLock { state in
+                state.sockets[state.connections] = (source, destination)
                 state.connections += 1
-                return state.connections == 1
+                return state.connections - 1
             }
             do {
                 try HostThread.detached(name: "proxy-forward") { [self] in
-                    pass(.forward, from: source, to: destination, watches: isFirst)
+                    pass(.forward, from: source, to: destination, number)
                 }
                 try HostThread.detached(name: "proxy-back") { [self] in
-                    pass(.backward, from: destination, to: source, watches: isFirst)
+                    pass(.backward, from: destination, to: source, number)
                 }
             } catch { cut() }
             if state.withLock({ $0.isClosed }) { cut() }
         }
     }
 
-    private func pass(_ way: Way, from: Descriptor, to: Descriptor, watches: Bool) {
+    private func pass(_ way: Way, from: Descriptor, to: Descriptor, _ number: Int) {
+        let watches = number == 0
         strikeIfDue(way, watches)
         while let bytes = try? from.read(upTo: 1 << 16), !bytes.isEmpty {
             var rest = bytes[...]
             while !rest.isEmpty {
-                state.wait { $0.isHeld ? nil : () }
+                state.wait { $0.isHeld || $0.held.contains(number) ? nil : () }
                 let room = watches ? bytesUntilStrike(way) : nil
                 let piece = rest.prefix(max(0, room ?? .max))
                 guard !piece.isEmpty, let count = try? to.write(piece) else {
-                    guard piece.isEmpty else { return }
+                    guard piece.isEmpty else {
+                        // Who is told that nobody listens any more hears it, as without us.
+                        Socket.shutdown(from)
+                        return
+                    }
                     strikeIfDue(way, watches)
                     continue
                 }

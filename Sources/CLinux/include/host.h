@@ -19,6 +19,7 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+enum { GW_MADV_COLLAPSE = 25 }; /* Linux 6.1 */
 
 /* The credentials of a unix socket's peer (SO_PEERCRED), or -errno. */
 static inline int gw_peer_uid(int fd) {
@@ -74,7 +75,7 @@ struct gw_pm_scan_arg {
     uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
     uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
-enum { GW_PAGE_IS_PRESENT = 8, GW_PAGE_IS_SWAPPED = 16, GW_PAGE_IS_PFNZERO = 32 };
+enum { GW_PAGE_IS_PRESENT = 8, GW_PAGE_IS_SWAPPED = 16, GW_PAGE_IS_PFNZERO = 32, GW_PAGE_IS_HUGE = 64 };
 static inline int gw_pagemap_scan(int fd, struct gw_pm_scan_arg *_Nonnull argument) {
     int r = ioctl(fd, _IOWR('f', 16, struct gw_pm_scan_arg), argument);
     return r < 0 ? -errno : r;

@@ -26,6 +26,7 @@ GW_IOCTL_PTR(gw_uffd_unregister, UFFDIO_UNREGISTER, struct uffdio_range)
 GW_IOCTL_PTR(gw_uffd_wake, UFFDIO_WAKE, struct uffdio_range)
 GW_IOCTL_PTR(gw_uffd_copy, UFFDIO_COPY, struct uffdio_copy)
 GW_IOCTL_PTR(gw_uffd_zeropage, UFFDIO_ZEROPAGE, struct uffdio_zeropage)
+GW_IOCTL_PTR(gw_uffd_write_protect, UFFDIO_WRITEPROTECT, struct uffdio_writeprotect)
 GW_IOCTL_PTR(gw_uffd_continue, UFFDIO_CONTINUE, struct uffdio_continue)
 
 /* Where the fields of a message stand: it is packed and full of unions, which Swift takes apart by hand. */

@@ -1,6 +1,7 @@
 import Host
 import Machine
 import MigrationStream
+import Synchronization
 import Transport
 
 // The threads that read: one per connection.
@@ -9,7 +10,7 @@ extension IncomingMigration {
     /// Enough for either kind's first words, and little of what should go straight into guest memory.
     private static let recognitionBytes = 4096
     /// Between two signs that data arrives.
-    private static let progressNanoseconds: UInt64 = 1_000_000_000
+    static let progressNanoseconds: UInt64 = 1_000_000_000
 
     /// The first four bytes tell a migration stream from a channel of multifd.
     func recognize(_ channel: Channel, _ id: ConnectionID) {
@@ -23,6 +24,9 @@ extension IncomingMigration {
         } catch { return post(.disconnected(id, error.description)) }
         if MultifdGreeting.isAnnounced(by: first) == true {
             readChannel(channel, id, behind: first)
+        } else if StreamDecoder.recoveryIsAnnounced(by: first) {
+            post(.cameToRecover(id))
+            readStream(channel, id, behind: first, recovers: true)
         } else if !StreamDecoder.isAnnounced(by: first), expectsUrgentChannel {
             // Silent for good: nothing was ever requested.
             if first.isEmpty { return post(.disconnected(id, "it was closed without a word")) }
@@ -34,12 +38,13 @@ extension IncomingMigration {
 
     // MARK: The stream
 
-    private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8]) {
+    /// - Parameter recovers: it goes on without a header where another connection was lost in postcopy.
+    private func readStream(_ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool = false) {
         recognized(id)
         do {
-            var receiver = PageReceiver(
-                channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
-                received: received, statistics: statistics, populating: populating)
+            guard var receiver = makeReceiver(channel, id, behind: first, recovers: recovers) else {
+                return post(.disconnected(id, "what a lost connection brought is still being placed"))
+            }
             var progress = ProgressTeller()
             var marks = ChannelMarks()
             while let item = try receiver.next() {
@@ -62,10 +67,10 @@ extension IncomingMigration {
                     post(.item(id, item))
                     receiver.isCounted = acceptsPages(on: id)
                     if receiver.isCounted, !receiver.regions.isEmpty { try readFile(channel, id, receiver.regions) }
-                // Channels that wrote into a file left nothing to wait for.
-                case .command(.postcopy(.packaged)):
+                case .command(.postcopy(let command)):
                     post(.item(id, item))
-                    guard isOpen(id), try readPackage(id, with: &receiver) else { return }
+                    guard try read(command, channel, id, &receiver) else { return }
+                // Channels that wrote into a file left nothing to wait for.
                 case .multifdFlush where !receiver.regions.isEmpty: break
                 case .multifdFlush:
                     post(.item(id, item))
@@ -83,6 +88,9 @@ extension IncomingMigration {
                 case .command(.begin), .command(.resume):
                     post(.item(id, item))
                     if acceptsSource(id) { receiver.verification = verification }
+                    if isRecovering(id), !waitForEarlierReaders(id) {
+                        return post(.disconnected(id, "what a lost connection brought is still being placed"))
+                    }
                 default: post(.item(id, item))
                 }
                 // What the core closed is not read any further.
@@ -96,6 +104,23 @@ extension IncomingMigration {
         } catch {
             post(.disconnected(id, "\(error)"))
         }
+    }
+
+    /// - Returns: `nil` if readers of a lost connection are still at work.
+    private func makeReceiver(
+        _ channel: Channel, _ id: ConnectionID, behind first: [UInt8], recovers: Bool
+    ) -> PageReceiver? {
+        guard recovers else {
+            return PageReceiver(
+                channel, behind: first, memory: machine.memory, blocks: blocks, catalogue: machine.sectionCatalogue,
+                received: received, statistics: statistics, populating: populating)
+        }
+        guard isOpen(id), let decoder = recoveryDecoder.withLock({ $0 }), waitForEarlierReaders(id) else { return nil }
+        var receiver = PageReceiver(
+            channel, behind: first, memory: machine.memory, decoder: decoder, received: received,
+            statistics: statistics)
+        receiver.isCounted = true
+        return receiver
     }
 
     /// Pages that stand in the file at places of their own: all at once.
@@ -130,7 +155,7 @@ extension IncomingMigration {
         var sections = false
     }
 
-    private struct ProgressTeller {
+    struct ProgressTeller {
         private var last = Clock.monotonicNanoseconds
 
         mutating func isDue() -> Bool {

@@ -11,7 +11,9 @@ import Transport
 /// it goes on, what became of what it read. Pages do not pass through here: `PageReceiver` puts them into guest memory.
 final class IncomingMigration: Sendable {
     let machine: VirtualMachine
-    private let listener: Listener
+    /// Another one after `migrate-recover`.
+    private let listening: Mutex<Listener>
+    private var listener: Listener { listening.withLock { $0 } }
     let mapped: MappedRAMReader.Plan
     let measuresBlockTime: Bool
     let pageLatencyTargetMicroseconds: UInt64
@@ -26,6 +28,8 @@ final class IncomingMigration: Sendable {
     let postcopies = Mutex<IncomingPostcopy?>(nil)
     /// The connection on which pages are asked for.
     let postcopySource = Mutex<ConnectionID?>(nil)
+    /// How the words of another connection are read that goes on with postcopy.
+    let recoveryDecoder = Mutex<StreamDecoder?>(nil)
     private let verifications = Mutex<IncomingVerification?>(nil)
     private let handshakes = HandshakeQueue()
     private let answers = AnswerQueue()
@@ -51,9 +55,11 @@ final class IncomingMigration: Sendable {
     /// Until a listener that lacks descriptors or memory tries again.
     private static let acceptPauseNanoseconds: UInt64 = 100_000_000
     /// How long a connection that says nothing may hold up a source that is no Godwit, once.
-    private static let hearingNanoseconds: UInt64 = 1_000_000_000
+    private static let hearingNanoseconds: UInt64 = 3_000_000_000
     /// How long an arrived guest's process answers where the migration came in.
     private static let answeringNanoseconds: UInt64 = 60_000_000_000
+    /// So long lost connections' threads may take to notice.
+    private static let quietSeconds: UInt64 = 20
     /// So long the vCPUs of a guest that has arrived are in a hurry: what they touch first is slow, and others may be many.
     private static let hasteNanoseconds: UInt64 = 50_000_000
     private let timers = Monitor<[ProtocolTimer.Kind: (timer: ProtocolTimer, deadline: Deadline)]>([:])
@@ -70,23 +76,21 @@ final class IncomingMigration: Sendable {
         self.mapped = mapped
         pageLatencyTargetMicroseconds = parameters.pageLatencyTargetMicroseconds
         measuresBlockTime = capabilities.contains(.postcopyBlocktime)
+        let listener: Listener
         do throws(ChannelError) {
             listener = try Listener(
                 on: address, tls: tls, allowsPlaintext: allowsPlaintext, descriptors: descriptors)
         } catch { throw MigrationError(error.description) }
+        listening = Mutex(listener)
         do throws(SystemError) { received = try ReceivedPages(machine.memory) } catch {
             throw MigrationError(error.description)
         }
         populating = PopulateAhead(machine.memory, received: received)
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         statistics = IncomingStatistics(
-            totalBytes: machine.memory.byteCount,
-            listening: listener.addresses.map { address in
-                switch address {
-                case .inet(let host, let port): .inet(host: host, port: port)
-                case .unix(let path): .unix(path: path)
-                }
-            })
+            totalBytes: machine.memory.byteCount, listening: listener.addresses.map(ListeningAddress.init))
         var configuration = DestinationConfiguration(
             instance: .random(), machineName: machine.configuration.streamName,
             sections: machine.sections.map {
@@ -99,6 +103,7 @@ final class IncomingMigration: Sendable {
         configuration.features.insert(.verification)
         if case .file = address { configuration.readsMappedRAM = true }
         configuration.allowsPostcopy = capabilities.contains(.postcopyRAM)
+        configuration.blockPageSizes = machine.memory.blocks.reduce(0) { $0 | $1.pageBytes }
         if configuration.allowsPostcopy { configuration.features.insert(.postcopy) }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
@@ -106,9 +111,28 @@ final class IncomingMigration: Sendable {
 
     func start() throws(MigrationError) {
         do throws(SystemError) {
-            _ = try HostThread(name: "migration-list") { [self] in acceptConnections() }
+            try acceptConnections(on: listener)
             _ = try HostThread(name: "migration-time") { [self] in serveTimers() }
         } catch { throw MigrationError(error.description) }
+    }
+
+    private func acceptConnections(on listener: Listener) throws(SystemError) {
+        _ = try HostThread(name: "migration-list") { [self] in
+            while let channel = nextChannel(of: listener) { take(channel, from: listener) }
+        }
+    }
+
+    /// From now on the source may come there, and where it could come before no more (`migrate-recover`).
+    func listen(_ make: () throws(ChannelError) -> Listener) throws(MigrationError) {
+        // The address may be the same.
+        listener.close()
+        do {
+            let next = try make()
+            listening.withLock { $0 = next }
+            statistics.listens(at: next.addresses.map(ListeningAddress.init))
+            post(.awaitRecovery)
+            try acceptConnections(on: next)
+        } catch { throw MigrationError("migrate-recover: \(error)") }
     }
 
     func info() -> MigrationInfo { statistics.info() }
@@ -130,38 +154,36 @@ final class IncomingMigration: Sendable {
 
     // MARK: Threads
 
-    private func acceptConnections() {
-        while let channel = nextChannel() {
-            let id = state.withLock { state in
-                state.connectionCount += 1
-                return ConnectionID(state.connectionCount)
-            }
-            channels.withLock { $0[id] = channel }
-            barrier.opened(id)
-            // Nobody is a visitor before the handshake; but who alone can come is one at once, or nobody would be waited for.
-            readers.withLock { _ = $0.insert(id) }
-            strangers.withLock { _ = $0.insert(id) }
-            let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
-            if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
-            // Here, and not when its thread comes to it: whoever has waited longest goes before another thread is there.
-            if channel.awaitsHandshake { handshakes.enter(id, channel) }
-            do throws(SystemError) {
-                _ = try HostThread(name: "migration-recv") { [self] in
-                    defer {
-                        recognized(id)
-                        readers.withLock { _ = $0.remove(id) }
-                    }
-                    guard shakeHands(channel, id, isVisitor: isVisitor) else { return }
-                    recognize(channel, id)
+    private func take(_ channel: Channel, from listener: Listener) {
+        let id = state.withLock { state in
+            state.connectionCount += 1
+            return ConnectionID(state.connectionCount)
+        }
+        channels.withLock { $0[id] = channel }
+        barrier.opened(id)
+        // Nobody is a visitor before the handshake; but who alone can come is one at once, or nobody would be waited for.
+        readers.withLock { _ = $0.insert(id) }
+        strangers.withLock { _ = $0.insert(id) }
+        let isVisitor = !channel.awaitsHandshake || listener.bringsOneChannel
+        if isVisitor { post(.accepted(id, answers: channel.kind == .socket)) }
+        // Here, and not when its thread comes to it: whoever has waited longest goes before another thread is there.
+        if channel.awaitsHandshake { handshakes.enter(id, channel) }
+        do throws(SystemError) {
+            _ = try HostThread(name: "migration-recv") { [self] in
+                defer {
+                    recognized(id)
+                    readers.withLock { _ = $0.remove(id) }
                 }
-            } catch {
-                readers.withLock { _ = $0.remove(id) }
-                recognized(id)
-                handshakes.leave(id)
-                forget(id)
-                post(.disconnected(id, error.description))
-                channel.cancel()
+                guard shakeHands(channel, id, isVisitor: isVisitor) else { return }
+                recognize(channel, id)
             }
+        } catch {
+            readers.withLock { _ = $0.remove(id) }
+            recognized(id)
+            handshakes.leave(id)
+            forget(id)
+            post(.disconnected(id, error.description))
+            channel.cancel()
         }
     }
 
@@ -177,7 +199,7 @@ final class IncomingMigration: Sendable {
     }
 
     /// `nil` when no further one can come. A process short of descriptors or memory goes on when it has some again.
-    private func nextChannel() -> Channel? {
+    private func nextChannel(of listener: Listener) -> Channel? {
         var isShort = false
         while true {
             do throws(ChannelError) { return try listener.accept() } catch {
@@ -231,6 +253,7 @@ final class IncomingMigration: Sendable {
     func acceptsSource(_ id: ConnectionID) -> Bool { state.withLock { $0.core.source == id } }
     /// Of the migration under way, if its pages bring digests.
     var verification: IncomingVerification? { verifications.withLock { $0 } }
+    func isRecovering(_ id: ConnectionID) -> Bool { state.withLock { $0.core.isRecovering(id) } }
     var expectsUrgentChannel: Bool { state.withLock { $0.core.expectsUrgentChannel } }
     /// Whether pages go where they are missing, and nowhere else.
     var watchesMemory: Bool { state.withLock { $0.core.isPulling } }
@@ -289,6 +312,7 @@ final class IncomingMigration: Sendable {
         case .close(let id):
             guard let channel = forget(id) else { return nil }
             answers.close(channel, id)
+        case .drop(let id): forget(id)?.cancel()
         case .admit(let id, let count): barrier.admit(id, of: count)
         case .verify(let migration): return verify(migration)
         case .compareRoot(let root): return compared(verification?.compare(root: root))
@@ -320,6 +344,17 @@ final class IncomingMigration: Sendable {
             }
         }
         return nil
+    }
+
+    /// Waits until nobody reads the connections before that one, which takes their place. - Returns: whether it came to that.
+    func waitForEarlierReaders(_ id: ConnectionID) -> Bool {
+        let ids = state.withLock { $0.core.earlierConnections }
+        let isQuiet: Void? = readers.wait(deadline: .after(seconds: Self.quietSeconds)) {
+            $0.isDisjoint(with: ids) ? () : nil
+        }
+        guard isQuiet != nil else { return false }
+        post(.readersEnded(ids))
+        return isOpen(id)
     }
 
     /// Their channels are cancelled: the threads end as soon as they notice.
@@ -385,6 +420,15 @@ final class IncomingMigration: Sendable {
                 sections.map { DeviceState(name: $0.name, instance: $0.instance, version: $0.version, body: $0.body) })
             return .stateLoaded(nanoseconds: Clock.monotonicNanoseconds - began)
         } catch { return .loadFailed(error.description) }
+    }
+}
+
+extension ListeningAddress {
+    fileprivate init(_ address: Listener.BoundAddress) {
+        switch address {
+        case .inet(let host, let port): self = .inet(host: host, port: port)
+        case .unix(let path): self = .unix(path: path)
+        }
     }
 }
 

@@ -46,6 +46,10 @@ final class IncomingStatistics: Sendable {
                 state.info.resumptions += 1
                 state.info.errorDescription = nil
             }
+            if [.postcopyRecover, .postcopyPaused].contains(state.info.status), status == .postcopyActive {
+                state.info.resumptions += 1
+                state.info.errorDescription = nil
+            }
             state.info.status = status
             switch status {
             case .setup:
@@ -55,7 +59,7 @@ final class IncomingStatistics: Sendable {
                 state.info.ram?.total = total ?? 0
                 state.info.errorDescription = nil
                 state.postcopy = nil
-                (state.info.pageLatency, state.info.blockTime) = (nil, nil)
+                (state.info.pageLatency, state.info.blockTime, state.info.hugeShare) = (nil, nil, nil)
                 (state.began, state.ended) = (nil, nil)
             case .active where state.began == nil: state.began = Clock.monotonicNanoseconds
             case .completed, .failed:
@@ -67,6 +71,8 @@ final class IncomingStatistics: Sendable {
             }
         }
     }
+
+    func listens(at addresses: [ListeningAddress]) { state.withLock { $0.info.listening = addresses } }
 
     func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
 
@@ -82,6 +88,9 @@ final class IncomingStatistics: Sendable {
 
     /// Postcopy may come.
     func watch(_ pending: PendingPages) { state.withLock { $0.postcopy = pending } }
+
+    /// That share of allocated RAM is huge after postcopy.
+    func isHuge(_ share: Double) { state.withLock { $0.info.hugeShare = share } }
 
     /// Pages were asked for, each once.
     func asked(for pages: UInt64) { state.withLock { $0.info.ram?.postcopyRequests += pages } }

@@ -64,10 +64,18 @@ struct PageReceiver: ~Copyable {
         self.received = received
         self.populating = populating
         self.decoder = decoder
+        countedBytes = decoder.position
         buffer.append(ahead)
     }
 
     deinit { try? flush() }
+
+    /// For the next connection, which goes on at a section's head.
+    var decoderForRecovery: StreamDecoder {
+        var next = decoder
+        next.connectionReplaced()
+        return next
+    }
 
     /// The next item; `nil` at the end of the stream, or when `failure` was found. - Throws: when the connection fails.
     mutating func next() throws(ChannelError) -> StreamItem? {

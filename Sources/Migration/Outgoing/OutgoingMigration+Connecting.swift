@@ -42,6 +42,8 @@ extension OutgoingMigration {
             throw error
         }
         sender.waitUntilClosed()
+        // What an earlier connection asked for is not this one's.
+        answering.wait(deadline: .after(milliseconds: Self.lastWordsMilliseconds)) { $0 == 0 ? () : nil }
         guard claim(channel, attempt) else {
             group?.end()
             file?.end()
@@ -63,8 +65,10 @@ extension OutgoingMigration {
         post(.connected(answers ? .bothWays : .oneWay))
         // Only now: a connection that ends at once must not end before it began.
         guard answers else { return }
+        answering.withLock { $0 += 1 }
         startThread("migration-return") { [self] in
             readAnswers(channel, attempt)
+            answering.withLock { $0 -= 1 }
             answersEnded.withLock { $0 = max($0, attempt) }
         }
     }
@@ -114,10 +118,12 @@ extension OutgoingMigration {
         sender.interruptRound()
         sender.enqueue(.close)
         guard !patiently else { return }
+        let attempt = attempts.withLock { $0 }
         startThread("migration-bye") { [self] in
             Clock.sleep(nanoseconds: Self.farewellNanoseconds)
             channel.cancel()
-            sender.endChannels()
+            // Those of a later connection are not meant.
+            if isCurrent(attempt) { sender.endChannels() }
         }
     }
 }

@@ -18,7 +18,7 @@ extension OutgoingMigration {
         return isCurrent(attempt)
     }
 
-    private static let lastWordsMilliseconds: UInt64 = 200
+    static let lastWordsMilliseconds: UInt64 = 200
 
     /// What a connection that was given up has said, and nobody has taken yet. On the migration thread, which is at the first event.
     private func forgetConnections() {

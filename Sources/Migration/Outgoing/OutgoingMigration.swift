@@ -51,6 +51,8 @@ final class OutgoingMigration: Sendable {
     let home = Mutex<MigrationAddress?>(nil)
     /// The last connection whose answers have all been read.
     let answersEnded = Monitor<UInt64>(0)
+    /// Threads that read answers.
+    let answering = Monitor(0)
     /// Threads that tell a destination not to wait.
     let farewells = Monitor(0)
     /// Counts the attempts to connect: what an earlier connection still says does not count.
@@ -76,7 +78,9 @@ final class OutgoingMigration: Sendable {
         self.descriptors = descriptors
         self.tls = tls
         self.report = report
-        blocks = machine.memory.blocks.map { RAMBlockDescription(name: $0.name, length: $0.byteCount) }
+        blocks = machine.memory.blocks.map {
+            RAMBlockDescription(name: $0.name, length: $0.byteCount, pageSize: $0.pageBytes)
+        }
         tracker = machine.accelerator?.dirtyTracker(for: .migration)
         var policy = SwitchoverPolicy(
             downtimeLimitNanoseconds: parameters.downtimeLimitMilliseconds * 1_000_000,
@@ -120,11 +124,7 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             let postcopy =
                 configuration.postcopy == nil
-                ? nil
-                : try PostcopySource(
-                    machine.memory, blocks: blocks, statistics: statistics,
-                    bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond,
-                    pace: BackgroundPace(targetMicroseconds: parameters.pageLatencyTargetMicroseconds))
+                ? nil : try PostcopySource(machine.memory, blocks: blocks, statistics: statistics, parameters)
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
                 mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,
@@ -169,7 +169,11 @@ final class OutgoingMigration: Sendable {
 
     func cancel() throws(MigrationError) { try command(.cancel) }
     func proceed() throws(MigrationError) { try command(.proceed) }
-    var isPaused: Bool { statistics.status == .paused }
+    var isPaused: Bool { [.paused, .postcopyPaused].contains(statistics.status) }
+    /// Whether the guest has moved, and memory of it is to follow.
+    var isFollowed: Bool {
+        [.postcopyActive, .postcopyPaused, .postcopyRecoverSetup, .postcopyRecover].contains(statistics.status)
+    }
 
     /// Goes on where it was, over a new connection.
     func resume(at address: MigrationAddress) throws(MigrationError) {
@@ -271,6 +275,8 @@ final class OutgoingMigration: Sendable {
         case .openUrgentChannel: openUrgentChannel()
         case .sendDiscards: sender.enqueue(.discards)
         case .sendPackage(let bytes): sendPackage(bytes)
+        case .prepareRecovery: sender.postcopy?.prepareRecovery()
+        case .adoptBitmaps: adoptBitmaps()
         case .serveRequests: sender.enqueue(.serveRequests)
         case .takeBackPages: sender.takeBackPages()
         case .servePages:
@@ -340,6 +346,10 @@ final class OutgoingMigration: Sendable {
             while true {
                 while let message = try decoder.next(from: &buffer) {
                     if try tookRequest(message) { continue }
+                    if case .postcopy(.receivedBitmap(let block, _)) = message {
+                        try takeBitmap(of: block, &decoder, &buffer, channel)
+                        continue
+                    }
                     guard waitForRoom(), isCurrent(attempt) else { return }
                     if case .pong(let value) = message, let mark = ResumptionMark(pong: value),
                         sender.acknowledged(mark)

@@ -91,6 +91,17 @@ final class OutgoingStatistics: Sendable {
         }
     }
 
+    /// A new connection took up postcopy: so many pages are not at the destination, and may have been sent before.
+    func recovered(remainingPages: UInt64) {
+        state.withLock { state in
+            state.info.resumptions += 1
+            state.info.repeatedPages += remainingPages - min(remainingPages, state.remainingPages)
+            state.info.errorDescription = nil
+            state.remainingPages = remainingPages
+            state.info.ram?.remaining = remainingPages * 4096
+        }
+    }
+
     func agreed(_ rule: HandoverRule) { state.withLock { $0.info.rule = rule } }
 
     func end(error: String?) { state.withLock { $0.info.errorDescription = error } }

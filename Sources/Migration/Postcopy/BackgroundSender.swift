@@ -54,11 +54,14 @@ struct BackgroundSender: ~Copyable {
                 continue
             }
             if let latest = requests.takePlace() { place = latest }
-            let limit = UInt64(
-                pacer.batchBytes(most: pace.batchBytes, withinMicroseconds: pace.targetMicroseconds) / 4096)
-            let batch = pages.take(from: &place, limit: limit)
+            let limit = pagesAtOnce
+            let batch = pages.take(from: &place, limit: UInt64(limit))
             // Others may have taken the last ones just now.
             guard let first = batch.first else { continue }
+            if first.pageCount > UInt64(limit) {
+                guard try sendWhole(first, over: channel, sent, mustEnd: mustEnd) else { return false }
+                continue
+            }
             let written = try records.send(batch, batches: batches, to: channel)
             let now = Clock.monotonicNanoseconds
             _ = pacer.sent(written.bytes, at: now)
@@ -66,6 +69,36 @@ struct BackgroundSender: ~Copyable {
             sent(written, first)
         }
         return false
+    }
+
+    private var pagesAtOnce: Int {
+        pacer.batchBytes(most: pace.batchBytes, withinMicroseconds: pace.targetMicroseconds) / 4096
+    }
+
+    /// A page of the destination's memory that is many of the stream's: nothing may stand between them, a requested page neither.
+    /// - Returns: false: `mustEnd` said so.
+    private mutating func sendWhole(
+        _ piece: OutgoingPages.Piece, over channel: Channel,
+        _ sent: (RecordWriter.Sent, OutgoingPages.Piece) -> Void, mustEnd: () -> Bool
+    ) throws(ChannelError) -> Bool {
+        var start = piece.pages.lowerBound
+        while start < piece.pages.upperBound {
+            guard !mustEnd() else { return false }
+            let due = pacer.sent(0, at: Clock.monotonicNanoseconds)
+            guard due == 0 else {
+                requests.pause(nanoseconds: min(due, Self.lookNanoseconds), forPiece: false)
+                continue
+            }
+            let end = min(start.advanced(by: pagesAtOnce), piece.pages.upperBound)
+            let part = OutgoingPages.Piece(block: piece.block, pages: start..<end)
+            let written = try records.send([part], to: channel)
+            let now = Clock.monotonicNanoseconds
+            _ = pacer.sent(written.bytes, at: now)
+            pace.sent(written.bytes, at: now)
+            sent(written, part)
+            start = end
+        }
+        return true
     }
 
     /// Sends what is asked for, and nothing else, until there is something else to do, or nothing can be asked for any more.

@@ -1,44 +1,54 @@
+import Glibc
 import GuestMemory
 import Host
 import MigrationStream
+import Synchronization
 
 /// The thread that hears of accesses to missing pages, and has the source asked for them.
 ///
 /// It touches guest memory through the userfaultfd alone, and takes no lock that anybody holds who does: it would wait for itself.
 final class FaultServer: Sendable {
-    private let faults: UserFault
+    private let watched: WatchedMemory
     private let memory: GuestMemory
     private let pending: PendingPages
+    /// Blocks of hugetlb pages, by index.
+    private let splits: [Int: SplitBlock]
+    /// A QEMU is asked for whole pages of its memory.
+    private let asksWholePages = Atomic(false)
     private let stop: EventDescriptor
     private let request: @Sendable ([PageRequest]) -> Void
-    /// Where blocks lie in this process, in order of addresses.
-    private let places: [(addresses: Range<UInt>, block: Int)]
 
     /// More than threads of a guest that fault at once.
     private static let batchCapacity = 64
 
     init(
-        _ faults: UserFault, _ memory: GuestMemory, _ pending: PendingPages,
+        _ watched: WatchedMemory, _ memory: GuestMemory, _ pending: PendingPages, _ splits: [Int: SplitBlock],
         request: @escaping @Sendable ([PageRequest]) -> Void
     ) throws(SystemError) {
-        self.faults = faults
+        self.watched = watched
         self.memory = memory
         self.pending = pending
+        self.splits = splits
         self.request = request
         stop = try EventDescriptor()
-        places = memory.blocks.indices.map { index in
-            let start = memory.blocks[index].mapping.hostAddress(at: 0)
-            return (start..<start + UInt(memory.blocks[index].byteCount), index)
-        }
     }
+
+    /// Before `run`.
+    func askForWholePages() { asksWholePages.store(true, ordering: .relaxed) }
 
     /// Ends once `end` was called and no fault waits. - Throws: `SystemError`.
     func run() throws(SystemError) {
         var batch = PageFaultBatch(capacity: Self.batchCapacity)
         var requests: [PageRequest] = []
-        while try faults.waitForFaults(into: &batch, stop: stop) {
+        while try watched.faults.waitForFaults(into: &batch, stop: stop) {
             requests.removeAll(keepingCapacity: true)
-            for index in 0..<batch.count { try take(batch[index], &requests) }
+            for index in 0..<batch.count {
+                do throws(SystemError) { try take(batch[index], &requests) } catch {
+                    // Not watched any more, since it was read: who sleeps there finds what is there now.
+                    guard error.code == ENOENT else { throw error }
+                    try watched.wake(at: batch[index].address)
+                }
+            }
             if !requests.isEmpty { request(requests) }
         }
     }
@@ -46,18 +56,35 @@ final class FaultServer: Sendable {
     func end() { stop.raise() }
 
     private func take(_ fault: PageFault, _ requests: inout [PageRequest]) throws(SystemError) {
-        // Only blocks are watched.
-        guard let place = places.first(where: { $0.addresses.contains(fault.address) }) else { return }
-        let page = RAMOffset(UInt64(fault.address - place.addresses.lowerBound)).page
-        let bytes = Int(page.offset.value)..<Int(page.offset.value) + Int(GuestPage.byteCount)
+        // What was taken away meanwhile: who touches it again finds what is there now.
+        guard let place = watched.page(at: fault.address) else { return try watched.wake(at: fault.address) }
+        let page = place.page
         let block = memory.blocks[place.block]
+        if fault.isProtected {
+            guard let split = splits[place.block] else { return try watched.wake(at: fault.address) }
+            return try split.written(page)
+        }
         switch pending.answer(page, of: place.block, thread: fault.threadID) {
-        case .hole: try faults.zero(block.mapping, bytes)
-        case .here: try faults.wake(block.mapping, bytes)
+        case .hole:
+            if let split = splits[place.block] { return try split.serve(page) }
+            let start = Int(page.offset.value)
+            try watched.faults.zero(block.mapping, start..<start + Int(GuestPage.byteCount))
+            // In a window nobody was woken by that.
+            try watched.wake(at: fault.address)
+        case .here: try watched.wake(at: fault.address)
         case .coming: break
         case .request:
-            requests.append(
-                PageRequest(block: block.name, offset: page.offset.value, length: UInt32(GuestPage.byteCount)))
+            requests.append(ask(for: page, of: place.block))
         }
+    }
+
+    private func ask(for page: PageIndex, of index: Int) -> PageRequest {
+        let block = memory.blocks[index]
+        guard asksWholePages.load(ordering: .relaxed), block.pageBytes > GuestPage.byteCount else {
+            return PageRequest(block: block.name, offset: page.offset.value, length: UInt32(GuestPage.byteCount))
+        }
+        let start = page.offset.value / block.pageBytes * block.pageBytes
+        pending.blocks[index].asked.insert(RAMOffset(start).page..<RAMOffset(start + block.pageBytes).page)
+        return PageRequest(block: block.name, offset: start, length: UInt32(block.pageBytes))
     }
 }

@@ -9,7 +9,7 @@ import Transport
 
 extension IncomingMigration {
     /// Whether pages of a guest that runs here are missing.
-    var isPulling: Bool { [.postcopyActive, .postcopyPaused].contains(info().status) }
+    var isPulling: Bool { [.postcopyActive, .postcopyPaused, .postcopyRecover].contains(info().status) }
 
     var postcopy: IncomingPostcopy? { postcopies.withLock { $0 } }
 
@@ -32,7 +32,7 @@ extension IncomingMigration {
             switch action {
             case .preparePostcopy: try prepare()
             case .discardPages(let discard): try postcopy?.discard(discard)
-            case .listen: try postcopy?.listen()
+            case .listen: try postcopy?.listen(asksWholePages: statistics.info().rule == .qemu)
             case .finishPull(let waits):
                 // At the end of the process nothing is missed.
                 return aside("migration-end", or: { _ in .pullEnded(missing: 1) }) { [self] in
@@ -57,11 +57,12 @@ extension IncomingMigration {
 
     private func prepare() throws(SystemError) {
         let postcopy = try IncomingPostcopy(
-            machine.memory,
+            machine.memory, machine.accelerator,
             blockTime: measuresBlockTime ? BlockTime(threads: machine.cpuThreadIDs) : nil,
             guestThreads: pageLatencyTargetMicroseconds > 0 ? machine.cpuThreadIDs : nil,
             quiet: { [populating] in populating.close() },
-            request: { [weak self] in self?.ask(for: $0) }, failed: { [weak self] in self?.post(.pagesFailed($0)) })
+            request: { [weak self] in self?.ask(for: $0) }, hugeShare: { [statistics] in statistics.isHuge($0) },
+            failed: { [weak self] in self?.post(.pagesFailed($0)) })
         postcopies.withLock { $0 = postcopy }
         statistics.watch(postcopy.pending)
     }
@@ -106,10 +107,26 @@ extension IncomingMigration {
 
     // MARK: Reading
 
+    /// The core has heard of the command. - Returns: false: the connection goes no further.
+    func read(
+        _ command: PostcopyCommand, _ channel: Channel, _ id: ConnectionID, _ receiver: inout PageReceiver
+    ) throws -> Bool {
+        switch command {
+        case .packaged: return try isOpen(id) && readPackage(id, with: &receiver)
+        case .receiveBitmap(let block): if isRecovering(id) { try tellReceived(block, on: channel) }
+        case .resume: if isOpen(id), !isRecovering(id) { try goOn(id, &receiver) }
+        default: break
+        }
+        return true
+    }
+
     /// The package of a source that switches: all of it is here before any of it counts. - Returns: false: it goes no further.
     func readPackage(_ id: ConnectionID, with receiver: inout PageReceiver) throws -> Bool {
         for item in try receiver.package() {
-            if item == .command(.postcopy(.listen)) { postcopySource.withLock { $0 = id } }
+            if item == .command(.postcopy(.listen)) {
+                postcopySource.withLock { $0 = id }
+                recoveryDecoder.withLock { $0 = receiver.decoderForRecovery }
+            }
             post(.item(id, item))
             guard isOpen(id) else { return false }
             if item == .command(.postcopy(.listen)) {
@@ -128,6 +145,7 @@ extension IncomingMigration {
                 received: received,
                 statistics: statistics)
             receiver.isCounted = true
+            var progress = ProgressTeller()
             var isAdmitted = false
             while let item = try receiver.next() {
                 // Not before its first record makes sense: there is no greeting, and a stranger's noise must not cost the migration.
@@ -146,6 +164,7 @@ extension IncomingMigration {
                     receiver.placer = try postcopy.placer()
                 }
                 try receiver.place(item)
+                if progress.isDue() { post(.progressed(id)) }
                 guard isOpen(id) else { return }
             }
             post(

@@ -1,3 +1,4 @@
+import Accelerator
 import Glibc
 import GuestMemory
 import Host
@@ -12,17 +13,27 @@ import Synchronization
 final class IncomingPostcopy: Sendable {
     let pending: PendingPages
     private let memory: GuestMemory
-    private let faults: UserFault
+    private let accelerator: (any Accelerator)?
+    private let watched: WatchedMemory
     private let server: FaultServer
+    private let collapser: Collapser
+    /// Blocks of hugetlb pages, by index.
+    private let splits: [Int: SplitBlock]
     /// Ends populating ahead, once.
     private let quiet: @Sendable () -> Void
     private let failed: @Sendable (String) -> Void
     /// Threads of the guest, which are to go on at once when their page is here; `nil`: nobody is in a hurry.
     private let guestThreads: [Int32]?
 
+    private enum Watch {
+        case notYet
+        case on
+        case over
+    }
+
     private struct State {
         var isQuiet = false
-        var isWatching = false
+        var watch = Watch.notYet
         var thread: HostThread?
     }
     private let state = Mutex(State())
@@ -34,33 +45,45 @@ final class IncomingPostcopy: Sendable {
     ///   - guestThreads: the kernel's ids; `nil`: requested pages have no precedence in this host.
     ///   - quiet: called before the first page is forgotten; then nothing but this puts memory behind blocks.
     ///   - request: asks the source, from the thread that heard of the faults.
+    ///   - hugeShare: told what share of allocated RAM is huge, once all is here and was made huge as far as it goes.
     ///   - failed: the watch over memory failed: one sentence.
     /// - Throws: `SystemError` with the remedy where userfaultfd cannot be had.
     init(
-        _ memory: GuestMemory, blockTime: BlockTime?, guestThreads: [Int32]? = nil,
+        _ memory: GuestMemory, _ accelerator: (any Accelerator)?, blockTime: BlockTime?, guestThreads: [Int32]? = nil,
         quiet: @escaping @Sendable () -> Void,
-        request: @escaping @Sendable ([PageRequest]) -> Void, failed: @escaping @Sendable (String) -> Void
+        request: @escaping @Sendable ([PageRequest]) -> Void, hugeShare: @escaping @Sendable (Double) -> Void,
+        failed: @escaping @Sendable (String) -> Void
     ) throws(SystemError) {
         self.memory = memory
+        self.accelerator = accelerator
         self.guestThreads = guestThreads
         self.quiet = quiet
         self.failed = failed
         pending = try PendingPages(memory, blockTime: blockTime)
-        faults = try UserFault(wanting: [.missingShared, .threadID])
-        if memory.blocks.contains(where: { $0.file != nil }), !faults.features.contains(.missingShared) {
-            throw SystemError(
-                "watch", "a memory file for missing pages", code: ENOSYS, remedy: "use --memory-backing anonymous")
+        watched = try WatchedMemory(memory, wanting: [.missingShared, .threadID, .writeProtection])
+        var splits: [Int: SplitBlock] = [:]
+        for index in memory.blocks.indices {
+            splits[index] = try SplitBlock(watched, memory, index, pending.blocks[index])
         }
-        server = try FaultServer(faults, memory, pending, request: request)
+        self.splits = splits
+        collapser = Collapser(memory, pending, splits, report: hugeShare)
+        server = try FaultServer(watched, memory, pending, splits, request: request)
     }
 
     /// Why a machine cannot wait for its memory, with the remedy; `nil`: it can.
     static func obstacle(of machine: VirtualMachine) -> String? {
-        do throws(SystemError) { _ = try UserFault.supportedFeatures() } catch { return error.description }
-        // KVM's slots show a file through mappings of their own (`SlotWindows`), whose holes would be filled with zeroes unnoticed.
-        guard machine.accelerator != nil, machine.memory.blocks.contains(where: { $0.file != nil }) else { return nil }
-        return "vCPUs see a memory file in places that are not watched for missing pages; "
-            + "start this machine with --memory-backing anonymous"
+        do throws(SystemError) {
+            let features = try UserFault.supportedFeatures()
+            let blocks = machine.memory.blocks
+            if blocks.contains(where: { $0.pageBytes > GuestPage.byteCount }), !features.contains(.writeProtection) {
+                return
+                    "this kernel cannot stop writes, which it takes to make memory huge again; start this machine with "
+                    + "--memory-backing anonymous"
+            }
+            guard blocks.contains(where: { $0.hasWindows }), !features.contains(.missingShared) else { return nil }
+            return "this kernel does not tell of missing pages of memory files; start this machine with "
+                + "--memory-backing anonymous"
+        } catch { return error.description }
     }
 
     /// Forgets pages that will come again.
@@ -69,7 +92,7 @@ final class IncomingPostcopy: Sendable {
         beQuiet()
         for range in discard.ranges {
             let pages = RAMOffset(range.offset).page..<RAMOffset(range.offset + range.length).page
-            try memory.blocks[index].discard(pages)
+            if let split = splits[index] { try split.expect(pages) } else { try memory.blocks[index].discard(pages) }
             pending.expect(pages, of: index)
         }
     }
@@ -86,36 +109,49 @@ final class IncomingPostcopy: Sendable {
     }
 
     /// From here on whoever touches a missing page waits for it.
-    func listen() throws(SystemError) {
+    /// - Parameter asksWholePages: the source sends, and is asked for, whole pages of its memory.
+    func listen(asksWholePages: Bool) throws(SystemError) {
         beQuiet()
+        if asksWholePages { server.askForWholePages() }
         // Watched already when it fails half-way: `end` undoes it.
-        state.withLock { $0.isWatching = true }
+        state.withLock { $0.watch = .on }
         for index in memory.blocks.indices {
             let block = memory.blocks[index]
-            try faults.register(block.mapping, 0..<Int(block.byteCount), .missing)
+            if let split = splits[index] {
+                try split.watch()
+                block.expect(split)
+                continue
+            }
+            try watched.faults.register(block.mapping, 0..<Int(block.byteCount), .missing)
             block.expect(pending.blocks[index])
+            // Watched memory is filled up by nobody; and what is complete can only be made huge where that is allowed.
+            block.allowHugePages(true)
         }
+        try watched.watchWindows(of: accelerator)
         guestThreads?.forEach { HostThread.takeShortTurns($0, true) }
         let thread = try HostThread(name: "fault-1") { [self] in
             // What it does is short, and somebody waits.
             if guestThreads != nil { _ = HostThread.runBeforeOthers() }
             do throws(SystemError) { try server.run() } catch {
                 // A fault may be heard of and memory not be watched any more: whoever waited there was woken.
-                if state.withLock({ $0.isWatching }) { failed("the watch over missing pages: \(error)") }
+                if state.withLock({ $0.watch == .on }) { failed("the watch over missing pages: \(error)") }
             }
         }
         state.withLock { $0.thread = thread }
+        try collapser.start { [self] in allIsHuge() }
     }
 
     /// For a thread that reads pages.
-    func placer() throws(SystemError) -> PagePlacer { try PagePlacer(faults, memory, pending) }
+    func placer() throws(SystemError) -> PagePlacer { try PagePlacer(watched, memory, pending) }
 
     /// Waits a while for pages that are on their way; when all are here, ends the watch. Not while holding the core's lock.
     /// - Returns: how many are missing.
     func finish(waits: Bool) -> UInt64 {
         let missing =
             waits ? pending.waitUntilComplete(deadline: .after(seconds: Self.lastPagesSeconds)) : pending.missingPages
-        if missing == 0 { end() }
+        if missing == 0 {
+            end(isComplete: true)
+        }
         return missing
     }
 
@@ -127,19 +163,52 @@ final class IncomingPostcopy: Sendable {
 
     /// Memory is not watched any more: who still waits goes on, and finds zeroes where nothing came. Again and again without harm; not
     /// while holding the core's lock, nor on the thread that serves faults.
-    func end() {
-        let (wasWatching, thread) = state.withLock { state in
-            defer { state.isWatching = false }
-            return (state.isWatching, state.thread)
+    /// - Parameter isComplete: nothing is missing; what is to become huge is still watched until it is.
+    func end(isComplete: Bool = false) {
+        let (before, thread) = state.withLock { state in
+            defer { state.watch = .over }
+            return (state.watch, state.thread)
         }
-        guard wasWatching else { return }
-        for block in memory.blocks {
+        switch before {
+        case .over: return
+        case .notYet: return restore()
+        case .on: break
+        }
+        for (index, block) in memory.blocks.enumerated() where splits[index] == nil {
             // A block that was not registered yet refuses: nothing is to be undone there.
-            try? faults.unregister(block.mapping, 0..<Int(block.byteCount))
+            try? watched.faults.unregister(block.mapping, 0..<Int(block.byteCount))
             block.expect(nil)
             block.allowHugePages(true)
         }
+        watched.endWindows()
         guestThreads?.forEach { HostThread.takeShortTurns($0, false) }
+        if isComplete {
+            collapser.streamEnded()
+        } else {
+            for split in splits.values { split.unwatch() }
+            collapser.abandon()
+            restore()
+        }
+        // Last: a change of the layout that is under way may have slept for a page.
+        try? accelerator?.watchWindows(nil)
+        guard !isComplete || splits.isEmpty else { return }
+        server.end()
+        thread?.join()
+    }
+
+    /// Blocks of hugetlb pages show them again.
+    private func restore() {
+        for (index, split) in splits {
+            split.restore()
+            memory.blocks[index].expect(nil)
+        }
+    }
+
+    /// On the thread `collapse`, behind the stream. Where something could not be made huge, its faults are served for good.
+    private func allIsHuge() {
+        guard !splits.isEmpty, splits.values.allSatisfy({ $0.splitUnits.isEmpty }) else { return }
+        for index in splits.keys { memory.blocks[index].expect(nil) }
+        let thread = state.withLock { $0.thread }
         server.end()
         thread?.join()
     }

@@ -29,10 +29,13 @@ extension OutgoingMigration {
     }
 
     private func hold(_ channel: Channel, _ attempt: UInt64, _ postcopy: PostcopySource) throws(ChannelError) {
+        // A later connection's is another one.
+        guard isCurrent(attempt) else { return channel.cancel() }
         do throws(SystemError) {
-            try postcopy.open(channel) { [self] error in
+            try postcopy.open(channel) { [self] error, matters in
+                guard matters() else { return }
                 // What the main connection says tells more, where it says something.
-                if isLost(attempt, answers: true) { post(.urgentChannelLost(error.description)) }
+                if isLost(attempt, answers: true), matters() { post(.urgentChannelLost(error.description)) }
             }
         } catch {
             channel.cancel()
@@ -51,15 +54,9 @@ extension OutgoingMigration {
 
     /// A request needs no decision: it goes to who sends pages. - Returns: whether the message was one.
     func tookRequest(_ message: ReturnPathMessage) throws(PageRequests.Refusal) -> Bool {
-        guard let postcopy = sender.postcopy else { return false }
-        switch message {
-        case .postcopy(.requestPages(let request)):
-            try postcopy.add(request)
-            return true
-        // Bytes that nobody takes would follow.
-        case .postcopy(.receivedBitmap(let block, _)): throw .bitmapUnasked(block: block)
-        default: return false
-        }
+        guard case .postcopy(.requestPages(let request)) = message, let postcopy = sender.postcopy else { return false }
+        try postcopy.add(request)
+        return true
     }
 }
 

@@ -23,11 +23,14 @@ final class OutgoingPages: Sendable {
     }
 
     private let indices: [String: Int]
+    /// Pages of one page of the destination's memory, by block. Where that is more than one, all of them go together, over one channel
+    /// and with nothing between them: a QEMU places them as one. Who clears the first one's bit sends them all.
+    private let hostPages: [UInt64]
     /// To be sent, asked for or not.
     private let wanted: [AtomicPages]
     /// All that was ever found to be written, and holes that were asked for.
     private let known: [AtomicPages]
-    /// All that was to be sent at first, for a guest that does not move after all.
+    /// All that was ever to be sent, for a guest that does not move after all, or another connection; and holes that were asked for.
     private let discarded: [AtomicPages]
     /// What was asked for, of a destination that takes a page twice; `nil`: it does not.
     private let asked: [AtomicPages]?
@@ -50,30 +53,77 @@ final class OutgoingPages: Sendable {
         for (index, block) in blocks.enumerated() { indices[block.name] = index }
         self.indices = indices
         self.known = known
+        let hostPages = blocks.map { $0.pageSize / UInt64(Wire.pageSize) }
+        self.hostPages = hostPages
         var wanted: [AtomicPages] = []
         var discarded: [AtomicPages] = []
         var count: UInt64 = 0
-        for bitmap in bitmaps {
+        for (index, bitmap) in bitmaps.enumerated() {
             let pages = try AtomicPages(pageCount: bitmap.pageCount)
             let copy = try AtomicPages(pageCount: bitmap.pageCount)
             var position = PageIndex(0)
             while let run = bitmap.nextRun(from: position, limit: .max) {
-                count += pages.insert(run)
-                copy.insert(run)
+                let whole = Self.widened(run, to: hostPages[index])
+                count += pages.insert(whole)
+                copy.insert(whole)
                 position = run.upperBound
             }
+            if hostPages[index] > 1 { Self.widen(known[index], to: hostPages[index]) }
             bitmap.removeAll()
             wanted.append(pages)
             discarded.append(copy)
         }
         // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
         if count == 0, let first = wanted.first {
-            count += first.insert(PageIndex(0)..<PageIndex(1))
-            known.first?.insert(PageIndex(0))
-            discarded.first?.insert(PageIndex(0))
+            let pages = PageIndex(0)..<PageIndex(hostPages[0])
+            count += first.insert(pages)
+            known.first?.insert(pages)
+            discarded.first?.insert(pages)
         }
         self.wanted = wanted
         self.discarded = discarded
+        left.store(count, ordering: .relaxed)
+    }
+
+    private static func widened(_ run: Range<PageIndex>, to pages: UInt64) -> Range<PageIndex> {
+        let end = (run.upperBound.value + pages - 1) / pages * pages
+        return PageIndex(run.lowerBound.value / pages * pages)..<PageIndex(end)
+    }
+
+    private static func widen(_ set: AtomicPages, to pages: UInt64) {
+        var position = PageIndex(0)
+        while let run = set.nextRun(from: position) {
+            let whole = widened(run, to: pages)
+            set.insert(whole)
+            position = whole.upperBound
+        }
+    }
+
+    /// For another connection: all that was ever wanted and is not there. A page that was not wanted must not come: it is there, and a QEMU
+    /// gives up over it.
+    /// - Parameter received: what the destination has, block by block. Nobody takes anything out of `old` any more.
+    init(_ old: OutgoingPages, without received: [AtomicPages]) throws(SystemError) {
+        indices = old.indices
+        hostPages = old.hostPages
+        known = old.known
+        discarded = old.discarded
+        var asked: [AtomicPages] = []
+        if old.asked != nil {
+            for pages in old.discarded { asked.append(try AtomicPages(pageCount: pages.pageCount)) }
+        }
+        self.asked = old.asked == nil ? nil : asked
+        var wanted: [AtomicPages] = []
+        var count: UInt64 = 0
+        for (discarded, received) in zip(old.discarded, received) {
+            let pages = try AtomicPages(pageCount: discarded.pageCount)
+            var position = PageIndex(0)
+            while let run = discarded.nextRun(from: position, missingFrom: received) {
+                count += pages.insert(run)
+                position = run.upperBound
+            }
+            wanted.append(pages)
+        }
+        self.wanted = wanted
         left.store(count, ordering: .relaxed)
     }
 
@@ -107,8 +157,10 @@ final class OutgoingPages: Sendable {
     func take(_ request: PageRequest) -> [Piece] {
         guard let block = indices[request.block] else { return [] }
         let start = RAMOffset(request.offset).page
+        let end = start.advanced(by: Int(request.length) / Wire.pageSize)
+        if hostPages[block] > 1 { return takeWhole(start..<end, of: block) }
         var pieces: [Piece] = []
-        for page in start..<start.advanced(by: Int(request.length) / Wire.pageSize) {
+        for page in start..<end {
             let isLeft = wanted[block].remove(page)
             let isFirst = asked?[block].insert(page) ?? false
             // What was never known has never been sent: zeroes.
@@ -116,6 +168,7 @@ final class OutgoingPages: Sendable {
             guard isLeft || isHole || isFirst else { continue }
             let isData = !isHole
             if isLeft { left.wrappingSubtract(1, ordering: .acquiringAndReleasing) }
+            if isHole { discarded[block].insert(page) }
             if let last = pieces.last, last.pages.upperBound == page, last.isHole == !isData {
                 pieces[pieces.count - 1] = Piece(
                     block: block, pages: last.pages.lowerBound..<page.advanced(by: 1), isHole: !isData)
@@ -126,14 +179,49 @@ final class OutgoingPages: Sendable {
         return pieces
     }
 
-    /// Takes the next pages from `place` on, round all blocks: of one block, at most `limit`. - Returns: empty: there is nothing left.
+    private func takeWhole(_ pages: Range<PageIndex>, of block: Int) -> [Piece] {
+        let size = hostPages[block]
+        let all = Self.widened(pages, to: size)
+        return stride(from: all.lowerBound.value, to: all.upperBound.value, by: Int(size)).compactMap { first in
+            let whole = PageIndex(first)..<PageIndex(first + size)
+            if claim(whole, of: block) { return Piece(block: block, pages: whole) }
+            guard known[block].insert(whole.lowerBound) else { return nil }
+            known[block].insert(whole)
+            discarded[block].insert(whole)
+            return Piece(block: block, pages: whole, isHole: true)
+        }
+    }
+
+    /// - Returns: whether the caller is to send them all.
+    private func claim(_ whole: Range<PageIndex>, of block: Int) -> Bool {
+        guard wanted[block].remove(whole.lowerBound) else { return false }
+        let gone = 1 + wanted[block].remove(whole)
+        left.wrappingSubtract(gone, ordering: .acquiringAndReleasing)
+        return true
+    }
+
+    /// Takes the next pages from `place` on, round all blocks: of one block, at most `limit`, or one page of the
+    /// destination's memory. - Returns: empty: there is nothing left.
     func take(from place: inout Place, limit: UInt64) -> [Piece] {
         for step in 0...wanted.count {
             let block = (place.block + step) % wanted.count
-            let pieces = take(of: block, from: step == 0 ? place.page : PageIndex(0), limit: limit)
+            let start = step == 0 ? place.page : PageIndex(0)
+            let pieces =
+                hostPages[block] > 1
+                ? takeNextWhole(of: block, from: start) : take(of: block, from: start, limit: limit)
             guard let last = pieces.last else { continue }
             place = Place(block: block, page: last.pages.upperBound)
             return pieces
+        }
+        return []
+    }
+
+    private func takeNextWhole(of block: Int, from start: PageIndex) -> [Piece] {
+        var position = start
+        while position.value < wanted[block].pageCount, let run = wanted[block].nextRun(from: position, limit: 1) {
+            let whole = Self.widened(run, to: hostPages[block])
+            if claim(whole, of: block) { return [Piece(block: block, pages: whole)] }
+            position = whole.upperBound
         }
         return []
     }

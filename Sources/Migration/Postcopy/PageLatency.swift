@@ -15,10 +15,13 @@ final class PageLatency: Sendable {
         var histogram = LatencyHistogram()
     }
     private let state = Mutex(State())
+    /// When somebody began to wait last.
+    private let latest = Atomic<UInt64>(0)
 
     /// The first one's time counts.
     func asked(_ place: Place) {
         let now = Clock.monotonicNanoseconds
+        latest.store(now, ordering: .relaxed)
         state.withLock { state in
             if state.open[place] == nil { state.open[place] = now }
         }
@@ -29,6 +32,13 @@ final class PageLatency: Sendable {
         state.withLock { state in
             if let began = state.open.removeValue(forKey: place) { state.histogram.record(now - min(began, now)) }
         }
+    }
+
+    /// For how long nobody has begun to wait; none while somebody waits.
+    var quietNanoseconds: UInt64 {
+        guard openRequests == 0 else { return 0 }
+        let now = Clock.monotonicNanoseconds
+        return now - min(now, latest.load(ordering: .relaxed))
     }
 
     var histogram: LatencyHistogram { state.withLock { $0.histogram } }

@@ -21,15 +21,15 @@ final class PagePlacer {
         }
     }
 
-    private let faults: UserFault
+    private let watched: WatchedMemory
     private let memory: GuestMemory
     private let pending: PendingPages
     /// What the caller fills: at most ``runPages``.
     let staging: Mapping
     private var run = Run()
 
-    init(_ faults: UserFault, _ memory: GuestMemory, _ pending: PendingPages) throws(SystemError) {
-        self.faults = faults
+    init(_ watched: WatchedMemory, _ memory: GuestMemory, _ pending: PendingPages) throws(SystemError) {
+        self.watched = watched
         self.memory = memory
         self.pending = pending
         staging = try Mapping(anonymousByteCount: Int(Self.runPages * GuestPage.byteCount))
@@ -96,12 +96,14 @@ final class PagePlacer {
         let placed: Int
         do throws(SystemError) {
             if run.isZero {
-                placed = try faults.zero(mapping, range)
+                placed = try watched.faults.zero(mapping, range)
             } else {
                 let skipped = run.pages.lowerBound.value - (first ?? run.pages.lowerBound).value
-                placed = try faults.copy(staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
+                placed = try watched.faults.copy(
+                    staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
             }
         } catch {
+            pending.unclaim(run.pages, of: run.block)
             // Memory was given up to the source again: nobody waits for these pages, and they come again.
             if pending.isAbandoned { return }
             throw error
@@ -114,5 +116,7 @@ final class PagePlacer {
                 code: EEXIST, remedy: "something else put pages there")
         }
         pending.placed(run.pages, of: run.block)
+        // Behind that: a fault in a window that is read in between finds nobody else to end it.
+        try watched.wakeWindows(run.pages, of: run.block)
     }
 }

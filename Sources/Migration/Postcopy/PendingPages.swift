@@ -94,6 +94,9 @@ final class PendingPages: Sendable {
         return true
     }
 
+    /// Pages that the caller claimed were not placed: whoever brings them next may.
+    func unclaim(_ pages: Range<PageIndex>, of block: Int) { blocks[block].claimed.remove(pages) }
+
     /// Pages that the caller claimed are in memory.
     func placed(_ pages: Range<PageIndex>, of block: Int) {
         let record = blocks[block]

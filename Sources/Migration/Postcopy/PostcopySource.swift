@@ -19,34 +19,41 @@ final class PostcopySource: Sendable {
     let pace: BackgroundPace
     private let memory: GuestMemory
     private let blocks: [RAMBlockDescription]
-    private let statistics: OutgoingStatistics
+    let statistics: OutgoingStatistics
     /// All pages that were found to be written so far, in any round.
     private let known: [AtomicPages]
-    private let pages = Mutex<OutgoingPages?>(nil)
+    let pages = Mutex<OutgoingPages?>(nil)
     private let takesBatches = Atomic<Bool>(false)
     private let urgent = Mutex<UrgentSender?>(nil)
+    /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
+    private let described: Mutex<[RAMBlockDescription]>
+    /// What the destination says it has, while a connection recovers.
+    let bitmaps = Mutex<ReceivedBitmaps?>(nil)
 
     /// Ranges of one DISCARD, and bytes of one write of them.
     private static let discardRanges = 1024
     private static let writeBytes = 256 << 10
 
     init(
-        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics, bytesPerSecond: UInt64,
-        pace: BackgroundPace
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
+        _ parameters: MigrationParameters
     ) throws(SystemError) {
         self.memory = memory
         self.blocks = blocks
+        described = Mutex(blocks)
         self.statistics = statistics
-        pacer = Pacer(bytesPerSecond: bytesPerSecond)
-        self.pace = pace
+        pacer = Pacer(bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
+        pace = BackgroundPace(targetMicroseconds: parameters.pageLatencyTargetMicroseconds)
         var known: [AtomicPages] = []
         for block in memory.blocks { known.append(try AtomicPages(pageCount: block.pageCount)) }
         self.known = known
     }
 
-    /// The destination is a Godwit.
+    /// Before the first round.
     func agreed(_ features: FeatureSet) {
         takesBatches.store(features.contains(.pageBatches), ordering: .relaxed)
+        guard features.contains(.twoPhaseHandover) else { return }
+        described.withLock { $0 = $0.map(\.uniform) }
     }
 
     /// Before the first round, and after each collect.
@@ -70,7 +77,8 @@ final class PostcopySource: Sendable {
         let outgoing: OutgoingPages
         do throws(SystemError) {
             outgoing = try OutgoingPages(
-                of: blocks, taking: bitmaps, known: known, repeats: takesBatches.load(ordering: .relaxed))
+                of: described.withLock { $0 }, taking: bitmaps, known: known,
+                repeats: takesBatches.load(ordering: .relaxed))
         } catch { throw .system(error) }
         pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
@@ -185,8 +193,10 @@ final class PostcopySource: Sendable {
     }
 
     /// The channel for requested pages is there. Its thread waits for requests.
-    /// - Parameter failed: told why it is of no use any more.
-    func open(_ channel: Channel, failed: @escaping @Sendable (ChannelError) -> Void) throws(SystemError) {
+    /// - Parameter failed: told why it is of no use any more, and whether that still matters when it is asked.
+    func open(
+        _ channel: Channel, failed: @escaping @Sendable (_ reason: ChannelError, _ matters: () -> Bool) -> Void
+    ) throws(SystemError) {
         let sender = UrgentSender(channel, requests, memory: memory, blocks: blocks)
         let (pacer, statistics) = (pacer, statistics)
         try sender.start(
@@ -204,5 +214,13 @@ final class PostcopySource: Sendable {
     func end() {
         requests.close()
         urgent.withLock { $0 }?.end()
+    }
+
+    /// Another connection is there, and the threads of the one before are gone or going.
+    func startOver() {
+        end()
+        urgent.withLock { $0.take() }?.finish()
+        current.withLock { $0 = PageRequests() }
+        bitmaps.withLock { $0 = ReceivedBitmaps(blocks) }
     }
 }

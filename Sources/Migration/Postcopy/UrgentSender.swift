@@ -25,19 +25,27 @@ final class UrgentSender: Sendable {
 
     /// - Parameters:
     ///   - sent: told of every write.
-    ///   - failed: told why the channel is of no use any more.
+    ///   - failed: told why the channel is of no use any more, and whether that still matters when it is asked.
     func start(
         sent: @escaping @Sendable (RecordWriter.Sent, OutgoingPages.Piece) -> Void,
-        failed: @escaping @Sendable (ChannelError) -> Void
+        failed: @escaping @Sendable (_ reason: ChannelError, _ matters: () -> Bool) -> Void
     ) throws(SystemError) {
         isRunning.withLock { $0 = true }
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-send") { [self] in
                 _ = HostThread.runBeforeOthers()
                 do throws(ChannelError) { try run(sent) } catch {
-                    if !isEnded.load(ordering: .acquiring) { failed(error) }
+                    failed(error) { !isEnded.load(ordering: .acquiring) }
                 }
                 isRunning.withLock { $0 = false }
+            }
+            // Nothing ever comes back on it but its end, which somebody must notice while nothing is asked for.
+            _ = try HostThread.detached(name: "urgent-watch") { [self] in
+                var words: [UInt8] = []
+                while let count = try? channel.receive(appendingTo: &words, upTo: 64), count > 0 { words = [] }
+                failed(.endOfStream(peer: channel.peer, received: 0, wanted: 1)) {
+                    !requests.isOver && !isEnded.load(ordering: .acquiring)
+                }
             }
         } catch {
             isRunning.withLock { $0 = false }

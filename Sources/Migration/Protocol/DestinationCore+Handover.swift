@@ -96,6 +96,7 @@ extension DestinationCore {
             return dismiss(connection, "it does not say in time what it wants", &actions)
         }
         if timer.kind == .channels { return channelsAreLate(&actions) }
+        if isRecovering { return losePull("it did not go on in time", &actions) }
         if canKeep, phase != .loading { return keep("the source says nothing any more", &actions) }
         switch phase {
         case .kept: fail("the source did not come back in time", &actions)
@@ -104,7 +105,8 @@ extension DestinationCore {
         case .loading: fail("the device state was not loaded in time", &actions)
         case .ready: fail("the source did not say COMMIT in time", &actions)
         case .started: dropSource(&actions)
-        case .waiting, .starting, .pulling, .pullPaused, .failed: break
+        case .pulling: losePull("it sends nothing any more", &actions)
+        case .waiting, .starting, .pullPaused, .failed: break
         }
     }
 

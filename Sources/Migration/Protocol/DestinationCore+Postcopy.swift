@@ -29,11 +29,11 @@ extension DestinationCore {
     /// Whether a connection without a greeting may be the source's channel for requested pages (QEMU's `postcopy-preempt`).
     public var expectsUrgentChannel: Bool {
         pull >= .advised && pull < .complete && urgent.isEmpty && source != nil && phase > .opened
-            && phase < .pullPaused
+            && (phase < .pullPaused || isRecovering)
     }
 
     /// The right to run has passed, and pages are missing.
-    private var isBound: Bool { pull == .running && phase != .failed }
+    var isBound: Bool { pull == .running && phase != .failed }
 
     // MARK: What the source says
 
@@ -82,10 +82,12 @@ extension DestinationCore {
             return fail("the source may switch to postcopy, which it did not choose in BEGIN", &actions)
         }
         guard let advice else { return fail("the source may switch to postcopy of something else than RAM", &actions) }
-        guard advice.blockPageSizes == configuration.blockPageSizes else {
+        // A Godwit sends page by page, whatever stands behind it there and here.
+        let own = migration == nil ? configuration.blockPageSizes : UInt64(Wire.pageSize)
+        guard advice.blockPageSizes == own else {
             return fail(
                 "the source's memory has pages of 0x\(hex(advice.blockPageSizes)) bytes (the sizes of all blocks joined), this "
-                    + "machine's of 0x\(hex(configuration.blockPageSizes)); postcopy needs the same on both sides",
+                    + "machine's of 0x\(hex(own)); postcopy needs the same on both sides",
                 &actions)
         }
         pull = .advised
@@ -96,13 +98,15 @@ extension DestinationCore {
 
     /// What the source says behind RUN: pages, and that they were all.
     mutating func takeBehindRun(_ item: StreamItem, _ actions: inout [DestinationAction]) {
+        if isRecovering { return takeInRecovery(item, &actions) }
         switch item {
         case .ramRound, .page, .zeroPage, .pageBatch, .ramRecordsEnded, .vmDescription: break
         case .ramSectionEnded(let type): if type == .end { ramIsComplete = true }
         case .command(.ping(let value)): answer(ping: value, &actions)
         case .endOfStream:
             guard ramIsComplete else { return losePull("it ended its stream before its RAM", &actions) }
-            actions.append(.finishPull(waits: true))
+            if phase == .pulling { enter(.pulling, deadline: nil, &actions) }
+            finishPull(waits: true, &actions)
         default: losePull("it sent something out of turn", &actions)
         }
     }
@@ -172,22 +176,32 @@ extension DestinationCore {
 
     /// The guest runs, and pages are missing.
     mutating func beginPulling(_ actions: inout [DestinationAction]) {
-        enter(.pulling, deadline: nil, &actions)
+        if isRecovering {
+            enter(.pullPaused, deadline: configuration.deadlines.acknowledgement, &actions)
+        } else if isForsaken {
+            enter(.pullPaused, deadline: nil, &actions)
+        } else {
+            enter(.pulling, deadline: ramIsComplete ? nil : configuration.deadlines.stall, &actions)
+        }
         answerVisitors(&actions)
-        if let pullLoss { pausePull(pullLoss, &actions) }
     }
 
     /// - Parameter missing: pages that did not come though the source says that it sent all, or that its connection is lost.
     mutating func pullEnded(missing: UInt64, _ actions: inout [DestinationAction]) {
         guard isBound else { return }
+        pullEndsOwed -= 1
         guard missing == 0 else {
-            if source != nil { losePull("it ended its stream, and \(missing) pages did not come", &actions) }
+            // An answer to an earlier question, on a connection that was lost since, says nothing of this one.
+            if pullEndsOwed == 0, source != nil, ramIsComplete {
+                losePull("it ended its stream, and \(missing) pages did not come", &actions)
+            }
             return
         }
         pull = .complete
         pullLoss = nil
+        isRecovering = false
         closeUrgent(&actions)
-        if phase == .pulling || phase == .pullPaused { arrive(&actions) }
+        if phase >= .pulling, phase < .started { arrive(&actions) }
     }
 
     /// The connection is of no use any more. The guest runs on as far as its memory is here.
@@ -195,21 +209,39 @@ extension DestinationCore {
         // Nothing more is wanted of it; the guest is started all the same.
         if pull == .complete { return dropSource(&actions) }
         guard isBound, let source else { return }
-        actions.append(.close(source))
+        let lost = [source] + urgent.sorted { $0.rawValue < $1.rawValue }
+        for connection in lost { actions.append(.drop(connection)) }
+        oldReaders += lost
         self.source = nil
         returnPathIsOpen = false
-        closeUrgent(&actions)
+        urgent = []
         closeChannels(&actions)
         pullLoss = reason
         // Perhaps nothing is missing.
-        actions.append(.finishPull(waits: false))
-        if phase == .pulling { pausePull(reason, &actions) }
+        finishPull(waits: false, &actions)
+        pausePull(reason, &actions)
     }
 
+    private mutating func finishPull(waits: Bool, _ actions: inout [DestinationAction]) {
+        pullEndsOwed += 1
+        actions.append(.finishPull(waits: waits))
+    }
+
+    /// Pages come, or the source is lost: until all are here it sends what nobody asked for, however slowly.
+    mutating func expectMorePages(_ actions: inout [DestinationAction]) {
+        guard phase == .pulling, !ramIsComplete else { return }
+        enter(.pulling, deadline: configuration.deadlines.stall, &actions)
+    }
+
+    /// A guest that is still being started is not paused before it runs: it may need none of the rest for that, or wait for it.
     private mutating func pausePull(_ reason: String, _ actions: inout [DestinationAction]) {
-        enter(.pullPaused, deadline: nil, &actions)
+        isRecovering = false
+        enter(phase == .pulling ? .pullPaused : phase, deadline: nil, &actions)
         report(.postcopyPaused, &actions)
-        actions.append(.pullPaused("the source is lost: \(reason); the guest runs on as far as its memory is here"))
+        actions.append(
+            .pullPaused(
+                "the source is lost: \(reason); the guest runs on as far as its memory is here; go on with migrate-recover here "
+                    + "and migrate with 'resume' there"))
     }
 
     mutating func closeUrgent(_ actions: inout [DestinationAction]) {
@@ -223,5 +255,8 @@ extension DestinationCore {
         pull = .none
         packageHasCome = false
         pullLoss = nil
+        pullEndsOwed = 0
+        recoveryIsAwaited = false
+        isRecovering = false
     }
 }

@@ -71,7 +71,7 @@ extension DestinationCore {
         }
     }
 
-    private mutating func refuseCandidate(
+    mutating func refuseCandidate(
         _ connection: ConnectionID, _ reason: String, _ actions: inout [DestinationAction]
     ) {
         guard let visitor = visitors[connection] else { return }
@@ -82,6 +82,7 @@ extension DestinationCore {
         _ connection: ConnectionID, _ asked: MigrationIdentifier, _ chosen: FeatureSet,
         _ actions: inout [DestinationAction]
     ) {
+        if mayRejoinPull { return rejoinPull(connection, asked, chosen, &actions) }
         guard asked == migration, chosen == features, phase > .waiting, phase < .starting else {
             return refuseCandidate(connection, "migration \(asked) is not kept here", &actions)
         }

@@ -68,9 +68,8 @@ extension DestinationCore {
     private mutating func open(
         _ connection: ConnectionID, _ visitor: Visitor, _ machine: String, _ actions: inout [DestinationAction]
     ) {
-        if features.contains(.resumption), phase != .waiting, phase < .starting, visitor.answers,
-            machine == configuration.machineName
-        {
+        let mayRejoin = features.contains(.resumption) && phase != .waiting && phase < .starting || mayRejoinPull
+        if mayRejoin, visitor.answers, machine == configuration.machineName {
             visitors[connection]?.wish = .candidate
             return
         }

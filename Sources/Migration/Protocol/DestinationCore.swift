@@ -100,6 +100,12 @@ public struct DestinationCore: Sendable {
     var packageHasCome = false
     /// Why the source is lost, though RUN was said.
     var pullLoss: String?
+    /// Answers to `finishPull` that are still to come.
+    var pullEndsOwed = 0
+    /// The operator said where the source may come to go on.
+    var recoveryIsAwaited = false
+    /// A new connection takes up what is missing, and learns what is here (RECV_BITMAP). The guest may still be being started.
+    var isRecovering = false
     /// Memory is being given up to the source again, as if nothing had been discarded.
     var isUnlistening = false
     /// Whom to answer then: the attempt that is taken back.
@@ -132,6 +138,7 @@ public struct DestinationCore: Sendable {
     /// Whether pages of that connection may be placed into guest memory now, without asking for each.
     public func acceptsPages(on connection: ConnectionID) -> Bool {
         if pull >= .listening {
+            guard !isRecovering else { return false }
             return urgent.contains(connection) || connection == source && pull < .complete && !ramIsComplete
         }
         return phase == .receiving && !ramIsComplete && pull < .discarding
@@ -155,6 +162,9 @@ public struct DestinationCore: Sendable {
         case .greeted(let connection, let greeting): greeted(connection, greeting, &actions)
         case .cameForUrgentPages(let connection): cameForUrgentPages(connection, &actions)
         case .urgentEnded(let connection): urgentEnded(connection, &actions)
+        case .cameToRecover(let connection): cameToRecover(connection, &actions)
+        case .awaitRecovery: recoveryIsAwaited = isForsaken
+        case .breakOff: losePull("the operator paused the migration", &actions)
         case .pullEnded(let missing): pullEnded(missing: missing, &actions)
         case .unlistened: unlistened(&actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
@@ -162,6 +172,7 @@ public struct DestinationCore: Sendable {
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)
         case .progressed(let connection):
             if connection == source || channels[connection] != nil { expectMore(&actions) }
+            if connection == source || urgent.contains(connection) { expectMorePages(&actions) }
         case .readersEnded(let connections): readersEnded(connections, &actions)
         case .pagesFailed(let reason):
             if phase < .starting { fail(reason, &actions) } else { losePull(reason, &actions) }

@@ -198,8 +198,10 @@ public enum SourceEvent: Hashable, Sendable {
     case cancel
     /// The operator's `migrate-continue` in pre-switchover.
     case proceed
-    /// The operator's `migrate` with `resume`, in `paused`.
+    /// The operator's `migrate` with `resume`, in `paused` or `postcopyPaused`.
     case resume
+    /// The operator's `migrate-pause`: the connection of a postcopy is given up.
+    case breakOff
     case settle(Settlement)
     /// The operator's `migrate-start-postcopy`.
     case startPostcopy
@@ -281,6 +283,11 @@ public enum SourceAction: Hashable, Sendable {
     case serveRequests
     /// Send what is asked for, and between that everything else, once each. Tracking is over. -> `pagesServed`, or `disconnected`.
     case servePages
+    /// A new connection takes up postcopy: nothing of the old one is under way any more, and what the destination has is taken in,
+    /// block by block, up to its `bitmapEnded`.
+    case prepareRecovery
+    /// All bitmaps were taken in: what is to be sent is what was to be sent and is not there. Requests count from here on.
+    case adoptBitmaps
     /// The guest did not move after all: what DISCARD named is dirty again, sent or not, and what is remembered of what the destination has
     /// (differences, compression) begins empty. Nobody may ask for pages, and the channel for them is closed. Before anything is collected.
     case takeBackPages
@@ -379,6 +386,12 @@ public enum DestinationEvent: Hashable, Sendable {
     case cameForUrgentPages(ConnectionID)
     /// The channel for requested pages said its last word.
     case urgentEnded(ConnectionID)
+    /// That connection began as one that takes up postcopy, without a header (QEMU). It is closed if none is awaited.
+    case cameToRecover(ConnectionID)
+    /// The operator's `migrate-recover`: somebody listens for such a connection.
+    case awaitRecovery
+    /// The operator's `migrate-pause`: the connection of a postcopy is given up.
+    case breakOff
     /// Pages that are still missing, as an answer to `finishPull`.
     case pullEnded(missing: UInt64)
     /// The answer to `unlisten`.
@@ -418,6 +431,8 @@ public enum DestinationAction: Hashable, Sendable {
     case send(ConnectionID, [UInt8])
     /// Hand over what was sent if the peer takes it, then close and forget this connection.
     case close(ConnectionID)
+    /// Close and forget this connection at once, whatever was said on it and not taken: nobody listens there any more.
+    case drop(ConnectionID)
     /// A channel belongs to the migration, which has so many: its packets may be read as far as ``DestinationCore/acceptsPages(on:)``.
     case admit(ConnectionID, of: Int)
     /// Those connections were closed: nothing of what they brought may be placed after the answer. -> `readersEnded`.

@@ -185,6 +185,7 @@ extension SourceCore {
         case .committed: answered(message, &actions)
         case .acknowledged: complete(&actions)
         case .packageLeaving...SourcePhase.pulledWhole: receivedInPostcopy(message, &actions)
+        case .recoverGreeting...SourcePhase.resumingPostcopy: receivedInRecovery(message, &actions)
         case .asking: judged(message, &actions)
         case .startingTracking..<SourcePhase.preparing, .narrowing: outOfTurn(message, &actions)
         default: break

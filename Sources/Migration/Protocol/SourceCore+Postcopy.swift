@@ -29,10 +29,15 @@ extension SourceCore {
         }
     }
 
+    /// Between two Godwits pages go one by one.
+    var wireBlocks: [RAMBlockDescription] {
+        rule == .twoPhase ? configuration.blocks.map(\.uniform) : configuration.blocks
+    }
+
     /// What a destination hears before RAM begins.
     mutating func advise(_ actions: inout [SourceAction]) {
         guard configuration.postcopy != nil else { return }
-        let advice = PostcopyAdvice(blockPageSizes: configuration.blocks.reduce(0) { $0 | $1.pageSize })
+        let advice = PostcopyAdvice(blockPageSizes: wireBlocks.reduce(0) { $0 | $1.pageSize })
         send(&actions) { $0.command(.postcopy(.advise(advice))) }
     }
 
@@ -54,7 +59,9 @@ extension SourceCore {
     }
 
     mutating func urgentChannelOpened(_ actions: inout [SourceAction]) {
-        guard configuration.postcopy?.usesUrgentChannel == true, phase < .committed else { return }
+        guard configuration.postcopy?.usesUrgentChannel == true else { return }
+        if phase == .recoveringBitmaps { return urgentChannelReopened(&actions) }
+        guard phase < .committed else { return }
         urgentChannelIsOpen = true
         if phase == .openingUrgentChannel { collect(&actions) }
     }
@@ -62,6 +69,7 @@ extension SourceCore {
     /// It was asked for, so without it the migration would not be what was asked for.
     mutating func urgentChannelFailed(_ reason: String, _ actions: inout [SourceAction]) {
         let sentence = "postcopy-preempt: the channel for requested pages could not be opened: \(reason)"
+        if phase == .recoveringBitmaps { return pausePostcopy(sentence, &actions) }
         retreat(.failed(sentence), farewell: nil, &actions)
     }
 
@@ -69,6 +77,7 @@ extension SourceCore {
         let sentence = "the channel for requested pages: \(reason)"
         // A destination that takes a late start back closes it as well: what it says tells.
         guard phase != .committed else { return lossDuringPackage = lossDuringPackage ?? sentence }
+        guard ![.retracting, .breakingOff].contains(phase) else { return }
         disconnected(sentence, &actions)
     }
 
@@ -284,10 +293,15 @@ extension SourceCore {
     /// The guest is known to have moved.
     mutating func pausePostcopy(_ reason: String, _ actions: inout [SourceAction]) {
         actions.append(.abandon)
+        cancelTimer(.urgentChannel, &actions)
         isConnected = false
         ramSectionIsOpen = false
+        bitmapsAwaited = []
         enter(.postcopyPaused, deadline: nil, &actions)
-        actions.append(.paused("\(reason); the guest moved, and what is missing of its memory stays here"))
+        actions.append(
+            .paused(
+                "\(reason); the guest moved, and what is missing of its memory stays here; go on with migrate-recover there and "
+                    + "migrate with 'resume' here"))
         report(.postcopyPaused, &actions)
     }
 }

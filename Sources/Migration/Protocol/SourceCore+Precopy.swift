@@ -15,6 +15,7 @@ extension SourceCore {
         case .connecting: break
         case .reconnecting: return ask(&actions)
         case .reopening: break
+        case .recoverConnecting: return recoveryConnected(direction, &actions)
         default:
             // Too late: nobody waits for it any more.
             if !isConnected { actions.append(.close) }
@@ -109,7 +110,7 @@ extension SourceCore {
 
     /// The list of blocks; on every connection.
     mutating func beginRAM(_ actions: inout [SourceAction]) {
-        let blocks = configuration.blocks
+        let blocks = wireBlocks
         let flushesChannels = configuration.multifd == .flush
         if let mapped = configuration.mapped {
             for piece in mapped.pieces {

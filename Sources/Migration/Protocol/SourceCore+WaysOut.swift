@@ -10,6 +10,7 @@ extension SourceCore {
         case .connecting: retreat(.failed(reason), farewell: nil, &actions)
         case .reconnecting: doubt(reason, &actions)
         case .reopening: pause(reason, &actions)
+        case .recoverConnecting: pausePostcopy(reason, &actions)
         default: break
         }
     }
@@ -23,6 +24,7 @@ extension SourceCore {
         case .committed, .handingOver, .closing, .asking: doubt(reason, &actions)
         case .acknowledged: complete(&actions)
         case .packageLeaving, .pulled, .pulledWhole: postcopyLost(reason, &actions)
+        case .recoverGreeting, .recoveringBitmaps, .resumingPostcopy: pausePostcopy(reason, &actions)
         case .retreating:
             roundIsUnderWay = false
             leave(farewell: nil, &actions)
@@ -50,6 +52,7 @@ extension SourceCore {
         // Its sender is stuck: whether RUN left will not be known.
         case .packageLeaving: doubt(reason, &actions)
         case .pulled, .pulledWhole: postcopyLost(reason, &actions)
+        case .recoverConnecting...SourcePhase.resumingPostcopy: pausePostcopy(reason, &actions)
         case .retreating: leave(farewell: nil, &actions)
         default: break
         }
@@ -62,10 +65,14 @@ extension SourceCore {
             retreat(.cancelled, farewell: "the operator cancelled the migration", &actions)
         case .committed, .handingOver, .closing, .acknowledged:
             actions.append(.refused("too late to cancel: the destination was told to start the guest"))
-        case .packageLeaving, .pulled, .pulledWhole, .postcopyPaused:
+        case .packageLeaving...SourcePhase.resumingPostcopy:
+            let remedy =
+                phase == .postcopyPaused
+                ? "; go on with migrate-recover there and migrate with 'resume' here" : ""
             actions.append(
                 .refused(
-                    "too late to cancel: the guest moved (postcopy), and nobody has all of its memory before the end"))
+                    "too late to cancel: the guest moved (postcopy), and nobody has all of its memory before the end\(remedy)"
+                ))
         default:
             actions.append(.refused("too late to cancel: settle whether the destination runs the guest"))
         }

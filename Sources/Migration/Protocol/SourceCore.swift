@@ -58,6 +58,14 @@ public enum SourcePhase: Int, Comparable, Sendable {
     case pulledWhole
     /// Postcopy: the connection was lost, the guest moved, what is missing of its memory is here.
     case postcopyPaused
+    /// Postcopy: the operator wants it to go on, and a new connection is made.
+    case recoverConnecting
+    /// Between two Godwits: the destination is to show that it is the same process, and takes the new connection (RESUMED).
+    case recoverGreeting
+    /// RECV_BITMAP was said for all blocks, what the destination has is awaited.
+    case recoveringBitmaps
+    /// POSTCOPY_RESUME was said, RESUME_ACK is awaited.
+    case resumingPostcopy
     // Ways out.
     /// The migration failed or was cancelled; the round under way ends, then CANCEL is said.
     case retreating
@@ -156,6 +164,8 @@ public struct SourceCore: Sendable {
     var packageArrived = false
     /// Why the connection is gone, while it is not known yet whether the package had left.
     var lossDuringPackage: String?
+    /// Blocks of which the destination has not said yet what it has, on a connection that recovers.
+    var bitmapsAwaited: Set<String> = []
     /// The destination said meanwhile that it will not run the guest.
     var refusalDuringPackage: String?
     /// How the migration will end once it has retreated, and what the destination hears of it.
@@ -203,6 +213,7 @@ public struct SourceCore: Sendable {
         case .packageCut(let reason): packageCut(reason, &actions)
         case .pagesServed: pagesServed(&actions)
         case .startPostcopy: startPostcopy(&actions)
+        case .breakOff: breakOffPostcopy(&actions)
         case .trackingFailed(let reason), .stopFailed(let reason), .stateFailed(let reason):
             if phase < .committed { retreat(.failed(reason), farewell: reason, &actions) }
         case .flushed: flushed(&actions)
@@ -265,10 +276,13 @@ public struct SourceCore: Sendable {
         case .openingUrgentChannel: "the channel for requested pages was not opened in time (postcopy-preempt)"
         case .pulled: "the destination did not say in time that it has the guest's state"
         case .pulledWhole: "the destination did not say in time that all memory is there"
-        case .connecting, .reconnecting, .reopening: "the connection to the destination was not made in time"
+        case .connecting, .reconnecting, .reopening, .recoverConnecting:
+            "the connection to the destination was not made in time"
         case .greeting where configuration.multifd != nil:
             "the destination does not answer; a QEMU waits for as many channels as its multifd-channels says"
-        case .greeting, .resuming, .asking: "the destination does not answer"
+        case .greeting, .resuming, .asking, .recoverGreeting: "the destination does not answer"
+        case .recoveringBitmaps: "the destination did not say in time which pages it has"
+        case .resumingPostcopy: "the destination did not go on in time"
         case .startingTracking: "dirty page tracking did not start in time"
         case .collecting, .finalCollecting: "the dirty pages were not collected in time"
         case .sendingRound, .finalSending, .breakingOff, .discarding, .flushingState, .handingOver, .packageLeaving:

@@ -63,6 +63,8 @@ struct HumanMonitor: Sendable {
         ("migrate_cancel", "cancel the current VM migration"),
         ("migrate_continue state", "continue a migration that waits in the given state"),
         ("migrate_incoming uri", "wait for a migration at URI"),
+        ("migrate_pause", "give up the connection of a postcopy, which can go on over another"),
+        ("migrate_recover uri", "wait at URI for the source of a paused postcopy"),
         ("migrate_start_postcopy", "let the guest of a migration under way move now, and its memory follow"),
         ("object_add type,id=id[,property=value,...]", "make an object, such as TLS credentials"),
         ("object_del id", "delete an object"),
@@ -103,11 +105,12 @@ struct HumanMonitor: Sendable {
                 ["val": number(found[0], first), "size": number(found[1], first), "filename": .string(found[2])])
         case "migrate":
             try perform(first, ["uri": .string(operands(rest.filter { $0 != "-d" }, 1, of: first)[0])])
+        case "migrate_recover": try perform("migrate-recover", ["uri": .string(operands(rest, 1, of: first)[0])])
         case "migrate_incoming": try perform("migrate-incoming", ["uri": .string(operands(rest, 1, of: first)[0])])
         case "migrate_continue": try perform("migrate-continue", ["state": .string(operands(rest, 1, of: first)[0])])
-        case "migrate_start_postcopy":
+        case "migrate_start_postcopy", "migrate_pause":
             _ = try operands(rest, 0, of: first)
-            try perform("migrate-start-postcopy", [:])
+            try perform(first == "migrate_pause" ? "migrate-pause" : "migrate-start-postcopy", [:])
         case "object_add":
             try perform("object-add", ObjectOptions(parsing: operands(rest, 1, of: first)[0]).arguments)
         case "object_del": try perform("object-del", ["id": .string(operands(rest, 1, of: first)[0])])

@@ -24,6 +24,14 @@ struct MigrationCommands: Sendable {
                 try migrator.startPostcopy()
                 return [:]
             },
+            Command("migrate-pause", allowsOutOfBand: true) { [migrator] _ in
+                try migrator.pause()
+                return [:]
+            },
+            Command("migrate-recover", [.required("uri", .string)], allowsOutOfBand: true) { [migrator] call in
+                try migrator.recover(on: MigrationAddress(try call.arguments.string("uri")))
+                return [:]
+            },
             Command("migrate-continue", [.required("state", .enumeration(Self.states))], handler: proceed),
             Command("query-migrate") { [migrator] _ in
                 migrator.info().json(downtimeLimitMilliseconds: migrator.parameters.downtimeLimitMilliseconds)

@@ -31,6 +31,7 @@ extension MigrationInfo {
                 "dist": .array(serviceTime.octaves(24).map { JSON($0) })
             ])
         }
+        if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }

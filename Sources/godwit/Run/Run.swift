@@ -43,8 +43,10 @@ struct Run: ParsableCommand {
 
     @Option(
         help: ArgumentHelp(
-            "What stands behind RAM: private memory with huge pages, or a memfd, which another process can be given.",
-            valueName: "kind"))
+            """
+            What stands behind RAM: private memory with huge pages (anonymous), a memfd, which another process can be given, or the \
+            host's reserved huge pages (hugetlb=2M, hugetlb=1G).
+            """, valueName: "kind"))
     var memoryBacking: MemoryBackingOption = .anonymous
 
     @Flag(help: "Take all RAM from the host before the guest starts or arrives, and not at its first touch.")
@@ -160,8 +162,10 @@ enum MachineOption: String, ExpressibleByArgument, CaseIterable {
 /// `--memory-backing`.
 enum MemoryBackingOption: String, ExpressibleByArgument, CaseIterable {
     case anonymous, memfd
+    case hugetlb2M = "hugetlb=2M"
+    case hugetlb1G = "hugetlb=1G"
 
-    var backing: RAMBacking { self == .memfd ? .memfd : .anonymous }
+    var backing: RAMBacking { RAMBacking(rawValue: rawValue) ?? .anonymous }
 }
 
 extension SerialPort.Target {

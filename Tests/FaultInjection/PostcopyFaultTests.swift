@@ -1,0 +1,31 @@
+import Host
+import TestSupport
+import Testing
+
+@Suite(
+    "A guest that moves before its memory is never lost with a connection, and never there twice", .serialized,
+    .timeLimit(.minutes(10)), .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
+struct PostcopyFaultTests {
+    /// `GODWIT_FAULT_SEED` replays a run, `GODWIT_FAULT_RUNS` makes it longer.
+    private func run(kills: Bool, name: String) throws {
+        let seed = TestEnvironment.number("GODWIT_FAULT_SEED") ?? .random(in: 0..<1_000_000)
+        let count = TestEnvironment.number("GODWIT_FAULT_RUNS").map(Int.init(_:)) ?? 12
+        print("postcopy faults: seed \(seed), \(count) migrations, \(name); GODWIT_FAULT_SEED=\(seed) strikes alike")
+        let began = Clock.monotonicNanoseconds
+        let campaign = try PostcopyCampaign(seed: seed, kills: kills)
+        try campaign.run(count: count)
+        for violation in campaign.violations { Issue.record("\(violation)") }
+        #expect(campaign.struck >= count, "seed \(seed): only \(campaign.struck) migrations were struck")
+        let seconds = (Clock.monotonicNanoseconds - began) / 1_000_000_000
+        print(
+            "postcopy faults: \(campaign.struck) blows, \(campaign.recoveries) new connections in \(seconds) s, seed \(seed)"
+        )
+        for (ending, number) in campaign.endings.sorted(by: { $0.key < $1.key }) { print("  \(number) x \(ending)") }
+    }
+
+    @Test("connections cut, stalled and half closed at random moments: each is replaced, and every page is right")
+    func connections() throws { try run(kills: false, name: "connections") }
+
+    @Test("source or destination killed at random moments: what is left is what the documentation promises")
+    func processes() throws { try run(kills: true, name: "processes killed") }
+}

@@ -1,0 +1,96 @@
+import GuestMemory
+import Host
+import MigrationStream
+import Synchronization
+import TestSupport
+import Testing
+
+@testable import Migration
+
+private func pages(_ range: Range<UInt64>) -> Range<PageIndex> {
+    PageIndex(range.lowerBound)..<PageIndex(range.upperBound)
+}
+
+/// Blocks of the same length, with what is dirty in each and what was written before.
+private func outgoing(
+    _ blocks: [(pageBytes: UInt64, dirty: [Range<UInt64>], known: [Range<UInt64>])], pageCount: UInt64 = 4096
+) throws -> OutgoingPages {
+    var (bitmaps, known): ([DirtyBitmap], [AtomicPages]) = ([], [])
+    for block in blocks {
+        let bitmap = try DirtyBitmap(pageCount: pageCount)
+        for run in block.dirty { bitmap.set(pages(run)) }
+        bitmaps.append(bitmap)
+        let all = try AtomicPages(pageCount: pageCount)
+        for run in block.dirty + block.known { all.insert(pages(run)) }
+        known.append(all)
+    }
+    let described = blocks.enumerated().map {
+        RAMBlockDescription(name: "ram\($0.offset)", length: pageCount << 12, pageSize: $0.element.pageBytes)
+    }
+    return try OutgoingPages(of: described, taking: bitmaps, known: known)
+}
+
+@Suite("what a destination does not have, where its memory has large pages")
+struct OutgoingPagesTests {
+    @Test("a large page with one dirty page is forgotten, and sent, as a whole")
+    func widened() throws {
+        let all = try outgoing([(2 << 20, [700..<701, 1000..<1100], []), (4096, [700..<701], [])])
+        var told: [String] = []
+        all.forEachRun { block, run in told.append("\(block): \(run.lowerBound.value)..<\(run.upperBound.value)") }
+        #expect(told == ["0: 512..<1536", "1: 700..<701"])
+        #expect(all.count == 1025)
+        var place = OutgoingPages.Place()
+        let first = all.take(from: &place, limit: 16)
+        #expect(first == [.init(block: 0, pages: pages(512..<1024))])
+        #expect(all.take(from: &place, limit: 16) == [.init(block: 0, pages: pages(1024..<1536))])
+        #expect(all.take(from: &place, limit: 16) == [.init(block: 1, pages: pages(700..<701))])
+        #expect(all.take(from: &place, limit: 16).isEmpty && all.count == 0)
+    }
+
+    @Test("a request for any part of a large page is answered with all of it, once; a hole with zeros, once")
+    func requested() throws {
+        let all = try outgoing([(2 << 20, [600..<601], [2100..<2101])])
+        let request = PageRequest(block: "ram0", offset: 515 << 12, length: 4096)
+        #expect(all.take(request) == [.init(block: 0, pages: pages(512..<1024))])
+        #expect(all.take(request).isEmpty)
+        let hole = PageRequest(block: "ram0", offset: 1024 << 12, length: 2 << 20)
+        #expect(all.take(hole) == [.init(block: 0, pages: pages(1024..<1536), isHole: true)])
+        #expect(all.take(hole).isEmpty)
+        // Sent before the switch, in part: it is there.
+        #expect(all.take(PageRequest(block: "ram0", offset: 2048 << 12, length: 2 << 20)).isEmpty)
+    }
+
+    @Test("nothing dirty at all still leaves one large page to be sent")
+    func nothing() throws {
+        let all = try outgoing([(2 << 20, [], [])])
+        var place = OutgoingPages.Place()
+        #expect(all.count == 512)
+        #expect(all.take(from: &place, limit: 16) == [.init(block: 0, pages: pages(0..<512))])
+    }
+
+    @Test("of many threads that take, each large page is one's alone, and none is lost")
+    func contended() throws {
+        let count: UInt64 = 64 * 512
+        let all = try outgoing([(2 << 20, [0..<count], [])], pageCount: count)
+        let taken = Mutex<[PageIndex]>([])
+        let threads = try (0..<4).map { number in
+            try HostThread(name: "take\(number)") {
+                var random = SeededRandom(seed: UInt64(number))
+                var place = OutgoingPages.Place()
+                while all.count > 0 {
+                    let offset = random.next() % count << 12
+                    let pieces =
+                        random.next() % 2 == 0
+                        ? all.take(from: &place, limit: 16)
+                        : all.take(PageRequest(block: "ram0", offset: offset, length: 4096))
+                    for piece in pieces where !piece.isHole {
+                        if piece.pageCount != 512 { Issue.record("\(piece)") }
+                        taken.withLock { $0.append(piece.pages.lowerBound) }
+                    }
+                }
+            }
+        }
+        for thread in threads { thread.join() }
+        #expect(taken.withLock { $0.map(\.value).sorted() } == (0..<64).map { $0 * 512 })
+    }
+}
