@@ -29,6 +29,8 @@ final class PostcopyPeer {
         /// Opening, rounds, DISCARDs, package, pages behind it.
         var parts: [[UInt8]] = []
         var urgent: [UInt8] = []
+        /// How what the destination says behind the package begins: PONG 3, or a Godwit's READY.
+        var answer: [UInt8] = []
         static let packagePart = 3
     }
 
@@ -42,12 +44,13 @@ final class PostcopyPeer {
     /// Where the moments after the first are in it.
     private var borders: [Int] = []
     private(set) var reached = Moment.connected
-    /// The last byte of RUN was read: a real destination might run the guest.
-    private(set) var hasPackage = false
+    /// The last byte of RUN, or of a Godwit's COMMIT, was read: a real destination might run the guest.
+    private(set) var mayHaveGuest = false
     private let deadline: Deadline
 
     /// - Parameter migrate: has the source connect to the address given.
-    init(byteCount: UInt64, preempts: Bool, migrate: (String) throws -> Void) throws {
+    /// - Parameter isGodwit: it says HELLO, and the guest goes by COMMIT; else it is a QEMU to the source.
+    init(byteCount: UInt64, preempts: Bool, isGodwit: Bool, migrate: (String) throws -> Void) throws {
         deadline = .after(seconds: 20)
         listener = try Socket.listen(host: "127.0.0.1", port: "0")
         try migrate("tcp:127.0.0.1:\(Socket.localPort(of: listener) ?? 0)")
@@ -58,26 +61,30 @@ final class PostcopyPeer {
         decoder.allowsPostcopy = true
         // One that has two connections says nothing on the second before it is asked for pages.
         self.preempts = preempts
+        self.isGodwit = isGodwit
     }
 
     private let preempts: Bool
+    let isGodwit: Bool
 
     // MARK: Reading
 
     /// Reads until that moment; the operator's word to move comes with the first page.
     func read(to moment: Moment, atFirstPage start: () throws -> Void) throws {
         while reached < moment {
-            if reached == .package {
+            if reached == .package, decoder.payloadBytes > 0 {
                 try readPackage()
                 continue
             }
             if reached == .arrived {
-                try say(.pong(3))
-                reached = .pulled
+                try takeGuest()
                 continue
             }
             guard let item = try next() else { throw TestObstacle("the source closed \(reached)") }
             switch item {
+            case .command(.prepare):
+                borders.append(Int(decoder.position))
+                reached = .arrived
             case .page, .zeroPage:
                 guard reached == .connected else { continue }
                 advance(to: .rounds)
@@ -105,8 +112,14 @@ final class PostcopyPeer {
             start = Int(decoder.position)
             if let item = try decoder.next(from: &buffer) {
                 switch item {
-                case .page: guard try consume(4096) else { return nil }
-                case .command(.ping(let value)): try say(.pong(value))
+                case .page, .pageBatch: guard try consume(decoder.payloadBytes) else { return nil }
+                case .command(.ping(let value)):
+                    if isGodwit, value == Wire.godwitPing {
+                        let features = FeatureSet.all.union(.postcopy)
+                        let instance = MigrationIdentifier(high: 1, low: 2)
+                        try say(.hello(version: 1, features: features, instance: instance))
+                    }
+                    try say(.pong(value))
                 default: break
                 }
                 return item
@@ -117,9 +130,27 @@ final class PostcopyPeer {
 
     private func readPackage() throws {
         guard try consume(decoder.payloadBytes) else { throw TestObstacle("the source closed in its package") }
-        hasPackage = true
+        // Its PREPARE belongs to it.
+        guard !isGodwit else { return }
+        mayHaveGuest = true
         borders.append(Int(decoder.position))
         reached = .arrived
+    }
+
+    /// Says what a destination that runs the guest says.
+    private func takeGuest() throws {
+        guard isGodwit else {
+            try say(.pong(3))
+            return reached = .pulled
+        }
+        try say(.ready(nanoseconds: 1000))
+        while let item = try next() {
+            guard case .command(.commitWithin) = item else { continue }
+            mayHaveGuest = true
+            try say(.started(nanoseconds: 1000))
+            return reached = .pulled
+        }
+        throw TestObstacle("the source closed without COMMIT")
     }
 
     private func consume(_ count: Int) throws -> Bool {
@@ -155,6 +186,7 @@ final class PostcopyPeer {
     func recording() throws -> Recording {
         var recording = Recording()
         for (from, to) in zip([0] + borders, borders) { recording.parts.append(Array(all[from..<to])) }
+        recording.answer = isGodwit ? [0x47, 0x02, 0, 8] : [0, 2, 0, 4, 0, 0, 0, 3]
         if let urgent {
             var decoder = StreamDecoder.requestedPages(of: blocks)
             var buffer = ReceiveBuffer()

@@ -10,10 +10,11 @@ private struct Driver {
     static let urgent = ConnectionID(2)
     static let discard = RAMDiscard(block: "ram", ranges: [.init(offset: 0, length: 8192)])
 
-    init(allowsPostcopy: Bool = true) {
+    init(allowsPostcopy: Bool = true, offers features: FeatureSet = []) {
         var configuration = DestinationConfiguration(
             instance: MigrationIdentifier(high: 5, low: 6), machineName: "m", sections: [ExpectedSection(name: "cpu")])
         configuration.allowsPostcopy = allowsPostcopy
+        if !features.isEmpty { configuration.features = features }
         core = DestinationCore(configuration)
     }
 
@@ -357,6 +358,47 @@ struct ProtocolPostcopyTests {
         driver.sendAll()
         driver.feed(.pullEnded(missing: 7))
         #expect(driver.core.phase == .pullPaused && driver.outcome == nil && !driver.said.contains(.shut(0)))
+    }
+
+    @Test("between two Godwits nothing comes between RETRACT and RETRACTED, and afterwards the next attempt does")
+    func retracting() {
+        func reach() -> Driver {
+            var driver = Driver(offers: FeatureSet.all.union(.postcopy))
+            driver.feed(.accepted(Driver.id, answers: true))
+            driver.items(
+                .header, .configuration(machine: "m"), .command(.openReturnPath), .command(.ping(Wire.godwitPing)),
+                .command(
+                    .begin(
+                        MigrationIdentifier(high: 1, low: 2), [.twoPhaseHandover, .retraction, .pageBatches, .postcopy])
+                ))
+            driver.commands(.advise(PostcopyAdvice(blockPageSizes: 4096)))
+            driver.items(.ramSetup([]), .ramSectionEnded(.start), .ramRound(final: false), .ramSectionEnded(.part))
+            driver.commands(.discard(Driver.discard), .packaged(byteCount: 9), .listen)
+            driver.items(.device(SectionHead(type: .full, id: 9, name: "cpu", instance: 0, version: 1), body: [1]))
+            driver.commands(.run)
+            driver.items(.command(.prepare))
+            driver.feed(.stateLoaded(nanoseconds: 1))
+            #expect(driver.core.phase == .ready)
+            driver.items(.command(.retract(attempt: 1)))
+            #expect(!driver.said.contains(.retracted(attempt: 1)))
+            return driver
+        }
+        let early: [StreamItem] = [
+            .ramRound(final: false), .command(.postcopy(.discard(Driver.discard))), .command(.prepare),
+            .command(.postcopy(.packaged(byteCount: 9))),
+        ]
+        for item in early {
+            var driver = reach()
+            driver.items(item)
+            #expect(driver.core.phase == .failed && driver.outcome != nil, "\(item)")
+        }
+        var driver = reach()
+        #expect(!driver.core.acceptsPages(on: Driver.id))
+        driver.feed(.unlistened)
+        #expect(driver.said.last == .retracted(attempt: 1) && driver.core.acceptsPages(on: Driver.id))
+        driver.items(.ramRound(final: false), .ramSectionEnded(.part))
+        driver.commands(.discard(Driver.discard))
+        #expect(driver.core.phase == .receiving && driver.starts == 0)
     }
 
     // MARK: The channel for requested pages

@@ -106,6 +106,9 @@ final class OutgoingPages: Sendable {
         indices = old.indices
         hostPages = old.hostPages
         known = old.known
+        var asked: [AtomicPages] = []
+        for pages in old.asked ?? [] { asked.append(try AtomicPages(pageCount: pages.pageCount)) }
+        self.asked = old.asked == nil ? nil : asked
         discarded = old.discarded
         var asked: [AtomicPages] = []
         if old.asked != nil {

@@ -36,7 +36,8 @@ extension DestinationCore {
         }
     }
 
-    private var takesRAM: Bool { phase == .receiving && !ramIsComplete && pull < .discarding }
+    /// Whoever says RETRACT waits for RETRACTED before it sends memory again.
+    private var takesRAM: Bool { phase == .receiving && !ramIsComplete && pull < .discarding && !isUnlistening }
 
     mutating func outOfTurn(_ what: String, _ actions: inout [DestinationAction]) {
         fail("the source sent \(what) out of turn", &actions)
@@ -67,7 +68,7 @@ extension DestinationCore {
         case .switchoverStart: break
         case .begin(let migration, let chosen): begin(migration, chosen, &actions)
         case .prepare:
-            guard rule == .twoPhase, pull <= .advised || pull == .packaged else {
+            guard rule == .twoPhase, pull <= .advised || pull == .packaged, !isUnlistening else {
                 return outOfTurn("PREPARE", &actions)
             }
             guard mayLoad(&actions) else { return }
@@ -83,6 +84,7 @@ extension DestinationCore {
         case .retract(let attempt): retract(attempt, &actions)
         case .cancel(let reason): fail("the source cancelled: \(reason)", tellsSource: false, &actions)
         case .resume(let asked, _) where migration == nil: fail("migration \(asked) is not kept here", &actions)
+        case .postcopy where isUnlistening: outOfTurn("a command of postcopy", &actions)
         case .postcopy(let command): take(command, &actions)
         case .settle, .resume, .other: outOfTurn("a command", &actions)
         }

@@ -141,7 +141,7 @@ public struct DestinationCore: Sendable {
             guard !isRecovering else { return false }
             return urgent.contains(connection) || connection == source && pull < .complete && !ramIsComplete
         }
-        return phase == .receiving && !ramIsComplete && pull < .discarding
+        return phase == .receiving && !ramIsComplete && pull < .discarding && !isUnlistening
             && (connection == source || channels[connection] != nil)
     }
 

@@ -75,7 +75,7 @@ extension SourceCore {
             send(&actions) { $0.command(.resume(migration, features)) }
             enter(.recoverGreeting, deadline: configuration.deadlines.ready, &actions)
         case (.recoverGreeting, .resumed):
-            let blocks = configuration.blocks
+            let blocks = wireBlocks
             send(&actions) { $0.ramSetup(id: Self.ramSectionID, blocks: blocks) }
             askForBitmaps(&actions)
         // It has all of the memory: what was lost was its last word.

@@ -26,12 +26,12 @@ extension MigrationInfo {
         }
         if let blockTime { blockTime.add(to: &members) }
         if let pageLatency { pageLatency.add(to: &members) }
+        if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
         if let serviceTime {
             members["x-postcopy-service-ns"] = serviceTime.json([
                 "dist": .array(serviceTime.octaves(24).map { JSON($0) })
             ])
         }
-        if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
         if resumptions > 0 {
             members["x-resumed"] = ["count": JSON(resumptions), "repeated-bytes": JSON(repeatedPages * 4096)]
         }
