@@ -89,6 +89,7 @@ final class StreamSender: Sendable {
 
     /// An older QEMU would miss zero pages that are not told on the main channel: only of a Godwit it is known that it does not.
     func agreed(_ features: FeatureSet) {
+        postcopy?.agreed(features)
         peerIsGodwit.store(features.contains(.multifd), ordering: .relaxed)
         postcopy?.agreed(features)
         isResumable.store(features.contains(.resumption), ordering: .relaxed)

@@ -110,11 +110,6 @@ final class OutgoingPages: Sendable {
         for pages in old.asked ?? [] { asked.append(try AtomicPages(pageCount: pages.pageCount)) }
         self.asked = old.asked == nil ? nil : asked
         discarded = old.discarded
-        var asked: [AtomicPages] = []
-        if old.asked != nil {
-            for pages in old.discarded { asked.append(try AtomicPages(pageCount: pages.pageCount)) }
-        }
-        self.asked = old.asked == nil ? nil : asked
         var wanted: [AtomicPages] = []
         var count: UInt64 = 0
         for (discarded, received) in zip(old.discarded, received) {
