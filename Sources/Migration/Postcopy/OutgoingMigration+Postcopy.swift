@@ -9,8 +9,12 @@ extension OutgoingMigration {
     /// The guest moves now; its memory follows (`migrate-start-postcopy`).
     func startPostcopy() throws(MigrationError) { try command(.startPostcopy) }
 
+    func openUrgent(_ action: SourceAction) {
+        if case .openUrgentChannels(let count) = action { openUrgentChannels(count) } else { openUrgentChannel() }
+    }
+
     /// Connects once more to where the destination listens. Nothing is said there: the first requested page is its first word.
-    func openUrgentChannel() {
+    private func openUrgentChannel() {
         guard let postcopy = sender.postcopy else { return }
         let attempt = attempts.withLock { $0 }
         do throws(SystemError) {
@@ -29,7 +33,7 @@ extension OutgoingMigration {
     }
 
     /// Connects so many times, and says on each which it is.
-    func openUrgentChannels(_ count: Int) {
+    private func openUrgentChannels(_ count: Int) {
         guard let postcopy = sender.postcopy else { return }
         let attempt = attempts.withLock { $0 }
         do throws(SystemError) {
