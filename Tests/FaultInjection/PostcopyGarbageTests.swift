@@ -19,7 +19,8 @@ struct PostcopyGarbageTests {
 
     @Test(
         "real streams of postcopy, damaged in any part and on either channel, end in a sentence, and never in a trap",
-        arguments: [false, true], [false, true])
+        // A Godwit's channel for requested pages begins with a greeting, and is refused like those of multifd.
+        arguments: zip([false, false, true], [false, true, false]))
     func damagedStreams(fromGodwit isGodwit: Bool, preempts: Bool) throws {
         print(
             "garbage: postcopy of a \(isGodwit ? "Godwit" : "QEMU") "

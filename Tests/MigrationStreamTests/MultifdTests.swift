@@ -72,7 +72,7 @@ struct MultifdTests {
         #expect(fault { $0[24] = 3 }?.cause == .multifd(.channel(3, of: 3)))
         #expect(fault { $0[39] = 0 }?.cause == .multifd(.channelCount(0, most: 64)))
         #expect(fault { $0[39] = 65 }?.cause == .multifd(.channelCount(65, most: 64)))
-        #expect(fault { $0[36] = 1 }?.description.contains("16777219 multifd channels are announced") == true)
+        #expect(fault { $0[36] = 1 }?.description.contains("16777219 channels are announced") == true)
         // Without a mark the number of channels is not known, but it has a limit.
         #expect(
             fault {

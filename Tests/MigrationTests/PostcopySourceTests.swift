@@ -214,7 +214,6 @@ struct PostcopySourceTests {
             for _ in 0..<1000 { add("ram", 8 * 4096, 4096) }
             words = "without end"
         }
-        let memory = Self.residentBytes()
         let bytes = writer.take()
         for _ in 0..<(what == "endless" ? 1000 : 1) {
             // The source may have had enough.
@@ -223,7 +222,6 @@ struct PostcopySourceTests {
         try trial.awaitStatus(.postcopyPaused)
         let sentence = trial.source.info().errorDescription ?? ""
         #expect(sentence.contains(words) && sentence.contains("stays here"), "\(sentence)")
-        #expect(Self.residentBytes() < memory + (64 << 20))
         #expect(trial.source.machine.runState == .postMigrate)
         #expect(throws: MigrationError.self) { try trial.source.cancel() }
         #expect(throws: MigrationError.self) { try trial.source.migrate(to: .unix(path: "/nowhere")) }
@@ -348,12 +346,5 @@ struct PostcopySourceTests {
                 }
             }
         }
-    }
-
-    /// Of this process.
-    private static func residentBytes() -> UInt64 {
-        let text = String(decoding: (try? Descriptor.contents(of: "/proc/self/statm")) ?? [], as: UTF8.self)
-        let fields = text.split(separator: " ")
-        return fields.count > 1 ? (UInt64(fields[1]) ?? 0) * 4096 : 0
     }
 }
