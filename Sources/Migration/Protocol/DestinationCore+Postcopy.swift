@@ -239,11 +239,12 @@ extension DestinationCore {
     private mutating func pausePull(_ reason: String, _ actions: inout [DestinationAction]) {
         isRecovering = false
         enter(phase == .pulling ? .pullPaused : phase, deadline: nil, &actions)
-        report(.postcopyPaused, &actions)
+        // Whoever sees the status sees why.
         actions.append(
             .pullPaused(
                 "the source is lost: \(reason); the guest runs on as far as its memory is here; go on with migrate-recover here "
                     + "and migrate with 'resume' there"))
+        report(.postcopyPaused, &actions)
     }
 
     mutating func closeUrgent(_ actions: inout [DestinationAction]) {
