@@ -117,7 +117,7 @@ extension UserFault {
             switch -status {
             case 0:
                 return placed + range.count - done
-            // So far, and no further for now: the layout of the address space is just being changed, or a page is there already.
+            // The kernel stopped on its way: the layout of the address space is just being changed. Another call goes on from there.
             case EAGAIN:
                 let step = Int(max(0, count))
                 done += step
