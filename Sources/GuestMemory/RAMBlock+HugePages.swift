@@ -27,6 +27,24 @@ extension RAMBlock {
         if !allowed { try? mapping.advise(.noHugePages) } else if wantsHugePages { try? mapping.advise(.hugePages) }
     }
 
+    /// Pages in one transparent huge page of the processor's.
+    public static let transparentHugePages: UInt64 = (2 << 20) >> GuestPage.shift
+
+    /// The first page at which a transparent huge page can lie: their addresses are multiples of their size.
+    public var firstHugePlace: PageIndex {
+        let behind = UInt64(mapping.hostAddress(at: 0)) >> GuestPage.shift % Self.transparentHugePages
+        return PageIndex(behind == 0 ? 0 : Self.transparentHugePages - behind)
+    }
+
+    /// Pages that one transparent huge page can hold, beginning with that one; `nil`: none begins there, or the block wants none.
+    public func hugePlace(at page: PageIndex) -> Range<PageIndex>? {
+        let first = firstHugePlace
+        guard wantsHugePages, page >= first, (page.value - first.value) % Self.transparentHugePages == 0,
+            page.value + Self.transparentHugePages <= pageCount
+        else { return nil }
+        return page..<page.advanced(by: Int(Self.transparentHugePages))
+    }
+
     /// Pages of a range that the page tables of this process show, but for the kernel's common zero page.
     public func touchedPages(in pages: Range<PageIndex>) throws(SystemError) -> UInt64 {
         let range = Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value)

@@ -39,6 +39,28 @@ extension UserFault {
         }
     }
 
+    /// Has private pages of another mapping change their place to missing ones: nothing is copied, and a huge page stays one. What was
+    /// moved reads as zeroes where it was. Needs ``Features/move``.
+    ///
+    /// - Returns: the bytes that moved, from the range's start on; fewer than it has where the kernel would not: those are where they were.
+    public func move(_ source: Mapping, at offset: Int, into target: Mapping, _ range: Range<Int>) -> Int {
+        source.check(offset, range.count)
+        let place = Self.place(target, range)
+        var moved = 0
+        while moved < range.count {
+            var request = gw_uffd_move_request()
+            request.dst = place.start + UInt64(moved)
+            request.src = UInt64(source.hostAddress(at: offset + moved))
+            request.len = UInt64(range.count - moved)
+            let status = unsafe gw_uffd_move(descriptor.number, &request)
+            if status == 0 { return range.count }
+            moved += Int(max(0, request.moved))
+            // The layout of the address space was just being changed, or the page was looked at: another call goes on from there.
+            guard status == -EAGAIN else { break }
+        }
+        return moved
+    }
+
     /// Puts zeroes into missing pages: the kernel's common zero page, which costs no memory until it is written.
     /// - Returns: as ``copy(_:at:into:_:pageBytes:wakes:)``.
     @discardableResult

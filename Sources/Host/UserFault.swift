@@ -22,6 +22,8 @@ public final class UserFault: Sendable {
         public static let minorShared = Features(rawValue: UInt64(UFFD_FEATURE_MINOR_SHMEM))
         /// Writes to pages that are there can be stopped, in private memory.
         public static let writeProtection = Features(rawValue: UInt64(UFFD_FEATURE_PAGEFAULT_FLAG_WP))
+        /// Private pages can change their place (Linux 6.8).
+        public static let move = Features(rawValue: UInt64(GW_UFFD_FEATURE_MOVE))
         /// A fault tells the thread that it stopped.
         public static let threadID = Features(rawValue: UInt64(UFFD_FEATURE_THREAD_ID))
         /// A fault tells the byte that was touched, not only its page.

@@ -202,6 +202,14 @@ public enum StreamItem: Hashable, Sendable {
     case endOfStream
     /// The JSON text follows as payload.
     case vmDescription(byteCount: Int)
+
+    /// Contents of guest pages.
+    public var isPages: Bool {
+        switch self {
+        case .page, .zeroPage, .pageDelta, .pageBatch: true
+        default: false
+        }
+    }
 }
 
 func hexadecimal(_ value: UInt64, digits: Int = 0) -> String {

@@ -29,6 +29,11 @@ GW_IOCTL_PTR(gw_uffd_zeropage, UFFDIO_ZEROPAGE, struct uffdio_zeropage)
 GW_IOCTL_PTR(gw_uffd_write_protect, UFFDIO_WRITEPROTECT, struct uffdio_writeprotect)
 GW_IOCTL_PTR(gw_uffd_continue, UFFDIO_CONTINUE, struct uffdio_continue)
 
+/* Linux 6.8: pages change their place instead of being copied. */
+struct gw_uffd_move_request { __u64 dst, src, len, mode; __s64 moved; };
+enum { GW_UFFD_FEATURE_MOVE = 1 << 16 };
+GW_IOCTL_PTR(gw_uffd_move, _IOWR(0xAA, 0x05, struct gw_uffd_move_request), struct gw_uffd_move_request)
+
 /* Where the fields of a message stand: it is packed and full of unions, which Swift takes apart by hand. */
 enum {
     GW_UFFD_MESSAGE_BYTES = sizeof(struct uffd_msg),

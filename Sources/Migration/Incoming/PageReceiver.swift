@@ -68,7 +68,7 @@ struct PageReceiver: ~Copyable {
         buffer.append(ahead)
     }
 
-    deinit { try? flush() }
+    deinit { try? placer?.close() }
 
     /// For the next connection, which goes on at a section's head.
     var decoderForRecovery: StreamDecoder {
@@ -83,17 +83,16 @@ struct PageReceiver: ~Copyable {
             let item: StreamItem?
             do throws(StreamError) { item = try decoder.next(from: &buffer) } catch {
                 failure = error
-                try flush()
+                try closePlacer()
                 return nil
             }
-            // Nothing more may come here.
-            if case .ramRecordsEnded? = item { try flush() }
             if case .mappedBlock(let region)? = item {
                 regions.append(region)
                 try jump()
                 continue
             }
             if let item {
+                if !item.isPages { try closePlacer() }
                 // Whoever acts on the end of a round, or of all, has seen its pages counted.
                 if case .ramSectionEnded = item { count(force: true) }
                 return item
@@ -135,6 +134,11 @@ struct PageReceiver: ~Copyable {
     /// Postcopy: what came whole is placed, whatever becomes of the connection. Nobody else would do it: it is claimed.
     private func flush() throws(ChannelError) {
         if let placer { try Self.placing { () throws(SystemError) in try placer.flush() } }
+    }
+
+    /// The same, also of a huge page that is not whole: nothing more may come here.
+    private func closePlacer() throws(ChannelError) {
+        if let placer { try Self.placing { () throws(SystemError) in try placer.close() } }
     }
 
     /// Puts the pages of an item into guest memory.
@@ -223,10 +227,10 @@ struct PageReceiver: ~Copyable {
             // Whole, before it is anybody's: a page whose rest may never come is still missing.
             guard try readAhead(Wire.pageSize) else { return }
             let page = RAMOffset(offset).page
-            let place = try Self.placing { () throws(SystemError) in try placer.room(for: page, of: block) }
-            take(Wire.pageSize, into: placer.staging, at: place)
+            let room = try Self.placing { () throws(SystemError) in try placer.room(for: page, of: block) }
+            take(Wire.pageSize, into: room.mapping, at: room.offset)
             decoder.payloadConsumed(Wire.pageSize)
-            placer.came(page, of: block)
+            try Self.placing { () throws(SystemError) in try placer.came(page, of: block) }
             pending.normal += 1
         case .zeroPage(let block, let offset):
             try Self.placing { () throws(SystemError) in
@@ -255,18 +259,20 @@ struct PageReceiver: ~Copyable {
         }
         var start = pages.lowerBound
         while start < pages.upperBound {
-            let end = min(start.advanced(by: Int(PagePlacer.runPages)), pages.upperBound)
-            let count = Int(end.offset.value - start.offset.value)
+            let room = try Self.placing { () throws(SystemError) in
+                try placer.room(for: start..<pages.upperBound, of: block)
+            }
+            let count = room.pages.count * Wire.pageSize
             let ahead = min(buffer.count, count)
-            take(ahead, into: placer.staging, at: 0)
+            take(ahead, into: room.mapping, at: room.offset)
             if ahead < count {
                 vector.removeAll()
-                vector.append(placer.staging, offset: ahead, count: count - ahead)
+                vector.append(room.mapping, offset: room.offset + ahead, count: count - ahead)
                 try channel.receive(&vector)
             }
             decoder.payloadConsumed(count)
-            try Self.placing { () throws(SystemError) in try placer.place(staged: start..<end, of: block) }
-            start = end
+            try Self.placing { () throws(SystemError) in try placer.came(room.pages, of: block) }
+            start = room.pages.upperBound
         }
         pending.normal += UInt64(run.pages)
     }

@@ -41,7 +41,6 @@ final class Collapser: Sendable {
     private static let lookNanoseconds: UInt64 = 50_000_000
     private static let longestRestNanoseconds: UInt64 = 20_000_000
     private static let attempts = 3
-    static let granuleBytes: UInt64 = 2 << 20
 
     /// - Parameter report: told of the share of allocated RAM that is huge, 0 to 1, once the stream has ended.
     init(
@@ -95,6 +94,8 @@ final class Collapser: Sendable {
                     kept.append(granule)
                     continue
                 }
+                // It came as one.
+                if pending.blocks[granule.block].cameHuge.contains(granule.pages.lowerBound) { continue }
                 guard waitForQuiet() else { return }
                 switch collapse(granule) {
                 case .done: continue
@@ -119,13 +120,9 @@ final class Collapser: Sendable {
         }
         let isAllowed = HostMemory.hasTransparentHugePages
         for (index, block) in memory.blocks.enumerated() where block.wantsHugePages && isAllowed {
-            let pages = Self.granuleBytes >> GuestPage.shift
-            // Huge pages lie where addresses are multiples of their size.
-            let ahead = UInt64(block.mapping.hostAddress(at: 0)) >> GuestPage.shift % pages
-            var start = ahead == 0 ? 0 : pages - ahead
-            while start + pages <= block.pageCount {
-                let range = PageIndex(start)..<PageIndex(start + pages)
-                start += pages
+            var start = block.firstHugePlace
+            while let range = block.hugePlace(at: start) {
+                start = range.upperBound
                 if pending.blocks[index].expected.count(in: range) > 0 {
                     granules.append(Granule(block: index, pages: range))
                 }

@@ -15,6 +15,8 @@ final class FaultServer: Sendable {
     private let splits: [Int: SplitBlock]
     /// A QEMU is asked for whole pages of its memory.
     private let asksWholePages = Atomic(false)
+    /// Where pages may be that are not placed yet.
+    private let staged = Mutex<StagedHugePage?>(nil)
     private let stop: EventDescriptor
     private let request: @Sendable ([PageRequest]) -> Void
 
@@ -35,6 +37,9 @@ final class FaultServer: Sendable {
 
     /// Before `run`.
     func askForWholePages() { asksWholePages.store(true, ordering: .relaxed) }
+
+    /// Pages are looked for there, too, from now on.
+    func look(in staged: StagedHugePage?) { self.staged.withLock { $0 = staged } }
 
     /// Ends once `end` was called and no fault waits. - Throws: `SystemError`.
     func run() throws(SystemError) {
@@ -74,6 +79,7 @@ final class FaultServer: Sendable {
         case .here: try watched.wake(at: fault.address)
         case .coming: break
         case .request:
+            if try staged.withLock({ $0 })?.serve(page, of: place.block) == true { return }
             requests.append(ask(for: page, of: place.block))
         }
     }

@@ -132,7 +132,7 @@ extension IncomingMigration {
             post(.item(id, item))
             guard isOpen(id) else { return false }
             if item == .command(.postcopy(.listen)) {
-                receiver.placer = try postcopy?.placer()
+                receiver.placer = try postcopy?.placer(inOrder: true)
             }
         }
         return true
@@ -178,7 +178,7 @@ extension IncomingMigration {
                     guard acceptsPages(on: id), let postcopy else {
                         return post(.rejected(id, "it sends pages that nobody waits for"))
                     }
-                    receiver.placer = try postcopy.placer()
+                    receiver.placer = try postcopy.placer(inOrder: false)
                 }
                 try receiver.place(item)
                 if progress.isDue() { post(.progressed(id)) }

@@ -39,7 +39,7 @@ extension IncomingMigration {
     /// The source serves requests again. What was asked for before and did not come is asked for once more.
     func goOn(_ id: ConnectionID, _ receiver: inout PageReceiver) throws {
         guard let postcopy else { return }
-        receiver.placer = try postcopy.placer()
+        receiver.placer = try postcopy.placer(inOrder: true)
         receiver.isCounted = true
         // First: who asks from now on asks there, and who asked before is found below.
         postcopySource.withLock { $0 = id }

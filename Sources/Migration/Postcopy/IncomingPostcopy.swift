@@ -60,7 +60,7 @@ final class IncomingPostcopy: Sendable {
         self.quiet = quiet
         self.failed = failed
         pending = try PendingPages(memory, blockTime: blockTime)
-        watched = try WatchedMemory(memory, wanting: [.missingShared, .threadID, .writeProtection])
+        watched = try WatchedMemory(memory, wanting: [.missingShared, .threadID, .writeProtection, .move])
         var splits: [Int: SplitBlock] = [:]
         for index in memory.blocks.indices {
             splits[index] = try SplitBlock(watched, memory, index, pending.blocks[index])
@@ -142,7 +142,14 @@ final class IncomingPostcopy: Sendable {
     }
 
     /// For a thread that reads pages.
-    func placer() throws(SystemError) -> PagePlacer { try PagePlacer(watched, memory, pending) }
+    /// - Parameter inOrder: they come in the order of memory, but for what is asked for. One such thread at a time.
+    func placer(inOrder: Bool) throws(SystemError) -> PagePlacer {
+        let placement = PagePlacement(watched: watched, memory: memory, pending: pending)
+        guard inOrder else { return try PagePlacer(placement) }
+        let staged = try StagedHugePage(placement)
+        server.look(in: staged)
+        return try PagePlacer(placement, staged: staged)
+    }
 
     /// Waits a while for pages that are on their way; when all are here, ends the watch. Not while holding the core's lock.
     /// - Returns: how many are missing.

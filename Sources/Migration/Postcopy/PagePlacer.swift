@@ -1,122 +1,203 @@
-import Glibc
 import GuestMemory
 import Host
 
 /// Puts pages where they are missing, for one thread that reads a connection.
 ///
 /// Contents are read into a *staging* area, since nobody may see a page half: the kernel copies whole pages from there, neighbours
-/// together. Whoever reads tells when it is about to wait (`flush`), so that no page that is here waits for one that is not.
+/// together. Whoever reads tells when it is about to wait (`flush`), so that no page that is here waits for one that is not. Only the pages
+/// of a huge one wait for each other (`StagedHugePage`): who wants one of them takes it from there.
 final class PagePlacer {
     /// Neighbours that are placed by one call: it holds up who changes the address space.
     static let runPages: UInt64 = 16
+    /// Of a huge page, so many are read at once.
+    private static let hugeRunPages: UInt64 = 64
     private static let zeroRunPages: UInt64 = 512
+    /// Zeroes of a huge page for which its memory is taken all the same: so many in a row, and in all.
+    private static let stagedZeroes = (run: 32, all: 256)
 
-    private struct Run {
-        var block = -1
-        var pages = PageIndex(0)..<PageIndex(0)
-        var isZero = false
-
-        func continues(at page: PageIndex, of block: Int, zero: Bool) -> Bool {
-            self.block == block && pages.upperBound == page && isZero == zero
-        }
+    /// Where contents go.
+    struct Room {
+        let mapping: Mapping
+        let offset: Int
+        /// The pages for which there is room.
+        let pages: Range<PageIndex>
     }
 
-    private let watched: WatchedMemory
-    private let memory: GuestMemory
-    private let pending: PendingPages
-    /// What the caller fills: at most ``runPages``.
-    let staging: Mapping
-    private var run = Run()
+    private typealias Run = PagePlacement.Run
 
-    init(_ watched: WatchedMemory, _ memory: GuestMemory, _ pending: PendingPages) throws(SystemError) {
-        self.watched = watched
-        self.memory = memory
-        self.pending = pending
+    private struct Huge {
+        let block: Int
+        let pages: Range<PageIndex>
+        var next: PageIndex
+        var zeroes = 0
+    }
+
+    private let placement: PagePlacement
+    private var pending: PendingPages { placement.pending }
+    /// What the caller fills: at most ``runPages``.
+    private let staging: Mapping
+    /// Pages that came one by one, placed by the next call.
+    private var run = Run()
+    private var isZero = false
+    private let staged: StagedHugePage?
+    /// What `staged` is filled with.
+    private var huge: Huge?
+
+    /// - Parameter staged: for a connection that brings memory in order.
+    init(_ placement: PagePlacement, staged: StagedHugePage? = nil) throws(SystemError) {
+        self.placement = placement
+        self.staged = staged
         staging = try Mapping(anonymousByteCount: Int(Self.runPages * GuestPage.byteCount))
     }
 
-    /// Where in the staging area the contents of a page go; ``came(_:of:)`` follows.
-    func room(for page: PageIndex, of block: Int) throws(SystemError) -> Int {
-        if !run.continues(at: page, of: block, zero: false) || count(run) == Self.runPages {
-            try flush()
-            run = Run(block: block, pages: page..<page, isZero: false)
+    // MARK: Page by page
+
+    /// Where the contents of a page go; ``came(_:of:)`` follows.
+    func room(for page: PageIndex, of block: Int) throws(SystemError) -> Room {
+        let single = page..<page.advanced(by: 1)
+        if let room = try hugeRoom(for: single, of: block) { return room }
+        if !continues(at: page, of: block, zero: false) || count == Self.runPages {
+            try placeRun()
+            begin(at: page, of: block, zero: false)
         }
-        return Int(count(run) * GuestPage.byteCount)
+        return Room(mapping: staging, offset: Int(count * GuestPage.byteCount), pages: single)
     }
 
     /// The page's contents are where `room` said. One that is not missing is dropped.
-    func came(_ page: PageIndex, of block: Int) {
+    func came(_ page: PageIndex, of block: Int) throws(SystemError) {
+        let single = page..<page.advanced(by: 1)
+        if try cameOfHuge(single, of: block) { return }
         guard pending.claim(page, of: block) else { return }
-        run.pages = run.pages.lowerBound..<page.advanced(by: 1)
+        run.pages = run.pages.lowerBound..<single.upperBound
     }
 
     /// Pages of zeroes.
     func cameAsZeroes(_ pages: Range<PageIndex>, of block: Int) throws(SystemError) {
+        if try cameOfHugeAsZeroes(pages, of: block) { return }
         for page in pages {
             guard pending.claim(page, of: block) else { continue }
-            if !run.continues(at: page, of: block, zero: true) || count(run) == Self.zeroRunPages {
+            if !continues(at: page, of: block, zero: true) || count == Self.zeroRunPages {
                 // This one is claimed, and placed in any case.
-                let last = run
-                run = Run(block: block, pages: page..<page, isZero: true)
-                try place(last)
+                let last = (run, isZero)
+                begin(at: page, of: block, zero: true)
+                try place(last.0, zero: last.1)
             }
             run.pages = run.pages.lowerBound..<page.advanced(by: 1)
         }
     }
 
-    /// The staging area was filled from its start with that run of pages: they are placed, but for those that are not missing.
-    func place(staged pages: Range<PageIndex>, of block: Int) throws(SystemError) {
-        precondition(
-            run.pages.isEmpty && pages.upperBound.value - pages.lowerBound.value <= Self.runPages, "a staged run")
+    // MARK: Runs
+
+    /// Where the contents of the first pages of a run go; ``came(_:of:)-(Range<PageIndex>,_)`` follows. Nothing that came page by page waits.
+    func room(for pages: Range<PageIndex>, of block: Int) throws(SystemError) -> Room {
+        if let room = try hugeRoom(for: pages, of: block) { return room }
+        let end = min(pages.lowerBound.advanced(by: Int(Self.runPages)), pages.upperBound)
+        return Room(mapping: staging, offset: 0, pages: pages.lowerBound..<end)
+    }
+
+    /// The pages for which there was room are there: they are placed, but for those that are not missing.
+    func came(_ pages: Range<PageIndex>, of block: Int) throws(SystemError) {
+        if try cameOfHuge(pages, of: block) { return }
+        precondition(run.pages.isEmpty, "a run behind single pages")
         var start: PageIndex?
         for page in pages {
             if pending.claim(page, of: block) {
                 if start == nil { start = page }
             } else if let first = start {
-                try place(Run(block: block, pages: first..<page), from: pages.lowerBound)
+                try copy(first..<page, of: block, from: pages.lowerBound)
                 start = nil
             }
         }
-        if let start { try place(Run(block: block, pages: start..<pages.upperBound), from: pages.lowerBound) }
+        if let start { try copy(start..<pages.upperBound, of: block, from: pages.lowerBound) }
     }
 
-    /// Places what came so far.
-    func flush() throws(SystemError) {
+    /// Places what came page by page.
+    func flush() throws(SystemError) { try placeRun() }
+
+    /// Places all that came: nothing comes behind it for now.
+    func close() throws(SystemError) {
+        try placeRun()
+        huge = nil
+        try staged?.close()
+    }
+
+    // MARK: Huge pages
+
+    /// - Returns: `nil`: those pages are no part of a huge one that comes in order.
+    private func hugeRoom(for pages: Range<PageIndex>, of block: Int) throws(SystemError) -> Room? {
+        guard let staged else { return nil }
+        let first = pages.lowerBound
+        if !continuesHuge(at: first, of: block) {
+            // One with a gap will not become one.
+            if let huge, huge.block == block, huge.pages.contains(first) { try closeHuge() }
+            guard let all = staged.begins(at: first, of: block) else { return nil }
+            try closeHuge()
+            staged.open(all, of: block)
+            huge = Huge(block: block, pages: all, next: first)
+        }
+        guard let huge else { return nil }
+        let end = min(first.advanced(by: Int(Self.hugeRunPages)), pages.upperBound, huge.pages.upperBound)
+        return Room(mapping: staged.room, offset: staged.offset(of: first, in: huge.pages), pages: first..<end)
+    }
+
+    private func continuesHuge(at page: PageIndex, of block: Int) -> Bool {
+        huge?.block == block && huge?.next == page
+    }
+
+    /// - Returns: false: they are no part of it.
+    private func cameOfHuge(_ pages: Range<PageIndex>, of block: Int) throws(SystemError) -> Bool {
+        guard let staged, let huge, continuesHuge(at: pages.lowerBound, of: block) else { return false }
+        self.huge?.next = pages.upperBound
+        let isWanted = staged.filled(to: pages.upperBound)
+        if isWanted || pages.upperBound == huge.pages.upperBound { try closeHuge() }
+        return true
+    }
+
+    private func cameOfHugeAsZeroes(_ pages: Range<PageIndex>, of block: Int) throws(SystemError) -> Bool {
+        guard let staged, let huge, huge.block == block else { return false }
+        guard continuesHuge(at: pages.lowerBound, of: block), pages.upperBound <= huge.pages.upperBound,
+            pages.count <= Self.stagedZeroes.run, huge.zeroes + pages.count <= Self.stagedZeroes.all
+        else {
+            if huge.pages.overlaps(pages) { try closeHuge() }
+            return false
+        }
+        staged.room.zero(
+            at: staged.offset(of: pages.lowerBound, in: huge.pages), count: pages.count * Int(GuestPage.byteCount))
+        self.huge?.zeroes += pages.count
+        return try cameOfHuge(pages, of: block)
+    }
+
+    private func closeHuge() throws(SystemError) {
+        huge = nil
+        try staged?.close()
+    }
+
+    // MARK: Placing
+
+    private var count: UInt64 { run.pages.upperBound.value - run.pages.lowerBound.value }
+
+    private func continues(at page: PageIndex, of block: Int, zero: Bool) -> Bool {
+        run.block == block && run.pages.upperBound == page && isZero == zero
+    }
+
+    private func begin(at page: PageIndex, of block: Int, zero: Bool) {
+        run = Run(block: block, pages: page..<page)
+        isZero = zero
+    }
+
+    private func placeRun() throws(SystemError) {
         let last = run
         run = Run()
-        try place(last)
+        try place(last, zero: isZero)
     }
 
-    private func count(_ run: Run) -> UInt64 { run.pages.upperBound.value - run.pages.lowerBound.value }
+    private func place(_ run: Run, zero: Bool) throws(SystemError) {
+        if zero { try placement.zero(run) } else { try placement.copy(staging, at: 0, to: run) }
+    }
 
-    private func place(_ run: Run, from first: PageIndex? = nil) throws(SystemError) {
-        guard !run.pages.isEmpty else { return }
-        let mapping = memory.blocks[run.block].mapping
-        let range = Int(run.pages.lowerBound.offset.value)..<Int(run.pages.upperBound.offset.value)
-        let placed: Int
-        do throws(SystemError) {
-            if run.isZero {
-                placed = try watched.faults.zero(mapping, range)
-            } else {
-                let skipped = run.pages.lowerBound.value - (first ?? run.pages.lowerBound).value
-                placed = try watched.faults.copy(
-                    staging, at: Int(skipped * GuestPage.byteCount), into: mapping, range)
-            }
-        } catch {
-            pending.unclaim(run.pages, of: run.block)
-            // Memory was given up to the source again: nobody waits for these pages, and they come again.
-            if pending.isAbandoned { return }
-            throw error
-        }
-        guard placed == range.count || pending.isAbandoned else {
-            // It was forgotten at its DISCARD and could only be waited for since: what is there is not the guest's.
-            throw SystemError(
-                "place",
-                "\(range.count) bytes at offset \(range.lowerBound) of RAM block '\(memory.blocks[run.block].name)'",
-                code: EEXIST, remedy: "something else put pages there")
-        }
-        pending.placed(run.pages, of: run.block)
-        // Behind that: a fault in a window that is read in between finds nobody else to end it.
-        try watched.wakeWindows(run.pages, of: run.block)
+    private func copy(_ pages: Range<PageIndex>, of block: Int, from first: PageIndex) throws(SystemError) {
+        let skipped = pages.lowerBound.value - first.value
+        try placement.copy(
+            staging, at: Int(skipped * GuestPage.byteCount), to: Run(block: block, pages: pages))
     }
 }

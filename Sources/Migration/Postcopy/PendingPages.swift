@@ -13,12 +13,15 @@ final class PendingPages: Sendable {
         let claimed: AtomicPages
         let placed: AtomicPages
         let asked: AtomicPages
+        /// First pages of huge pages that were placed whole.
+        let cameHuge: AtomicPages
 
         init(pageCount: UInt64) throws(SystemError) {
             expected = try AtomicPages(pageCount: pageCount)
             claimed = try AtomicPages(pageCount: pageCount)
             placed = try AtomicPages(pageCount: pageCount)
             asked = try AtomicPages(pageCount: pageCount)
+            cameHuge = try AtomicPages(pageCount: pageCount)
         }
 
         func awaitedRuns(in pages: Range<PageIndex>) -> [Range<PageIndex>] {
