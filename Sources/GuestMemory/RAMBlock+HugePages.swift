@@ -36,13 +36,14 @@ extension RAMBlock {
         return PageIndex(behind == 0 ? 0 : Self.transparentHugePages - behind)
     }
 
-    /// Pages that one transparent huge page can hold, beginning with that one; `nil`: none begins there, or the block wants none.
-    public func hugePlace(at page: PageIndex) -> Range<PageIndex>? {
+    /// Pages that one transparent huge page can hold, that one among them; `nil`: none has place there, or the block wants none.
+    public func hugePlace(holding page: PageIndex) -> Range<PageIndex>? {
         let first = firstHugePlace
-        guard wantsHugePages, page >= first, (page.value - first.value) % Self.transparentHugePages == 0,
-            page.value + Self.transparentHugePages <= pageCount
-        else { return nil }
-        return page..<page.advanced(by: Int(Self.transparentHugePages))
+        guard wantsHugePages, page >= first else { return nil }
+        let behind = (page.value - first.value) % Self.transparentHugePages
+        guard page.value - behind + Self.transparentHugePages <= pageCount else { return nil }
+        let start = PageIndex(page.value - behind)
+        return start..<start.advanced(by: Int(Self.transparentHugePages))
     }
 
     /// Pages of a range that the page tables of this process show, but for the kernel's common zero page.

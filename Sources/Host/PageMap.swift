@@ -160,14 +160,15 @@ public final class PageMap: Sendable {
         return (Int(count), Int(request.walk_end - base))
     }
 
-    /// Bytes of a mapping that huge pages stand behind, transparent ones and hugetlb's.
+    /// Bytes of a mapping, or a part of it, that huge pages stand behind, transparent ones and hugetlb's.
     /// - Returns: `nil` where the kernel has no PAGEMAP_SCAN.
-    public func hugeBytes(in mapping: Mapping) throws(SystemError) -> Int? {
+    public func hugeBytes(in mapping: Mapping, _ part: Range<Int>? = nil) throws(SystemError) -> Int? {
         guard canScan else { return nil }
+        let range = part ?? 0..<mapping.byteCount
         var regions = [gw_page_region](repeating: gw_page_region(), count: Self.regionsAtOnce)
-        var (position, bytes) = (0, 0)
-        while position < mapping.byteCount {
-            let (count, searchedTo) = try scan(mapping, position..<mapping.byteCount, for: .huge, .max, &regions)
+        var (position, bytes) = (range.lowerBound, 0)
+        while position < range.upperBound {
+            let (count, searchedTo) = try scan(mapping, position..<range.upperBound, for: .huge, .max, &regions)
             bytes += regions[..<count].reduce(0) { $0 + Int($1.end - $1.start) }
             guard searchedTo > position else { throw SystemError("search", file.name, code: EIO) }
             position = searchedTo

@@ -1,3 +1,4 @@
+import Glibc
 import GuestMemory
 import Host
 import MigrationStream
@@ -11,20 +12,23 @@ import Testing
 private final class Scene {
     let memory: GuestMemory
     let pending: PendingPages
+    let placement: PagePlacement
     let placer: PagePlacer
     private let server: FaultServer
     private let thread: HostThread
     private let watched: WatchedMemory
 
     /// Of 12 MiB, so that three huge pages lie in it wherever it begins.
-    init() throws {
+    /// - Parameter locks: what was mapped up to then is locked in memory, the place where huge pages are made is not.
+    init(locks: Bool = false) throws {
         memory = GuestMemory(blocks: [try RAMBlock(name: "ram", byteCount: 12 << 20)])
         let block = memory.blocks[0]
         watched = try WatchedMemory(memory, wanting: .move)
         pending = try PendingPages(memory)
         pending.expect(block.pages, of: 0)
         try watched.faults.register(block.mapping, 0..<Int(block.byteCount), .missing)
-        let placement = PagePlacement(watched: watched, memory: memory, pending: pending)
+        placement = PagePlacement(watched: watched, memory: memory, pending: pending)
+        if locks { #expect(mlockall(MCL_CURRENT | MCL_ONFAULT) == 0) }
         let staged = try StagedHugePage(placement)
         placer = try PagePlacer(placement, staged: staged)
         let asked = Box()
@@ -64,12 +68,15 @@ private final class Scene {
     }
 
     /// As one does that brings page by page.
-    func bringSingly(_ pages: Range<UInt64>) throws {
+    func bringSingly(_ pages: Range<UInt64>) throws { try bring(pages.map(\.self), by: placer) }
+
+    func bring(_ pages: [UInt64], by placer: PagePlacer) throws {
         for number in pages {
             let page = PageIndex(number)
             let room = try placer.room(for: page, of: 0)
             for word in 0..<512 { room.mapping.store(Self.word(number), at: room.offset + word << 3) }
             try placer.came(page, of: 0)
+            try placer.flush()
         }
     }
 
@@ -153,12 +160,10 @@ struct StagedHugePageTests {
         #expect(!scene.isPlaced(first + 7))
         #expect(try scene.touch(first + 7).result(within: 5000) == true)
         #expect(scene.requests.isEmpty)
-        // It becomes none: what is here is placed with what comes next, and the rest as it comes.
-        try scene.bring(first + 300..<first + 301)
-        #expect((first..<first + 301).allSatisfy(scene.isPlaced))
-        try scene.bring(first + 301..<first + 512)
-        #expect(!scene.cameHuge(first))
+        try scene.bring(first + 300..<first + 512)
+        #expect(scene.cameHuge(first))
         #expect((first..<first + 512).allSatisfy(scene.holds))
+        #expect(scene.memory.blocks[0].hugePages() == 512)
     }
 
     @Test("who waits for a page that is not here gets it as soon as it comes")
@@ -172,28 +177,123 @@ struct StagedHugePageTests {
         #expect(scene.requests == [first + 100])
         try scene.bring(first + 100..<first + 101)
         #expect(touch.result(within: 5000) == true)
-        #expect((first..<first + 101).allSatisfy(scene.holds))
+        #expect(scene.isPlaced(first + 100) && !scene.isPlaced(first + 99))
+        try scene.bring(first + 101..<first + 512)
+        #expect(scene.cameHuge(first))
+        #expect((first..<first + 512).allSatisfy(scene.holds))
     }
 
-    @Test("a gap, other pages, a long run of zeroes or the end have what is here placed; the rest is still missing")
+    @Test("in whatever order its pages come, it is whole when the last one is here", arguments: [1, 2, 3] as [UInt64])
+    func anyOrder(seed: UInt64) throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        var random = SeededRandom(seed: seed)
+        let parts = stride(from: first, to: first + 512, by: 16).shuffled(using: &random)
+        for start in parts.dropLast() { try scene.bring(start..<start + 16) }
+        #expect(!scene.isPlaced(parts[0]))
+        try scene.bring(parts[31]..<parts[31] + 16)
+        #expect(scene.cameHuge(first))
+        #expect((first..<first + 512).allSatisfy(scene.holds))
+    }
+
+    @Test("what does not become whole is placed with other pages' beginning, or at the end; the rest is still missing")
     func gaps() throws {
-        for gap in 0..<4 {
+        for ending in 0..<2 {
             let scene = try Scene()
             defer { scene.end() }
             let first = scene.first
             try scene.bring(first..<first + 10)
-            switch gap {
-            case 0: try scene.bring(first + 11..<first + 12)
-            // Another one that is whole; that closes the first.
-            case 1: try scene.bring(first + 512..<first + 1024)
-            case 2: try scene.placer.cameAsZeroes(PageIndex(first + 10)..<PageIndex(first + 100), of: 0)
-            default: break
+            try scene.bring(first + 11..<first + 12)
+            if ending == 0 { try scene.bring(first + 512..<first + 1024) } else { try scene.placer.close() }
+            let here = (first..<first + 10).map(\.self) + [first + 11]
+            #expect(here.allSatisfy(scene.isPlaced) && here.allSatisfy(scene.holds), "\(ending)")
+            #expect((first..<first + 512).count(where: scene.isPlaced) == 11, "\(ending)")
+            #expect(scene.cameHuge(first + 512) == (ending == 0))
+            // And it is asked for, once.
+            let touch = try scene.touch(first + 10)
+            #expect(touch.result(within: 50) == nil)
+            #expect(scene.requests == [first + 10])
+            try scene.bring(first + 10..<first + 11)
+            #expect(touch.result(within: 5000) == true)
+        }
+    }
+
+    @Test(
+        "pages that are in guest memory already, and are written all the time, are parts of it with all that is written"
+    )
+    func written() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        let ahead = try PagePlacer(scene.placement)
+        // A counter on every 16th page, up and up.
+        let counters = stride(from: first, to: first + 1024, by: 16).map(\.self)
+        for page in counters {
+            let room = try ahead.room(for: PageIndex(page), of: 0)
+            room.mapping.zero(at: room.offset, count: 4096)
+            try ahead.came(PageIndex(page), of: 0)
+            try ahead.flush()
+        }
+        let isOver = Atomic(false)
+        let wrong = Atomic(0)
+        let last = Atomic<UInt64>(0)
+        let writer = try HostThread(name: "writer") { [memory = scene.memory] in
+            var count: UInt64 = 0
+            let mapping = memory.blocks[0].mapping
+            while !isOver.load(ordering: .relaxed) {
+                for page in counters {
+                    let offset = Int(page << 12) + 8
+                    if mapping.load(at: offset, as: UInt64.self) != count { wrong.add(1, ordering: .relaxed) }
+                    mapping.store(count + 1, at: offset)
+                }
+                count += 1
             }
-            try scene.placer.close()
-            #expect((first..<first + 10).allSatisfy(scene.isPlaced), "gap \(gap)")
-            #expect((first..<first + 10).allSatisfy(scene.holds), "gap \(gap)")
-            #expect(scene.isPlaced(first + 10) == (gap == 2) && scene.isPlaced(first + 11) == (gap == 0 || gap == 2))
-            #expect(scene.cameHuge(first + 512) == (gap == 1))
+            last.store(count, ordering: .relaxed)
+        }
+        for start in stride(from: first, to: first + 1024, by: 512) {
+            for page in start..<start + 512 where (page - first) % 16 != 0 { try scene.bring(page..<page + 1) }
+            Clock.sleep(nanoseconds: 5_000_000)
+        }
+        isOver.store(true, ordering: .relaxed)
+        writer.join()
+        #expect(wrong.load(ordering: .relaxed) == 0)
+        #expect(last.load(ordering: .relaxed) > 0)
+        #expect(scene.cameHuge(first) && scene.cameHuge(first + 512))
+        #expect(scene.memory.blocks[0].hugePages() == 1024)
+        #expect((first..<first + 1024).filter { ($0 - first) % 16 != 0 }.allSatisfy(scene.holds))
+    }
+
+    @Test("with too many pages there already, or many zeroes, it is placed page by page")
+    func notWorthIt() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        try scene.bring(first..<first + 10)
+        try scene.placer.cameAsZeroes(PageIndex(first + 10)..<PageIndex(first + 200), of: 0)
+        try scene.bring(first + 200..<first + 512)
+        try scene.placer.close()
+        #expect(!scene.cameHuge(first))
+        #expect((first..<first + 512).allSatisfy(scene.isPlaced))
+        #expect((first + 200..<first + 512).allSatisfy(scene.holds))
+        #expect(scene.memory.blocks[0].mapping.isZero(at: Int(first + 10) << 12, count: 190 << 12))
+    }
+
+    @Test("where the kernel does not move pages, all come to their places all the same")
+    func unmoved() async {
+        await #expect(processExitsWith: .success) {
+            Child.run(seconds: 30) {
+                // Memory that is locked and memory that is not do not change places.
+                let scene = try Scene(locks: true)
+                defer { scene.end() }
+                let first = scene.first
+                let ahead = try PagePlacer(scene.placement)
+                try scene.bring([first + 3, first + 4, first + 100], by: ahead)
+                try scene.bring(first..<first + 512)
+                claim((first..<first + 512).allSatisfy(scene.isPlaced), "pages are missing")
+                claim((first..<first + 512).allSatisfy(scene.holds), "pages are wrong")
+                claim(!scene.cameHuge(first), "it moved")
+            }
         }
     }
 
@@ -225,7 +325,21 @@ struct StagedHugePageTests {
         try scene.bring(first + 400..<first + 512)
         #expect(!scene.cameHuge(first))
         #expect((first..<first + 512).filter { !scene.isPlaced($0) } == [first + 20])
+        #expect((first..<first + 512).filter { $0 != first + 20 }.allSatisfy(scene.holds))
+    }
+
+    @Test("a page that comes again is dropped, and counted")
+    func twice() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        try scene.bring(first..<first + 8)
+        let touch = try scene.touch(first + 3)
+        #expect(touch.result(within: 5000) == true)
+        scene.memory.blocks[0].mapping.store(7 as UInt64, at: Int(first + 3) << 12)
+        try scene.bring(first..<first + 512)
         #expect(scene.pending.surplusPages == 1)
+        #expect(scene.memory.blocks[0].mapping.load(at: Int(first + 3) << 12, as: UInt64.self) == 7)
     }
 
     @Test("pages that were here already are an error, as elsewhere")

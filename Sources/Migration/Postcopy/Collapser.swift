@@ -121,7 +121,7 @@ final class Collapser: Sendable {
         let isAllowed = HostMemory.hasTransparentHugePages
         for (index, block) in memory.blocks.enumerated() where block.wantsHugePages && isAllowed {
             var start = block.firstHugePlace
-            while let range = block.hugePlace(at: start) {
+            while let range = block.hugePlace(holding: start) {
                 start = range.upperBound
                 if pending.blocks[index].expected.count(in: range) > 0 {
                     granules.append(Granule(block: index, pages: range))

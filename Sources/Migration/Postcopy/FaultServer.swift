@@ -76,7 +76,9 @@ final class FaultServer: Sendable {
             try watched.faults.zero(block.mapping, start..<start + Int(GuestPage.byteCount))
             // In a window nobody was woken by that.
             try watched.wake(at: fault.address)
-        case .here: try watched.wake(at: fault.address)
+        case .here:
+            if try staged.withLock({ $0 })?.serve(page, of: place.block) == true { return }
+            try watched.wake(at: fault.address)
         case .coming: break
         case .request:
             if try staged.withLock({ $0 })?.serve(page, of: place.block) == true { return }

@@ -13,7 +13,12 @@ struct PagePlacement: Sendable {
         var block = -1
         var pages = PageIndex(0)..<PageIndex(0)
 
-        var bytes: Range<Int> { Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value) }
+        var bytes: Range<Int> { PagePlacement.bytes(pages) }
+    }
+
+    /// Where pages lie in their block.
+    static func bytes(_ pages: Range<PageIndex>) -> Range<Int> {
+        Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value)
     }
 
     /// Puts zeroes there.
@@ -25,21 +30,6 @@ struct PagePlacement: Sendable {
     func copy(_ source: Mapping, at offset: Int, to run: Run) throws(SystemError) {
         try place(run) { (target) throws(SystemError) in
             try watched.faults.copy(source, at: offset, into: target, run.bytes)
-        }
-    }
-
-    /// Moves a huge page there, or copies what the kernel does not move.
-    func move(_ source: Mapping, at offset: Int, to run: Run) throws(SystemError) {
-        try place(run) { (target) throws(SystemError) in
-            let bytes = run.bytes
-            let moved = watched.faults.move(source, at: offset, into: target, bytes)
-            guard moved < bytes.count else {
-                pending.blocks[run.block].cameHuge.insert(run.pages.lowerBound)
-                return moved
-            }
-            return try moved
-                + watched.faults.copy(
-                    source, at: offset + moved, into: target, bytes.lowerBound + moved..<bytes.upperBound)
         }
     }
 
@@ -61,6 +51,11 @@ struct PagePlacement: Sendable {
                 "\(bytes.count) bytes at offset \(bytes.lowerBound) of RAM block '\(memory.blocks[run.block].name)'",
                 code: EEXIST, remedy: "something else put pages there")
         }
+        try arePlaced(run)
+    }
+
+    /// The caller has put them there.
+    func arePlaced(_ run: Run) throws(SystemError) {
         pending.placed(run.pages, of: run.block)
         // Behind that: a fault in a window that is read in between finds nobody else to end it.
         try watched.wakeWindows(run.pages, of: run.block)

@@ -97,6 +97,9 @@ final class PendingPages: Sendable {
         return true
     }
 
+    /// Pages came that somebody had claimed before.
+    func cameAgain(_ count: UInt64) { if count > 0 { surplus.wrappingAdd(count, ordering: .relaxed) } }
+
     /// Pages that the caller claimed were not placed: whoever brings them next may.
     func unclaim(_ pages: Range<PageIndex>, of block: Int) { blocks[block].claimed.remove(pages) }
 
