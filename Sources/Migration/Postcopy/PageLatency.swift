@@ -34,6 +34,9 @@ final class PageLatency: Sendable {
         }
     }
 
+    /// Nobody has to be asked after all: the page was here.
+    func withdraw(_ place: Place) { state.withLock { _ = $0.open.removeValue(forKey: place) } }
+
     /// For how long nobody has begun to wait; none while somebody waits.
     var quietNanoseconds: UInt64 {
         guard openRequests == 0 else { return 0 }

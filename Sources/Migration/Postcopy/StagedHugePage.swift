@@ -269,10 +269,14 @@ final class StagedHugePage: Sendable {
             guard let contents, contents.block == block, contents.pages.contains(page) else { return false }
             let isHere = contents.isHere(page)
             // Whoever moves it wakes all who sleep there.
-            guard !contents.isMoving else { return isHere || pending.blocks[block].placed.contains(page) }
+            guard !contents.isMoving else {
+                if isHere { pending.latency.withdraw(PageLatency.Place(block: block, page: page)) }
+                return isHere || pending.blocks[block].placed.contains(page)
+            }
             guard isHere else { return false }
             // Else somebody else has it, and ends the fault.
             if pending.claim(page, of: block) {
+                pending.latency.withdraw(PageLatency.Place(block: block, page: page))
                 try placement.copy(
                     room, at: offset(of: page, in: contents.pages),
                     to: PagePlacement.Run(block: block, pages: page..<page.advanced(by: 1)))
