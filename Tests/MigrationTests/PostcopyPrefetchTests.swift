@@ -12,8 +12,8 @@ extension Migrator {
     fileprivate static func requestsOfWalk(
         _ terms: PostcopyPrefetchTests.Terms, isForeseen: Bool
     ) throws -> UInt64 {
-        // A pass takes a third of a second, and all memory three seconds.
-        let touched = 32 << 20 / terms.stride * 3
+        // A pass takes a second, and all memory three.
+        let touched = 32 << 20 / terms.stride
         let source = try Migrator.source(
             "dirty,working-set=32M,fill=48M,stride=\(terms.stride),rate=\(touched)", cpus: terms.cpus)
         let capabilities: [(capability: MigrationCapability, on: Bool)] = [

@@ -42,7 +42,7 @@ struct AccessStreams: Sendable {
     /// Three requests in equal steps are, up to this step.
     private static let farthest: Int64 = 1 << 14
     /// A stream's next request may be so many steps behind the last one, if all between have gone.
-    private static let mostSteps: Int64 = 512
+    private static let mostSteps: Int64 = 1024
     /// Requests that travel over several channels may overtake each other.
     private static let overtaken: Int64 = 8
     /// So many neighbours follow a page that belongs to no stream.
@@ -51,7 +51,7 @@ struct AccessStreams: Sendable {
     /// Up to here a stream is an opinion that the next request may change; from there on one that does not fit only narrows it.
     private static let trialWindow = 4
     /// So many pages are looked at for one batch.
-    private static let mostLooks = 512
+    private static let mostLooks = 1024
 
     // MARK: Requests
 

@@ -10,8 +10,9 @@ final class Prefetch: Sendable {
     private let streams = Mutex(AccessStreams())
     private let on: Atomic<Bool>
 
-    /// So much goes ahead of a stream at most, in the stream's pages; a page of the destination's memory may be more.
-    private static let mostPages: UInt64 = 64
+    /// So much goes ahead of a stream at most; a page of the destination's memory may be more. It must be worth the time that what is sent waits
+    /// in sockets: with less a fast guest asks for each page before it comes.
+    private static let mostPages: UInt64 = 512
 
     init(isOn: Bool = true) { on = Atomic(isOn) }
 
