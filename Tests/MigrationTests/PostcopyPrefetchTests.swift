@@ -56,7 +56,6 @@ struct PostcopyPrefetchTests {
             Child.run(seconds: 120) {
                 let without = try Migrator.requestsOfWalk(terms, isForeseen: false)
                 let with = try Migrator.requestsOfWalk(terms, isForeseen: true)
-                print("postcopy: \(terms): \(without) requests, \(with) where the stride is followed")
                 claim(without >= 90, "only \(without) pages were asked for without it")
                 claim(with * 3 <= without, "\(with) pages were asked for, \(without) without it")
             }
