@@ -20,6 +20,9 @@ public struct MigrationParameters: Sendable, Equatable {
     /// postcopy that somebody waits for. 0: nobody looks.
     public var pageLatencyTargetMicroseconds: UInt64 = 200
 
+    /// `x-postcopy-prefetch`: pages that requests of postcopy lead to go in front of the others that nobody asked for.
+    public var prefetchesPostcopy = true
+
     /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
     public var xbzrleCacheBytes: UInt64 = 64 << 20
     /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.

@@ -150,7 +150,39 @@ struct PostcopySourceTests {
             behind.append(offset / 4096)
         }
         #expect(before < 20)
-        #expect(behind.allSatisfy { $0 > 1003 } || behind.first! < 4, "\(behind)")
+        // Neighbours of what was asked for, then the walk.
+        #expect(behind.allSatisfy { $0 > 1003 || (515...518).contains($0) } || behind.first! < 4, "\(behind)")
+        try trial.finish()
+        trial.expectWhole()
+    }
+
+    @Test(
+        "where a stream of requests leads comes next, in front of the walk, with the rest and at its rate; each page once",
+        arguments: [false, true])
+    func foreseen(preempts: Bool) throws {
+        // Twenty pages a second.
+        let trial = try Trial(rate: 80 << 10, preempts: preempts)
+        try trial.destination.readToPackage()
+        var decoder = trial.destination.urgentDecoder()
+        var buffer = ReceiveBuffer()
+        let asked: [UInt64] = [203, 243, 283]
+        for page in asked {
+            try trial.destination.ask(page * 4096)
+            if let urgent = trial.urgent {
+                try trial.destination.readPage(urgent, &decoder, &buffer)
+            } else {
+                try trial.await(page * 4096)
+            }
+        }
+        var behind: [UInt64] = []
+        while behind.count < 12 {
+            guard case .page(_, let offset)? = try trial.destination.next() else { continue }
+            behind.append(offset / 4096)
+        }
+        // One or two may have been under way.
+        let stream = behind.drop { $0 != 323 }.prefix(4)
+        #expect(Array(stream) == [323, 363, 403, 443] && behind.firstIndex(of: 323) ?? 12 <= 4, "\(behind)")
+        try trial.source.change { $0.maxPostcopyBandwidthBytesPerSecond = 0 }
         try trial.finish()
         trial.expectWhole()
     }

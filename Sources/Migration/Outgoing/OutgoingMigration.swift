@@ -160,6 +160,7 @@ final class OutgoingMigration: Sendable {
         sender.setBandwidth(parameters.maxBandwidthBytesPerSecond)
         sender.postcopy?.pacer.bytesPerSecond = parameters.maxPostcopyBandwidthBytesPerSecond
         sender.postcopy?.pace.targetMicroseconds = parameters.pageLatencyTargetMicroseconds
+        sender.postcopy?.prefetch.isOn = parameters.prefetchesPostcopy
         convergence.update(parameters)
         post(.setBandwidthLimit(bytesPerSecond: parameters.bandwidthLimit))
         let available = parameters.availableSwitchoverBytesPerSecond

@@ -2,8 +2,8 @@ import GuestMemory
 import Host
 import Transport
 
-/// Sends all that nobody asked for, behind what was asked for last; and, where there is no channel for that, what is asked for. One
-/// screen: `run`.
+/// Sends all that nobody asked for: what will be asked for next, then the rest, behind what was asked for last; and, where there is no
+/// channel for that, what is asked for. One screen: `run`.
 struct BackgroundSender: ~Copyable {
     let pages: OutgoingPages
     let requests: PageRequests
@@ -17,6 +17,8 @@ struct BackgroundSender: ~Copyable {
     private var place = OutgoingPages.Place()
 
     private static let lookNanoseconds: UInt64 = 10_000_000
+    /// So few pages are not worth a write of their own.
+    private static let fewPages: UInt64 = 8
 
     init(
         _ pages: OutgoingPages, _ requests: PageRequests, _ records: consuming RecordWriter, _ pacer: Pacer,
@@ -53,9 +55,8 @@ struct BackgroundSender: ~Copyable {
                 requests.pause(nanoseconds: min(due, Self.lookNanoseconds), forPiece: servesRequests)
                 continue
             }
-            if let latest = requests.takePlace() { place = latest }
             let limit = pagesAtOnce
-            let batch = pages.take(from: &place, limit: UInt64(limit))
+            let batch = nextBatch(limit: limit)
             // Others may have taken the last ones just now.
             guard let first = batch.first else { continue }
             if first.pageCount > UInt64(limit) {
@@ -69,6 +70,16 @@ struct BackgroundSender: ~Copyable {
             sent(written, first)
         }
         return false
+    }
+
+    /// Takes what will be asked for next, and if that is little or nothing, what the walk comes to.
+    private mutating func nextBatch(limit: Int) -> [OutgoingPages.Piece] {
+        let foreseen = requests.prefetch.take(from: pages, limit: limit)
+        if let latest = requests.takePlace() { place = latest }
+        guard let first = foreseen.first else { return pages.take(from: &place, limit: UInt64(limit)) }
+        let count = foreseen.reduce(0) { $0 + $1.pageCount }
+        guard count < min(Self.fewPages, UInt64(limit)), place.block == first.block else { return foreseen }
+        return foreseen + pages.takeMore(from: &place, limit: UInt64(limit) - count)
     }
 
     private var pagesAtOnce: Int {

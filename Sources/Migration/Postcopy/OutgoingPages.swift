@@ -214,6 +214,37 @@ final class OutgoingPages: Sendable {
         return []
     }
 
+    /// Takes pages as ``take(from:limit:)`` does, in front of the end of the place's block, if there are any and they go one by one.
+    func takeMore(from place: inout Place, limit: UInt64) -> [Piece] {
+        guard hostPages[place.block] == 1 else { return [] }
+        let pieces = take(of: place.block, from: place.page, limit: limit)
+        if let last = pieces.last { place.page = last.pages.upperBound }
+        return pieces
+    }
+
+    // MARK: Page by page
+
+    /// - Returns: `nil`: there is no such block.
+    func place(of request: PageRequest) -> Place? {
+        indices[request.block].map { Place(block: $0, page: RAMOffset(request.offset).page) }
+    }
+
+    /// Pages that go together, or not at all.
+    func pagesTogether(of block: Int) -> UInt64 { hostPages[block] }
+
+    func pageCount(of block: Int) -> UInt64 { wanted[block].pageCount }
+
+    /// Whether nobody has taken a page that is to be sent.
+    func isLeft(_ page: PageIndex, of block: Int) -> Bool { wanted[block].contains(page) }
+
+    /// Takes a page that is to be sent, with those that go with it, of which it is the first; `nil`: it is gone, or not needed.
+    func take(_ page: PageIndex, of block: Int) -> Piece? {
+        let all = page..<page.advanced(by: Int(hostPages[block]))
+        // A look costs less than a write, and many of those that are foreseen have gone.
+        guard wanted[block].contains(page), claim(all, of: block) else { return nil }
+        return Piece(block: block, pages: all)
+    }
+
     private func takeNextWhole(of block: Int, from start: PageIndex) -> [Piece] {
         var position = start
         while position.value < wanted[block].pageCount, let run = wanted[block].nextRun(from: position, limit: 1) {

@@ -46,6 +46,8 @@ final class PageRequests: Sendable {
         }
     }
     private let state = Monitor(State())
+    /// What will be asked for next.
+    let prefetch: Prefetch
     /// From when a request was read until its page had left.
     let latency = PageLatency()
     /// Requests that threads are answering by themselves.
@@ -74,7 +76,8 @@ final class PageRequests: Sendable {
     }
 
     /// - Parameter isWithdrawn: requests may still come that are of no use any more.
-    init(isWithdrawn: Bool = false) {
+    init(isWithdrawn: Bool = false, prefetch: Prefetch = Prefetch()) {
+        self.prefetch = prefetch
         if isWithdrawn { state.withLock { $0.isWithdrawn = true } }
     }
 
@@ -92,6 +95,7 @@ final class PageRequests: Sendable {
             } ?? (nil, false)
         guard open != nil || isWithdrawn else { throw .tooEarly(request) }
         let pieces = open?.take(request) ?? []
+        defer { if let open { prefetch.asked(request, of: open) } }
         guard let last = pieces.indices.last else {
             let vain = state.withLock { state in
                 state.underWay -= 1
@@ -143,8 +147,13 @@ final class PageRequests: Sendable {
     /// A claimed piece is on its way.
     func left(_ piece: Piece) { latency.arrived(Self.place(of: piece)) }
 
-    /// What was claimed last is on its way.
-    func answered() { answering.wrappingSubtract(1, ordering: .sequentiallyConsistent) }
+    /// What was claimed last, for this, is on its way.
+    func answered(_ request: PageRequest) {
+        answering.wrappingSubtract(1, ordering: .sequentiallyConsistent)
+        // Not before: somebody was waiting.
+        let open = state.wait { .some($0.pages) } ?? nil
+        if let open { prefetch.asked(request, of: open) }
+    }
 
     // MARK: The thread that sends them
 

@@ -1,9 +1,9 @@
 //! Postcopy at the source, in the order in which it is met:
 //!
 //! `OutgoingPages` is what the destination does not have when its guest starts, in bits that are taken one by one. `PageRequests` is what it
-//! asked for and waits for. `BackgroundSender` sends the rest, beginning behind what was asked for last, and, where there is one channel
-//! alone, also what is asked for; else `UrgentSender` does that, on a thread and a channel of its own. When what happens is decided
-//! by `Protocol/SourceCore+Postcopy`.
+//! asked for and waits for, `Prefetch` what it will ask for next. `BackgroundSender` sends that, then the rest, beginning behind what was asked
+//! for last, and, where there is one channel alone, also what is asked for; else `UrgentSender` does that, on a thread and a channel of its
+//! own. When what happens is decided by `Protocol/SourceCore+Postcopy`.
 
 import GuestMemory
 import Host
@@ -13,7 +13,9 @@ import Transport
 
 /// What the threads of an outgoing migration share once its guest may move before its memory.
 final class PostcopySource: Sendable {
-    private let current = Mutex(PageRequests())
+    private let current: Mutex<PageRequests>
+    /// What will be asked for next, of all moves: as each has requests of its own, it forgets between them.
+    let prefetch: Prefetch
     /// Of all pages that nobody asked for (`max-postcopy-bandwidth`).
     let pacer: Pacer
     let pace: BackgroundPace
@@ -44,6 +46,8 @@ final class PostcopySource: Sendable {
         self.blocks = blocks
         described = Mutex(blocks)
         self.statistics = statistics
+        prefetch = Prefetch(isOn: parameters.prefetchesPostcopy)
+        current = Mutex(PageRequests(prefetch: prefetch))
         pacer = Pacer(bytesPerSecond: parameters.maxPostcopyBandwidthBytesPerSecond)
         pace = BackgroundPace(targetMicroseconds: parameters.pageLatencyTargetMicroseconds)
         var known: [AtomicPages] = []
@@ -170,10 +174,11 @@ final class PostcopySource: Sendable {
     /// closed, so that no page of this attempt can arrive in the next.
     func takeBack(_ body: (OutgoingPages) -> Void) {
         let old = current.withLock { current in
-            defer { current = PageRequests(isWithdrawn: true) }
+            defer { current = PageRequests(isWithdrawn: true, prefetch: prefetch) }
             return current
         }
         old.withdraw()
+        prefetch.forget()
         if let urgent = urgent.withLock({ $0.take() }) {
             urgent.end()
             urgent.finish()
@@ -245,7 +250,8 @@ final class PostcopySource: Sendable {
     func startOver() {
         end()
         urgent.withLock { $0.take() }?.finish()
-        current.withLock { $0 = PageRequests() }
+        prefetch.forget()
+        current.withLock { $0 = PageRequests(prefetch: prefetch) }
         bitmaps.withLock { $0 = ReceivedBitmaps(blocks) }
     }
 }

@@ -66,7 +66,7 @@ final class UrgentChannel: Sendable {
                 do throws(PageRequests.Refusal) { pieces = try requests.claim(request) } catch {
                     throw .unusable(error.description)
                 }
-                defer { requests.answered() }
+                defer { requests.answered(request) }
                 for piece in pieces {
                     let written = try records.send([piece], to: channel)
                     requests.left(piece)
