@@ -11,8 +11,16 @@ struct PostcopyPlan: Sendable {
     var cpus: Int
     /// How likely loading state touches memory.
     var loadTouches: Double
-    /// The channel of these steps is cut.
+    /// A channel for requested pages is cut at these steps.
     var cutSteps: Set<Int> = []
+    /// The operator takes up what lost its connection.
+    var recovers = true
+    var blows: [(SimulationPlan.Trigger, PostcopyBlow)] = []
+    /// Connections that take it up are cut after so many bytes towards that side.
+    var furtherCuts: [(side: SimulationPlan.Side, bytes: Int)] = []
+    /// How likely a recovery goes to a wrong address, is begun twice, or is disturbed by strangers.
+    var mistakes = 0.0
+    var isUndisturbed: Bool { cutSteps.isEmpty && blows.isEmpty }
 
     static func random(using generator: inout SeededRandom) -> PostcopyPlan {
         var plan = PostcopyPlan(
@@ -22,6 +30,23 @@ struct PostcopyPlan: Sendable {
         if generator.chance(0.15) {
             plan.cutSteps = [Int.random(in: 0...Int.random(in: 50...1500, using: &generator), using: &generator)]
         }
+        plan.recovers = generator.chance(0.85)
+        if generator.chance(0.6) {
+            plan.blows = (0..<Int.random(in: 1...5, using: &generator)).map { _ in
+                PostcopyBlow.random(using: &generator)
+            }
+        }
+        if generator.chance(0.5) {
+            plan.furtherCuts = (0..<Int.random(in: 1...5, using: &generator)).map { _ in
+                Bool.random(using: &generator)
+                    ? (
+                        .destination,
+                        Int.random(in: 0...Int.random(in: 1...20_000, using: &generator), using: &generator)
+                    )
+                    : (.source, Int.random(in: 0...Int.random(in: 1...300, using: &generator), using: &generator))
+            }
+        }
+        if generator.chance(0.4) { plan.mistakes = Double.random(in: 0.05...0.4, using: &generator) }
         return plan
     }
 }
@@ -51,12 +76,15 @@ struct SimulatedMove {
         var records: RAMRecordEncoder
     }
     var urgent: [ConnectionID: Urgent] = [:]
+    var bitmaps = SimulatedBitmaps()
 }
 
 /// The destination's side.
 struct SimulatedPull {
     var isListening = false
     var expected: [Bool]
+    /// A reader has its contents whole, and places them in a moment.
+    var claimed: [Bool]
     var placed: [Bool]
     var asked: [Bool]
     /// What each page must hold: as it was when the guest stood still, or what the guest wrote since.
@@ -66,15 +94,20 @@ struct SimulatedPull {
     var channels: [ConnectionID?] = []
     var main: ConnectionID?
     var accesses = 0
+    /// Of this watch over memory: what one before still places does not count.
+    var number: Int
 
-    init(pages: Int) {
+    init(pages: Int, number: Int) {
+        self.number = number
         expected = [Bool](repeating: false, count: pages)
+        claimed = expected
         placed = expected
         asked = expected
     }
 
     func isMissing(_ page: Int) -> Bool { isListening && expected[page] && !placed[page] }
     var missing: Int { expected.indices.count { expected[$0] && !placed[$0] } }
+    var hasClaims: Bool { claimed.indices.contains { claimed[$0] && !placed[$0] } }
 }
 
 // The source's shell, as far as postcopy concerns it.
@@ -94,13 +127,18 @@ extension Simulator {
         case .serveRequests: serve(.requests)
         case .servePages: serve(.everything)
         case .takeBackPages: takeBackPages()
+        case .prepareRecovery: prepareRecovery()
+        case .adoptBitmaps: adoptBitmaps()
         default: return false
         }
         return true
     }
 
     private func openUrgentChannels(_ count: Int) {
+        let attempt = attempts
         schedule(after: plan.latency.lowerBound, plan.latency.upperBound * 4) { [self] in
+            // Of a connection that was given up meanwhile.
+            guard attempt == attempts else { return }
             guard sourceIsAlive, sourceConnection != nil, destinationIsAlive, now >= networkIsSilentUntil else {
                 return feedSource(.urgentChannelFailed("no route to the destination"))
             }
@@ -258,12 +296,5 @@ extension Simulator {
         guard move.urgent.removeValue(forKey: connection.id) != nil else { return false }
         feedSource(.urgentChannelLost(reason))
         return true
-    }
-
-    func strikeUrgent() {
-        guard let moves = plan.postcopy, moves.cutSteps.contains(steps),
-            let channel = move.urgent.values.min(by: { $0.connection.id.rawValue < $1.connection.id.rawValue })
-        else { return }
-        cut(channel.connection)
     }
 }

@@ -11,6 +11,8 @@ struct SimulatedReader {
     var payload: [UInt8] = []
     /// A channel for requested pages that has not said what it is.
     var isGreeting = false
+    /// It waits for something before it reads on.
+    var isBlocked = false
     /// The package that is being read.
     var package: (decoder: StreamDecoder, bytes: [UInt8])?
 }
@@ -141,7 +143,7 @@ extension Simulator {
         readers[id]?.input.append(bytes)
         do {
             guard try greets(id) else { return }
-            while violation == nil, var reader = readers.removeValue(forKey: id) {
+            while violation == nil, readers[id]?.isBlocked == false, var reader = readers.removeValue(forKey: id) {
                 // Taken out and put back, so that its buffer is never copied.
                 let item = try next(&reader)
                 readers[id] = reader
@@ -153,6 +155,8 @@ extension Simulator {
                     pull.main = id
                 }
                 feedDestination(.item(id, item))
+                if case .command(.postcopy(let command)) = item { recover(command, on: id) }
+                if case .command(.resume) = item { awaitClaims(id) }
             }
         } catch {
             readers[id] = SimulatedReader(connection: connection, decoder: StreamDecoder(.describe(catalogue: .init())))

@@ -79,6 +79,10 @@ final class Simulator {
     /// The source's memory when the guest stood still for its move.
     var truth: [UInt64] = []
     var movesTakenBack = 0
+    /// How often the operator took it up again.
+    var recoveries = 0
+    /// The source lost its destination in postcopy; the guest runs at the destination.
+    var (hasPaused, hasArrived) = (false, false)
 
     // The network.
     var connections: [SimulatedConnection] = []
@@ -105,7 +109,7 @@ final class Simulator {
         pending = [Bool](repeating: true, count: plan.pages)
         records = RAMRecordEncoder(blocks: map.blocks)
         move = SimulatedMove(records: RAMRecordEncoder(blocks: map.blocks))
-        pull = SimulatedPull(pages: plan.pages)
+        pull = SimulatedPull(pages: plan.pages, number: 0)
         var configuration =
             SourceConfiguration(
                 migration: MigrationIdentifier(high: seed, low: 1), machineName: Self.machineName, blocks: map.blocks,
