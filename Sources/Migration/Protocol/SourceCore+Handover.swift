@@ -25,6 +25,7 @@ extension SourceCore {
         cancelTimer(.keepAlive, &actions)
         partBegan = now
         if guestWasRunning { beginStandstill(&actions) }
+        releaseMove(&actions)
         beginSwitch(&actions)
     }
 
