@@ -8,7 +8,7 @@ struct PostcopySimulationTests {
     private static func simulator(_ seed: UInt64, bug: PlantedBug? = nil, isTracing: Bool = false) -> Simulator {
         var generator = SeededRandom(seed: seed &* 7919)
         var plan = SimulationPlan.random(using: &generator)
-        plan.rule = .twoPhase
+        plan.rule = seed % 4 == 3 ? .qemu : .twoPhase
         plan.postcopy = .random(using: &generator)
         // Every other one comes to the move, however often that is taken back, and is struck behind it.
         if seed % 2 == 0 {
@@ -17,6 +17,11 @@ struct PostcopySimulationTests {
         }
         // By then precopy would often be over.
         plan.bytesPerSecond = min(plan.bytesPerSecond, 100_000_000)
+        if plan.rule == .qemu {
+            plan.isResumable = false
+            // Behind RUN a host that cannot load the state has lost the guest: there is no protocol in that.
+            plan.faults = plan.faults.filter { if case .localFailure(.destination, _, _) = $0 { false } else { true } }
+        }
         return Simulator(seed: seed, plan: plan, bug: bug, isTracing: isTracing)
     }
 
@@ -80,15 +85,15 @@ struct PostcopySimulationTests {
         }
     }
 
-    @Test("a bug planted in postcopy is found within 500 seeds", arguments: PlantedBug.allCases.filter(\.isOfPostcopy))
+    @Test("a bug planted in postcopy is found within 1500 seeds", arguments: PlantedBug.allCases.filter(\.isOfPostcopy))
     func plantedBug(bug: PlantedBug) {
-        for seed in 1...500 as ClosedRange<UInt64> {
+        for seed in 1...1500 as ClosedRange<UInt64> {
             do { _ = try Self.simulator(seed, bug: bug).run() } catch {
                 #expect(bug.symptoms.contains { error.sentence.contains($0) }, "seed \(seed): \(error)")
                 print("simulation: \(bug.rawValue) found by seed \(seed): \(error)")
                 return
             }
         }
-        Issue.record("no seed of 500 finds \(bug.rawValue)")
+        Issue.record("no seed of 1500 finds \(bug.rawValue)")
     }
 }

@@ -77,6 +77,11 @@ struct SimulatedMove {
     }
     var urgent: [ConnectionID: Urgent] = [:]
     var bitmaps = SimulatedBitmaps()
+    /// All was sent.
+    var isServed = false
+    var packageIsLeaving = false
+    /// By QEMU's rule the guest may run at the destination from then on.
+    var packageWasSent = false
 }
 
 /// The destination's side.
@@ -121,9 +126,13 @@ extension Simulator {
         case .openUrgentChannels(let count): openUrgentChannels(count)
         case .sendDiscards: sendDiscards()
         case .sendPackage(let bytes):
-            move.isOpen = true
-            sourceSendsOnMain(bytes)
-            schedule(after: microsecond, millisecond) { [self] in feedSource(.packageSent) }
+            (move.isOpen, move.packageIsLeaving, move.packageWasSent) = (true, true, true)
+            let isWhole = sourceSendsOnMain(bytes)
+            schedule(after: microsecond, millisecond) { [self] in
+                move.packageIsLeaving = false
+                feedSource(isWhole ? .packageSent : .packageCut("the connection was reset"))
+            }
+        case .openUrgentChannel: openUrgentChannels(1, areGreeted: false)
         case .serveRequests: serve(.requests)
         case .servePages: serve(.everything)
         case .takeBackPages: takeBackPages()
@@ -134,7 +143,7 @@ extension Simulator {
         return true
     }
 
-    private func openUrgentChannels(_ count: Int) {
+    private func openUrgentChannels(_ count: Int, areGreeted: Bool = true) {
         let attempt = attempts
         schedule(after: plan.latency.lowerBound, plan.latency.upperBound * 4) { [self] in
             // Of a connection that was given up meanwhile.
@@ -148,7 +157,8 @@ extension Simulator {
                 move.urgent[connection.id] = SimulatedMove.Urgent(
                     connection: connection, messages: ReturnPathDecoder(postcopyOf: map.blocks),
                     records: RAMRecordEncoder(blocks: map.blocks))
-                destinationAccepts(connection, isUrgent: true)
+                destinationAccepts(connection, isUrgent: areGreeted)
+                guard areGreeted else { continue }
                 let mark = MultifdGreeting.Mark(
                     migration: source.configuration.migration, channels: count, kind: .urgent)
                 send(
@@ -229,7 +239,16 @@ extension Simulator {
     /// On the main connection. - Returns: whether the message was a request.
     func tookRequest(_ message: ReturnPathMessage) -> Bool {
         guard case .postcopy(.requestPages(let request)) = message else { return false }
-        move.queue += claim(request)
+        let pages = claim(request)
+        // To a QEMU they go over the channel for requested pages, which says nothing itself.
+        if plan.rule == .qemu, var urgent = move.urgent.values.first {
+            var out: [UInt8] = []
+            for page in pages { write(page, &urgent.records, &out) }
+            move.urgent[urgent.connection.id] = urgent
+            if !out.isEmpty { send(out, on: urgent.connection, towards: .destination) }
+            return true
+        }
+        move.queue += pages
         serveQueue()
         return true
     }
@@ -260,6 +279,13 @@ extension Simulator {
     // MARK: Service
 
     private func serve(_ service: SimulatedMove.Service) {
+        let number = move.number
+        move.isServed = false
+        guard !move.packageIsLeaving || service == .requests else {
+            return schedule(after: microsecond, 100 * microsecond) { [self] in
+                if number == move.number, sourceConnection != nil { serve(service) }
+            }
+        }
         move.service = service
         move.records = RAMRecordEncoder(blocks: map.blocks)
         serveQueue()
@@ -278,7 +304,7 @@ extension Simulator {
         guard sourceIsAlive, number == move.number, sourceConnection != nil, move.service == .everything else { return }
         let pages = move.wanted.indices.filter { move.wanted[$0] }
         guard !pages.isEmpty else {
-            move.service = .nothing
+            (move.service, move.isServed) = (.nothing, true)
             return feedSource(.pagesServed)
         }
         let start = Int.random(in: 0..<pages.count, using: &generator)
@@ -294,6 +320,8 @@ extension Simulator {
 
     func urgentSourceLoses(_ connection: SimulatedConnection, _ reason: String) -> Bool {
         guard move.urgent.removeValue(forKey: connection.id) != nil else { return false }
+        // A QEMU closes it when it has all, and that may be heard before its last word.
+        if plan.rule == .qemu, move.isServed { return true }
         feedSource(.urgentChannelLost(reason))
         return true
     }

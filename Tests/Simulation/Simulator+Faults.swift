@@ -23,6 +23,7 @@ extension Simulator {
             // RECV_BITMAP, as a QEMU begins that takes up its postcopy.
             schedule(after: microsecond, 10 * millisecond) { [self] in
                 feedDestination(.cameToRecover(connection.id))
+                guard plan.rule == .twoPhase else { return }
                 if destination.isRecovering(connection.id) { violate("a stranger takes up the guest without a name") }
             }
         case 4, 5: send(imposture(), on: connection, towards: .destination)
@@ -141,7 +142,7 @@ extension Simulator {
     // MARK: Invariants
 
     /// QEMU's rule allows two owners when the acknowledgement is lost: that is why there are two phases.
-    private var rightIsExclusive: Bool { plan.rule != .qemu || plan.isUndisturbed }
+    private var rightIsExclusive: Bool { plan.rule != .qemu || plan.isUndisturbed || move.packageWasSent }
 
     /// QEMU's order of states; the ways out are open from everywhere.
     func checkOrder(_ status: MigrationStatus) {
@@ -189,7 +190,12 @@ extension Simulator {
         let terminal: [DestinationPhase] = [.waiting, .started, .failed, .pullPaused] + (isSilenced ? [.pulling] : [])
         // With a QEMU source the destination may wait as long as that source's connection stands.
         let isPatient = plan.rule != .twoPhase && destination.phase == .receiving
-        if destinationIsAlive, !terminal.contains(destination.phase), !isPatient, destination.phase != .starting {
+        // By QEMU's rule loading state waits for a page as long as a guest does.
+        let waitsForPage =
+            plan.rule == .qemu && destination.phase == .loading && !pull.waiting.isEmpty && !canBecomeWhole
+        if destinationIsAlive, !terminal.contains(destination.phase), !isPatient, destination.phase != .starting,
+            !waitsForPage
+        {
             violate("the destination waits for ever in phase \(destination.phase)")
         }
         if destinationIsAlive, destination.phase == .starting, !startHangs {

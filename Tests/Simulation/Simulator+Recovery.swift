@@ -116,7 +116,10 @@ extension Simulator {
 
     /// Whether whoever is needed for it lives.
     var canBecomeWhole: Bool {
-        plan.postcopy?.recovers == true && sourceIsAlive && destinationIsAlive && destinationEpoch == 0
+        // By QEMU's rule a guest whose state cannot be loaded is lost, and a last SHUT 0 that is lost is not said again.
+        let isUnfinished = plan.rule == .twoPhase || destination.phase < .started
+        return plan.postcopy?.recovers == true && sourceIsAlive && destinationIsAlive && destinationEpoch == 0
+            && isUnfinished
     }
 
     func pausedInPostcopy() {
@@ -127,7 +130,7 @@ extension Simulator {
             }
             guard recoveries < Self.recoveryLimit || canBecomeWhole else { return }
             // `migrate-recover` there, which between two Godwits need not be said.
-            if generator.chance(0.3) { feedDestination(.awaitRecovery) }
+            if generator.chance(plan.rule == .qemu ? 0.8 : 0.3) { feedDestination(.awaitRecovery) }
             if generator.chance(moves.mistakes) { strangerConnects() }
             if now >= networkIsSilentUntil { recoveries += 1 }
             feedSource(.resume)
@@ -313,5 +316,31 @@ extension Simulator {
         }
         guard ending == .completed, destination.phase == .started, !pull.model.isEmpty else { return }
         if destinationGuest.pages != pull.model { violate("pages differ in the end") }
+    }
+}
+
+// A QEMU's connections are known by their first bytes alone.
+
+extension Simulator {
+    /// - Returns: whether it is known what the connection is, and there is more to be read of it.
+    func isRecognized(_ id: ConnectionID) -> Bool {
+        guard let reader = readers[id] else { return false }
+        guard !reader.isRecognized else { return true }
+        guard reader.input.count >= 3 else { return false }
+        var peek = reader.input
+        var first = [UInt8](repeating: 0, count: 3)
+        _ = unsafe first.withUnsafeMutableBytes { unsafe peek.move(to: $0) }
+        readers[id]?.isRecognized = true
+        if StreamDecoder.recoveryIsAnnounced(by: first) {
+            feedDestination(.cameToRecover(id))
+            guard readers[id] != nil, let decoder = recoveryDecoder else { return false }
+            readers[id]?.decoder = decoder
+            awaitClaims(id)
+        } else if first[0] != UInt8(ascii: "Q") {
+            feedDestination(.cameForUrgentPages(id))
+            guard readers[id] != nil else { return false }
+            readers[id]?.decoder = .requestedPages(of: map.blocks)
+        }
+        return readers[id]?.isBlocked == false
     }
 }

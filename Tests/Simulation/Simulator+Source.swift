@@ -73,7 +73,7 @@ extension Simulator {
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
-        // Of a QEMU destination, and those that were performed above.
+        // Performed above.
         case .openUrgentChannel, .openUrgentChannels, .sendDiscards, .sendPackage, .serveRequests, .servePages,
             .takeBackPages, .prepareRecovery, .adoptBitmaps:
             break
@@ -138,9 +138,10 @@ extension Simulator {
     }
 
     /// What a job of the sender writes.
-    func sourceSendsOnMain(_ bytes: [UInt8]) {
-        guard let connection = sourceConnection else { return }
-        send(bytes, on: connection, towards: .destination)
+    @discardableResult
+    func sourceSendsOnMain(_ bytes: [UInt8]) -> Bool {
+        guard let connection = sourceConnection else { return false }
+        return send(bytes, on: connection, towards: .destination)
     }
 
     func sourceReads(_ bytes: [UInt8], on connection: SimulatedConnection) {

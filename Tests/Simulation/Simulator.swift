@@ -68,6 +68,8 @@ final class Simulator {
     var startOrderedAt: UInt64 = 0
     var loads = 0
     var readers: [ConnectionID: SimulatedReader] = [:]
+    /// For a QEMU's next connection, which begins without a header.
+    var recoveryDecoder: StreamDecoder?
     var destinationTimers: [ProtocolTimer.Kind: UInt64] = [:]
     var destinationOutcomes: [DestinationOutcome] = []
 
@@ -134,7 +136,7 @@ final class Simulator {
         waiting.deadlines.kept = 600 * second
         if plan.postcopy != nil {
             waiting.allowsPostcopy = true
-            waiting.features.insert(.postcopy)
+            if plan.rule == .twoPhase { waiting.features.insert(.postcopy) }
         }
         return DestinationCore(waiting)
     }
@@ -195,6 +197,7 @@ final class Simulator {
             action()
             strikeFaults()
             checkInvariants()
+            if now > Self.timeLimit, waitsPatiently { break }
             if steps > Self.stepLimit || now > Self.timeLimit {
                 violate(
                     "still busy after \(steps) steps and \(now / second) s: source \(source.phase), "
@@ -204,6 +207,11 @@ final class Simulator {
         if violation == nil { checkEnd() }
         if let violation { throw violation }
         return ending
+    }
+
+    /// By QEMU's rule a destination waits for as long as its source's connection stands, and so does a silent channel's visitor.
+    private var waitsPatiently: Bool {
+        plan.rule == .qemu && destination.phase == .receiving && (!sourceIsAlive || source.phase == .finished)
     }
 
     /// What may fail or hang: the next local operation of that side answers, fails or says nothing.
