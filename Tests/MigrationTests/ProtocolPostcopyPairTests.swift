@@ -93,6 +93,56 @@ struct ProtocolPostcopyPairSourceTests {
         #expect(source.outcome == .completed)
     }
 
+    @Test("a destination that says READY without end while a move is taken back is left, with the guest running")
+    func endlessReady() {
+        var source = Source()
+        source.reachPreparing()
+        source.feed(.received(.ready(nanoseconds: 1)), at: 400_000_000)
+        #expect(source.core.phase == .retracting)
+        var words = 0
+        while source.core.phase == .retracting, words < 1000 {
+            source.feed(.received(.ready(nanoseconds: 1)), at: 400_000_001)
+            words += 1
+        }
+        #expect(words < 100 && source.core.mayRun)
+        #expect(source.outcome == .failed("the destination goes on answering what it was not asked"))
+    }
+
+    @Test(
+        "a destination that goes on answering what nobody asked, behind COMMIT or while postcopy recovers, is heard no longer"
+    )
+    func endlessTalk() {
+        func flood(_ source: inout Source) -> Int {
+            let phase = source.core.phase
+            var words = 0
+            while source.core.phase == phase, words < 1000 {
+                source.feed(.received(.pong(Wire.godwitPing)))
+                words += 1
+            }
+            return words
+        }
+        var committed = Source()
+        committed.reachCommitted()
+        #expect(flood(&committed) < 100)
+        #expect(committed.core.status == .unsettled && !committed.core.mayRun && committed.actions.contains(.close))
+        let hello = ReturnPathMessage.hello(
+            version: 1, features: Source.features, instance: MigrationIdentifier(high: 7, low: 7))
+        let steps: [ReturnPathMessage] = [
+            hello, .pong(Wire.godwitPing), .resumed, .postcopy(.bitmapEnded(block: "ram")),
+        ]
+        for count in 0...steps.count {
+            var recovering = Source()
+            recovering.reachPulled()
+            recovering.feed(.disconnected("reset"), .resume, .connected(.bothWays))
+            for step in steps.prefix(count) { recovering.feed(.received(step)) }
+            let from = recovering.core.phase
+            #expect(from > .postcopyPaused && flood(&recovering) < 100, "\(from)")
+            #expect(recovering.core.phase == .postcopyPaused, "\(from)")
+            recovering.feed(.resume, .connected(.bothWays))
+            #expect(recovering.core.phase == .recoverGreeting)
+        }
+    }
+
     @Test("a destination that offers no postcopy is refused before anything moves")
     func notOffered() {
         var source = Source()
@@ -284,6 +334,20 @@ private struct Destination {
 
 @Suite("Destination core, postcopy from a Godwit")
 struct ProtocolPostcopyPairDestinationTests {
+    @Test(
+        "who does not say the migration's name is told nothing, also where the operator said that the source may come")
+    func nameless() {
+        var destination = Destination()
+        destination.reachReady()
+        destination.items(.ramSectionEnded(.part), .command(.commitWithin(attempt: 1, nanoseconds: .max)))
+        destination.feed(.guestStarted(nanoseconds: 1), .disconnected(Destination.id, "gone"), .awaitRecovery)
+        #expect(destination.core.phase == .pullPaused)
+        let stranger = ConnectionID(2)
+        let answer = destination.feed(.accepted(stranger, answers: true), .cameToRecover(stranger))
+        #expect(answer.contains(.close(stranger)) && !destination.core.isRecovering(stranger))
+        #expect(destination.core.phase == .pullPaused)
+    }
+
     @Test("RUN starts nothing, COMMIT does; STARTED comes before memory is whole, SHUT behind")
     func order() {
         var destination = Destination()

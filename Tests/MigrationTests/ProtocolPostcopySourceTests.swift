@@ -1,6 +1,7 @@
-import Migration
 import MigrationStream
 import Testing
+
+@testable import Migration
 
 /// A source core whose guest may move before its memory, with what it said so far.
 private struct Driver {
@@ -185,6 +186,24 @@ struct ProtocolPostcopySourceTests {
             #expect(driver.feed(.received(.shut(1))).isEmpty)
             driver.feed(.disconnected("reset"))
             #expect(driver.feed(end).contains(.resumeGuest) && driver.core.status == .failed, "\(end)")
+        }
+    }
+
+    @Test(
+        "to a QEMU the downtime limit does not bind a move, nor when an operator's hold has ended: it hears no RETRACT")
+    func unbound() {
+        for holds in [false, true] {
+            var driver = Driver()
+            driver.core.configuration.pausesBeforeSwitchover = holds
+            driver.core.configuration.switchover.downtimeLimitNanoseconds = 1_000_000
+            driver.reachRound()
+            driver.feed(.startPostcopy, Driver.round, .collected(remainingPages: 240), .guestStopped(wasRunning: true))
+            if holds { driver.feed(.proceed) }
+            var actions = driver.core.handle(.collected(remainingPages: 241), at: 2_000_000)
+            #expect(driver.core.phase == .discarding, "hold \(holds)")
+            actions += driver.core.handle(.stateSaved([Driver.cpu]), at: 3_000_000)
+            actions += driver.core.handle(.discardsSent, at: 4_000_000)
+            #expect(actions.contains(.giveUpRightToRun) && driver.core.phase == .packageLeaving, "hold \(holds)")
         }
     }
 

@@ -8,10 +8,20 @@ struct PostcopySimulationTests {
     private static func simulator(_ seed: UInt64, bug: PlantedBug? = nil, isTracing: Bool = false) -> Simulator {
         var generator = SeededRandom(seed: seed &* 7919)
         var plan = SimulationPlan.random(using: &generator)
-        plan.rule = .twoPhase
+        plan.rule = seed % 4 == 3 ? .qemu : .twoPhase
         plan.postcopy = .random(using: &generator)
+        // Every other one comes to the move, however often that is taken back, and is struck behind it.
+        if seed % 2 == 0 {
+            plan.faults = plan.faults.filter { if case .stall = $0 { true } else { false } }
+            (plan.cutSteps, plan.cancelsAfter) = ([], nil)
+        }
         // By then precopy would often be over.
         plan.bytesPerSecond = min(plan.bytesPerSecond, 100_000_000)
+        if plan.rule == .qemu {
+            plan.isResumable = false
+            // Behind RUN a host that cannot load the state has lost the guest: there is no protocol in that.
+            plan.faults = plan.faults.filter { if case .localFailure(.destination, _, _) = $0 { false } else { true } }
+        }
         return Simulator(seed: seed, plan: plan, bug: bug, isTracing: isTracing)
     }
 
@@ -24,7 +34,9 @@ struct PostcopySimulationTests {
         return "seed \(seed): \(ending)\n" + shown.joined(separator: "\n")
     }
 
-    @Test("no seed leads to two running guests, a wrong page, a page answered twice, or a guest that waits for nobody")
+    @Test(
+        "no seed leads to two running guests, a wrong page, a page answered twice, a guest that waits for nobody, or one given up"
+    )
     func seeds() {
         let count = SimulationTests.environment("GODWIT_SIMULATION_SEEDS") ?? 500
         if let seed = SimulationTests.environment("GODWIT_SIMULATION_SEED") {
@@ -33,10 +45,15 @@ struct PostcopySimulationTests {
             return
         }
         var endings: [RunEnding: Int] = [:]
-        var (moved, takenBack, waits) = (0, 0, 0)
+        var (moved, takenBack, waits, recovered, again) = (0, 0, 0, 0, 0)
         for seed in 1...max(count, 1) {
             let simulator = Self.simulator(seed)
-            do { endings[try simulator.run(), default: 0] += 1 } catch {
+            do {
+                let ending = try simulator.run()
+                endings[ending, default: 0] += 1
+                if ending == .completed, simulator.recoveries > 0 { recovered += 1 }
+                if ending == .completed, simulator.recoveries > 1 { again += 1 }
+            } catch {
                 Issue.record("\(Self.report(seed))")
                 return
             }
@@ -47,23 +64,36 @@ struct PostcopySimulationTests {
         let summary = RunEnding.allCases.map { "\($0.rawValue) \(endings[$0, default: 0])" }.joined(separator: ", ")
         print(
             "simulation of postcopy: \(count) seeds: \(summary); \(moved) moved, \(takenBack) had a move taken back, "
-                + "\(waits) pages were waited for")
+                + "\(waits) pages were waited for; \(recovered) completed after a recovery, \(again) after several")
         guard count >= 500 else { return }
         #expect(moved > 100, "hardly a guest moves before its memory")
         #expect(takenBack > 20, "hardly a move is taken back")
         #expect(waits > 500, "hardly a page is waited for")
-        #expect(endings[.pausedInPostcopy, default: 0] > 10, "hardly a connection is lost behind the move")
+        #expect(recovered > 50 && again > 20, "hardly a connection is lost behind the move")
+        #expect(endings[.pausedInPostcopy, default: 0] > 0, "nobody is left alone with half a guest")
     }
 
-    @Test("a bug planted in postcopy is found within 500 seeds", arguments: PlantedBug.allCases.filter(\.isOfPostcopy))
+    @Test("the same seed gives the same run, step by step")
+    func replay() {
+        for seed in [9, 10, 126] as [UInt64] {
+            let runs = (0..<2).map { _ in
+                let simulator = Self.simulator(seed, isTracing: true)
+                _ = try? simulator.run()
+                return simulator.traceLines
+            }
+            #expect(runs[0] == runs[1])
+        }
+    }
+
+    @Test("a bug planted in postcopy is found within 1500 seeds", arguments: PlantedBug.allCases.filter(\.isOfPostcopy))
     func plantedBug(bug: PlantedBug) {
-        for seed in 1...500 as ClosedRange<UInt64> {
+        for seed in 1...1500 as ClosedRange<UInt64> {
             do { _ = try Self.simulator(seed, bug: bug).run() } catch {
                 #expect(bug.symptoms.contains { error.sentence.contains($0) }, "seed \(seed): \(error)")
                 print("simulation: \(bug.rawValue) found by seed \(seed): \(error)")
                 return
             }
         }
-        Issue.record("no seed of 500 finds \(bug.rawValue)")
+        Issue.record("no seed of 1500 finds \(bug.rawValue)")
     }
 }

@@ -47,12 +47,15 @@ final class SimulatedConnection {
 }
 
 extension Simulator {
-    func send(_ bytes: [UInt8], on connection: SimulatedConnection, towards side: SimulationPlan.Side) {
+    /// - Returns: whether the kernel took all of it.
+    @discardableResult
+    func send(_ bytes: [UInt8], on connection: SimulatedConnection, towards side: SimulationPlan.Side) -> Bool {
         let path: WritableKeyPath<SimulatedConnection, SimulatedPipe> =
             side == .destination ? \.towardsDestination : \.towardsSource
         var connection = connection
-        guard !connection.isSilent, !connection[keyPath: path].isClosed else { return }
-        guard side == .destination ? connection.isOpenAtDestination : connection.isOpenAtSource else { return }
+        guard !connection[keyPath: path].isClosed else { return false }
+        guard !connection.isSilent else { return true }
+        guard side == .destination ? connection.isOpenAtDestination : connection.isOpenAtSource else { return false }
         var sent = bytes
         if let left = connection[keyPath: path].bytesUntilCut {
             sent = Array(bytes.prefix(left))
@@ -70,6 +73,7 @@ extension Simulator {
             schedule(at: when) { [self] in arrive(piece, on: id, towards: side) }
         }
         if sent.count < bytes.count { cut(connection) }
+        return sent.count == bytes.count
     }
 
     private func arrive(_ count: Int, on connection: SimulatedConnection, towards side: SimulationPlan.Side) {

@@ -11,8 +11,16 @@ struct PostcopyPlan: Sendable {
     var cpus: Int
     /// How likely loading state touches memory.
     var loadTouches: Double
-    /// The channel of these steps is cut.
+    /// A channel for requested pages is cut at these steps.
     var cutSteps: Set<Int> = []
+    /// The operator takes up what lost its connection.
+    var recovers = true
+    var blows: [(SimulationPlan.Trigger, PostcopyBlow)] = []
+    /// Connections that take it up are cut after so many bytes towards that side.
+    var furtherCuts: [(side: SimulationPlan.Side, bytes: Int)] = []
+    /// How likely a recovery goes to a wrong address, is begun twice, or is disturbed by strangers.
+    var mistakes = 0.0
+    var isUndisturbed: Bool { cutSteps.isEmpty && blows.isEmpty }
 
     static func random(using generator: inout SeededRandom) -> PostcopyPlan {
         var plan = PostcopyPlan(
@@ -22,6 +30,23 @@ struct PostcopyPlan: Sendable {
         if generator.chance(0.15) {
             plan.cutSteps = [Int.random(in: 0...Int.random(in: 50...1500, using: &generator), using: &generator)]
         }
+        plan.recovers = generator.chance(0.85)
+        if generator.chance(0.6) {
+            plan.blows = (0..<Int.random(in: 1...5, using: &generator)).map { _ in
+                PostcopyBlow.random(using: &generator)
+            }
+        }
+        if generator.chance(0.5) {
+            plan.furtherCuts = (0..<Int.random(in: 1...5, using: &generator)).map { _ in
+                Bool.random(using: &generator)
+                    ? (
+                        .destination,
+                        Int.random(in: 0...Int.random(in: 1...20_000, using: &generator), using: &generator)
+                    )
+                    : (.source, Int.random(in: 0...Int.random(in: 1...300, using: &generator), using: &generator))
+            }
+        }
+        if generator.chance(0.4) { plan.mistakes = Double.random(in: 0.05...0.4, using: &generator) }
         return plan
     }
 }
@@ -51,12 +76,20 @@ struct SimulatedMove {
         var records: RAMRecordEncoder
     }
     var urgent: [ConnectionID: Urgent] = [:]
+    var bitmaps = SimulatedBitmaps()
+    /// All was sent.
+    var isServed = false
+    var packageIsLeaving = false
+    /// By QEMU's rule the guest may run at the destination from then on.
+    var packageWasSent = false
 }
 
 /// The destination's side.
 struct SimulatedPull {
     var isListening = false
     var expected: [Bool]
+    /// A reader has its contents whole, and places them in a moment.
+    var claimed: [Bool]
     var placed: [Bool]
     var asked: [Bool]
     /// What each page must hold: as it was when the guest stood still, or what the guest wrote since.
@@ -66,15 +99,20 @@ struct SimulatedPull {
     var channels: [ConnectionID?] = []
     var main: ConnectionID?
     var accesses = 0
+    /// Of this watch over memory: what one before still places does not count.
+    var number: Int
 
-    init(pages: Int) {
+    init(pages: Int, number: Int) {
+        self.number = number
         expected = [Bool](repeating: false, count: pages)
+        claimed = expected
         placed = expected
         asked = expected
     }
 
     func isMissing(_ page: Int) -> Bool { isListening && expected[page] && !placed[page] }
     var missing: Int { expected.indices.count { expected[$0] && !placed[$0] } }
+    var hasClaims: Bool { claimed.indices.contains { claimed[$0] && !placed[$0] } }
 }
 
 // The source's shell, as far as postcopy concerns it.
@@ -88,19 +126,28 @@ extension Simulator {
         case .openUrgentChannels(let count): openUrgentChannels(count)
         case .sendDiscards: sendDiscards()
         case .sendPackage(let bytes):
-            move.isOpen = true
-            sourceSendsOnMain(bytes)
-            schedule(after: microsecond, millisecond) { [self] in feedSource(.packageSent) }
+            (move.isOpen, move.packageIsLeaving, move.packageWasSent) = (true, true, true)
+            let isWhole = sourceSendsOnMain(bytes)
+            schedule(after: microsecond, millisecond) { [self] in
+                move.packageIsLeaving = false
+                feedSource(isWhole ? .packageSent : .packageCut("the connection was reset"))
+            }
+        case .openUrgentChannel: openUrgentChannels(1, areGreeted: false)
         case .serveRequests: serve(.requests)
         case .servePages: serve(.everything)
         case .takeBackPages: takeBackPages()
+        case .prepareRecovery: prepareRecovery()
+        case .adoptBitmaps: adoptBitmaps()
         default: return false
         }
         return true
     }
 
-    private func openUrgentChannels(_ count: Int) {
+    private func openUrgentChannels(_ count: Int, areGreeted: Bool = true) {
+        let attempt = attempts
         schedule(after: plan.latency.lowerBound, plan.latency.upperBound * 4) { [self] in
+            // Of a connection that was given up meanwhile.
+            guard attempt == attempts else { return }
             guard sourceIsAlive, sourceConnection != nil, destinationIsAlive, now >= networkIsSilentUntil else {
                 return feedSource(.urgentChannelFailed("no route to the destination"))
             }
@@ -110,7 +157,8 @@ extension Simulator {
                 move.urgent[connection.id] = SimulatedMove.Urgent(
                     connection: connection, messages: ReturnPathDecoder(postcopyOf: map.blocks),
                     records: RAMRecordEncoder(blocks: map.blocks))
-                destinationAccepts(connection, isUrgent: true)
+                destinationAccepts(connection, isUrgent: areGreeted)
+                guard areGreeted else { continue }
                 let mark = MultifdGreeting.Mark(
                     migration: source.configuration.migration, channels: count, kind: .urgent)
                 send(
@@ -191,7 +239,16 @@ extension Simulator {
     /// On the main connection. - Returns: whether the message was a request.
     func tookRequest(_ message: ReturnPathMessage) -> Bool {
         guard case .postcopy(.requestPages(let request)) = message else { return false }
-        move.queue += claim(request)
+        let pages = claim(request)
+        // To a QEMU they go over the channel for requested pages, which says nothing itself.
+        if plan.rule == .qemu, var urgent = move.urgent.values.first {
+            var out: [UInt8] = []
+            for page in pages { write(page, &urgent.records, &out) }
+            move.urgent[urgent.connection.id] = urgent
+            if !out.isEmpty { send(out, on: urgent.connection, towards: .destination) }
+            return true
+        }
+        move.queue += pages
         serveQueue()
         return true
     }
@@ -222,6 +279,13 @@ extension Simulator {
     // MARK: Service
 
     private func serve(_ service: SimulatedMove.Service) {
+        let number = move.number
+        move.isServed = false
+        guard !move.packageIsLeaving || service == .requests else {
+            return schedule(after: microsecond, 100 * microsecond) { [self] in
+                if number == move.number, sourceConnection != nil { serve(service) }
+            }
+        }
         move.service = service
         move.records = RAMRecordEncoder(blocks: map.blocks)
         serveQueue()
@@ -240,7 +304,7 @@ extension Simulator {
         guard sourceIsAlive, number == move.number, sourceConnection != nil, move.service == .everything else { return }
         let pages = move.wanted.indices.filter { move.wanted[$0] }
         guard !pages.isEmpty else {
-            move.service = .nothing
+            (move.service, move.isServed) = (.nothing, true)
             return feedSource(.pagesServed)
         }
         let start = Int.random(in: 0..<pages.count, using: &generator)
@@ -256,14 +320,9 @@ extension Simulator {
 
     func urgentSourceLoses(_ connection: SimulatedConnection, _ reason: String) -> Bool {
         guard move.urgent.removeValue(forKey: connection.id) != nil else { return false }
+        // A QEMU closes it when it has all, and that may be heard before its last word.
+        if plan.rule == .qemu, move.isServed { return true }
         feedSource(.urgentChannelLost(reason))
         return true
-    }
-
-    func strikeUrgent() {
-        guard let moves = plan.postcopy, moves.cutSteps.contains(steps),
-            let channel = move.urgent.values.min(by: { $0.connection.id.rawValue < $1.connection.id.rawValue })
-        else { return }
-        cut(channel.connection)
     }
 }

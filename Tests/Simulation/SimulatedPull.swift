@@ -28,11 +28,12 @@ extension Simulator {
                 guard epoch == destinationEpoch else { return }
                 // Their threads have ended by now.
                 for id in closed { readers[id] = nil }
-                if bug != .keepsExpectations { pull = SimulatedPull(pages: plan.pages) }
+                if bug != .keepsExpectations { pull = SimulatedPull(pages: plan.pages, number: pull.number + 1) }
                 feedDestination(.unlistened)
             }
         case .endPostcopy: stopListening()
         case .finishPull(let waits): finishPull(until: waits ? now + 10 * second : now, epoch)
+        case .drop(let id): dropAtDestination(id)
         case .preparePostcopy, .pullPaused: break
         default: return false
         }
@@ -69,16 +70,28 @@ extension Simulator {
     /// A page came, on whatever channel. - Returns: false: it goes straight to its place.
     func pulled(_ value: UInt64, _ page: Int) -> Bool {
         guard pull.isListening else { return false }
-        guard pull.expected[page], !pull.placed[page] else {
-            if pull.placed[page] { violate("page \(page) came twice in one move") }
+        guard pull.expected[page], !pull.claimed[page] else {
+            if pull.claimed[page] { violate("page \(page) came twice in one move") }
             return true
         }
+        pull.claimed[page] = true
+        guard generator.chance(0.2) else {
+            settle(value, page)
+            return true
+        }
+        let number = pull.number
+        schedule(after: microsecond, 5 * millisecond) { [self] in
+            if number == pull.number, pull.isListening { settle(value, page) }
+        }
+        return true
+    }
+
+    private func settle(_ value: UInt64, _ page: Int) {
         pull.placed[page] = true
         destinationGuest.place(value, at: page)
         let ready = pull.waiting.filter { $0.page == page }
         pull.waiting.removeAll { $0.page == page }
         for waiter in ready { schedule(after: microsecond, 20 * microsecond) { waiter.goOn() } }
-        return true
     }
 
     /// Does something once that page is there, and has it asked for.
@@ -91,6 +104,8 @@ extension Simulator {
         let request = PageRequest(block: map.blocks[block].name, offset: offset, length: 4096)
         var writer = StreamWriter()
         writer.message(.postcopy(.requestPages(request)))
+        // Without a source it stays asked for, and is asked for again when there is one.
+        guard let main = pull.main, readers[main] != nil else { return }
         let isComplete = !pull.channels.isEmpty && !pull.channels.contains(nil)
         let id = isComplete ? pull.channels[page / 4 % pull.channels.count] : pull.main
         guard let id, let reader = readers[id] else { return }
@@ -135,7 +150,7 @@ extension Simulator {
 
     /// Nothing is left to happen: no vCPU may be waiting, unless the source is lost.
     func checkPullEnd() {
-        guard destinationIsAlive, destination.phase == .pulling, !isSilenced else { return }
+        guard destinationIsAlive, destination.phase == .pulling, !isSilenced || canBecomeWhole else { return }
         violate("the guest waits for ever for \(pull.waiting.count) pages")
     }
 

@@ -48,9 +48,31 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case losesTakenPages
     /// A destination whose move was taken back goes on expecting what was discarded then.
     case keepsExpectations
+    /// What the destination says it has is not looked at: all is sent again.
+    case sendsAllAgain
+    /// Pages that were sent over the lost connection are taken for delivered.
+    case takesSentForDelivered
+    /// The destination says what it has before the readers of the lost connection have placed what they claimed.
+    case tellsBitmapEarly
+    /// What a reader of the lost connection claimed is said to be there, and never placed.
+    case dropsClaimed
+    /// Who waits for a page is woken when the connection is lost.
+    case wakesOnLoss
+    /// A recovery that fails has the source resume its guest.
+    case resumesAfterFailedRecovery
+
+    var isOfRecovery: Bool {
+        switch self {
+        case .sendsAllAgain, .takesSentForDelivered, .tellsBitmapEarly, .dropsClaimed, .wakesOnLoss,
+            .resumesAfterFailedRecovery:
+            true
+        default: false
+        }
+    }
 
     var isOfPostcopy: Bool {
         [.forgetsToDiscard, .answersAgain, .losesRequests, .losesTakenPages, .keepsExpectations].contains(self)
+            || isOfRecovery
     }
 
     /// By which words of a violation it may be found.
@@ -65,9 +87,13 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .keepsOldState: ["device state differs"]
         case .forgetsToDiscard: ["pages differ"]
         case .answersAgain: ["came twice"]
-        case .losesRequests: ["waits for ever", "yet it"]
+        case .losesRequests: ["waits for ever", "yet it", "still busy", "never whole"]
         case .losesTakenPages: ["differ", "the guest reads"]
         case .keepsExpectations: ["came twice", "differ", "the guest reads"]
+        case .sendsAllAgain, .tellsBitmapEarly: ["came twice"]
+        case .takesSentForDelivered, .dropsClaimed: ["still busy", "waits for ever", "never whole"]
+        case .wakesOnLoss: ["the guest reads"]
+        case .resumesAfterFailedRecovery: ["both sides run", "without the right"]
         }
     }
 }
@@ -246,7 +272,7 @@ struct SimulationPlan: Sendable {
 
     /// Nothing goes wrong and nobody interferes: the migration must complete.
     var isUndisturbed: Bool {
-        cancelsAfter == nil && cutSteps.isEmpty && postcopy?.cutSteps.isEmpty ?? true
+        cancelsAfter == nil && cutSteps.isEmpty && postcopy?.isUndisturbed ?? true
             && faults.allSatisfy { if case .stall = $0 { true } else { false } }
     }
 }

@@ -11,6 +11,10 @@ struct SimulatedReader {
     var payload: [UInt8] = []
     /// A channel for requested pages that has not said what it is.
     var isGreeting = false
+    /// What it is shows in its first bytes.
+    var isRecognized = true
+    /// It waits for something before it reads on.
+    var isBlocked = false
     /// The package that is being read.
     var package: (decoder: StreamDecoder, bytes: [UInt8])?
 }
@@ -131,7 +135,8 @@ extension Simulator {
         var decoder = StreamDecoder(.load(blocks: map.blocks, catalogue: Self.catalogue))
         decoder.allowsPostcopy = true
         readers[connection.id] = SimulatedReader(
-            connection: connection, decoder: isUrgent ? .requestedPages(of: map.blocks) : decoder, isGreeting: isUrgent)
+            connection: connection, decoder: isUrgent ? .requestedPages(of: map.blocks) : decoder, isGreeting: isUrgent,
+            isRecognized: plan.rule != .qemu || connection.isStranger)
         feedDestination(.accepted(connection.id, answers: connection.isStranger || plan.rule != .oneWay))
     }
 
@@ -140,12 +145,17 @@ extension Simulator {
         guard destinationIsAlive else { return }
         readers[id]?.input.append(bytes)
         do {
-            guard try greets(id) else { return }
-            while violation == nil, var reader = readers.removeValue(forKey: id) {
+            guard try greets(id), isRecognized(id) else { return }
+            while violation == nil, readers[id]?.isBlocked == false, var reader = readers.removeValue(forKey: id) {
                 // Taken out and put back, so that its buffer is never copied.
                 let item = try next(&reader)
                 readers[id] = reader
-                for item in packaged.removeValue(forKey: id) ?? [] { feedDestination(.item(id, item)) }
+                for item in packaged.removeValue(forKey: id) ?? [] {
+                    feedDestination(.item(id, item))
+                    guard item == .command(.postcopy(.listen)) else { continue }
+                    recoveryDecoder = reader.decoder
+                    recoveryDecoder?.connectionReplaced()
+                }
                 guard let item else { return }
                 if isPlaced(item, from: id) { continue }
                 if case .command(.postcopy(.packaged)) = item {
@@ -153,6 +163,8 @@ extension Simulator {
                     pull.main = id
                 }
                 feedDestination(.item(id, item))
+                if case .command(.postcopy(let command)) = item { recover(command, on: id) }
+                if case .command(.resume) = item { awaitClaims(id) }
             }
         } catch {
             readers[id] = SimulatedReader(connection: connection, decoder: StreamDecoder(.describe(catalogue: .init())))

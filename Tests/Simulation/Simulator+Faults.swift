@@ -18,7 +18,14 @@ extension Simulator {
         connections.append(connection)
         destinationAccepts(connection)
         var writer = StreamWriter()
-        switch Int.random(in: 0..<6, using: &generator) {
+        switch Int.random(in: 0..<(plan.postcopy == nil ? 6 : 7), using: &generator) {
+        case 6:
+            // RECV_BITMAP, as a QEMU begins that takes up its postcopy.
+            schedule(after: microsecond, 10 * millisecond) { [self] in
+                feedDestination(.cameToRecover(connection.id))
+                guard plan.rule == .twoPhase else { return }
+                if destination.isRecovering(connection.id) { violate("a stranger takes up the guest without a name") }
+            }
         case 4, 5: send(imposture(), on: connection, towards: .destination)
         case 0: send(Array("GET / HTTP/1.1\r\n\r\n".utf8), on: connection, towards: .destination)
         case 1:
@@ -53,7 +60,14 @@ extension Simulator {
         return writer.bytes
     }
 
-    private func destinationDies() {
+    func sourceDies() {
+        trace("source dies")
+        sourceIsAlive = false
+        sourceGuest.stop(at: now)
+        for connection in connections where !connection.isStranger { close(connection, by: .source) }
+    }
+
+    func destinationDies() {
         trace("destination dies")
         destinationIsAlive = false
         destinationGuest.stop(at: now)
@@ -68,7 +82,7 @@ extension Simulator {
         destination = Self.destination(plan, instance: MigrationIdentifier(high: destinationEpoch, low: 3))
         destinationGuest = SimulatedGuest(emptyPages: plan.pages)
         (readers, destinationTimers) = ([:], [:])
-        pull = SimulatedPull(pages: plan.pages)
+        pull = SimulatedPull(pages: plan.pages, number: pull.number + 1)
     }
 
     func prepareCuts(of connection: SimulatedConnection) {
@@ -89,7 +103,7 @@ extension Simulator {
     }
 
     func strikeFaults() {
-        strikeUrgent()
+        strikePostcopy()
         if plan.cutSteps.contains(steps), let connection = sourceConnection { cut(connection) }
         if phaseSteps[source.phase] == nil { phaseSteps[source.phase] = steps }
         for fault in plan.faults {
@@ -107,11 +121,7 @@ extension Simulator {
                 if let connection = sourceConnection { resetSource(connection, heldFor: heldFor) }
             case .stall(let trigger, let side, let nanoseconds) where strikes(trigger):
                 if let connection = sourceConnection { stall(connection, towards: side, for: nanoseconds) }
-            case .death(.source, let trigger) where strikes(trigger):
-                trace("source dies")
-                sourceIsAlive = false
-                sourceGuest.stop(at: now)
-                for connection in connections where !connection.isStranger { close(connection, by: .source) }
+            case .death(.source, let trigger) where strikes(trigger): sourceDies()
             case .death(.destination, let trigger) where strikes(trigger): destinationDies()
             case .restart(let trigger, let pause) where strikes(trigger) && destinationIsAlive:
                 let hadGuest = destinationOwnsGuest
@@ -122,7 +132,7 @@ extension Simulator {
         }
     }
 
-    private func strikes(_ trigger: SimulationPlan.Trigger) -> Bool {
+    func strikes(_ trigger: SimulationPlan.Trigger) -> Bool {
         switch trigger {
         case .step(let step): step == steps
         case .phase(let phase, let plus): phaseSteps[phase].map { $0 + plus == steps } ?? false
@@ -132,10 +142,11 @@ extension Simulator {
     // MARK: Invariants
 
     /// QEMU's rule allows two owners when the acknowledgement is lost: that is why there are two phases.
-    private var rightIsExclusive: Bool { plan.rule != .qemu || plan.isUndisturbed }
+    private var rightIsExclusive: Bool { plan.rule != .qemu || plan.isUndisturbed || move.packageWasSent }
 
     /// QEMU's order of states; the ways out are open from everywhere.
     func checkOrder(_ status: MigrationStatus) {
+        if checkRecoveryOrder(status) { return }
         let order: [MigrationStatus] = [
             .none, .paused, .setup, .active, .preSwitchover, .device, .postcopyDevice, .postcopyActive, .unsettled,
             .postcopyPaused, .completed,
@@ -147,6 +158,7 @@ extension Simulator {
     }
 
     func checkInvariants() {
+        if plan.postcopy != nil { checkMoved() }
         guard rightIsExclusive else { return }
         let sourceRuns = sourceIsAlive && sourceGuest.runs
         let destinationRuns = destinationIsAlive && destinationGuest.runs
@@ -165,6 +177,7 @@ extension Simulator {
     func checkEnd() {
         let pulls: [SourcePhase] = isSilenced ? [.postcopyPaused, .pulled] : [.postcopyPaused]
         checkPullEnd()
+        checkWhole()
         if sourceIsAlive, ![.finished, .unsettled].contains(source.phase), !pulls.contains(source.phase) {
             violate("the source waits for ever in phase \(source.phase)")
         }
@@ -177,7 +190,12 @@ extension Simulator {
         let terminal: [DestinationPhase] = [.waiting, .started, .failed, .pullPaused] + (isSilenced ? [.pulling] : [])
         // With a QEMU source the destination may wait as long as that source's connection stands.
         let isPatient = plan.rule != .twoPhase && destination.phase == .receiving
-        if destinationIsAlive, !terminal.contains(destination.phase), !isPatient, destination.phase != .starting {
+        // By QEMU's rule loading state waits for a page as long as a guest does.
+        let waitsForPage =
+            plan.rule == .qemu && destination.phase == .loading && !pull.waiting.isEmpty && !canBecomeWhole
+        if destinationIsAlive, !terminal.contains(destination.phase), !isPatient, destination.phase != .starting,
+            !waitsForPage
+        {
             violate("the destination waits for ever in phase \(destination.phase)")
         }
         if destinationIsAlive, destination.phase == .starting, !startHangs {
@@ -185,6 +203,9 @@ extension Simulator {
         }
         if plan.isUndisturbed, ending != .completed {
             violate("nothing disturbed the migration, yet it \(ending.rawValue)")
+        }
+        if plan.isUndisturbed, recoveries > 0 {
+            violate("nothing disturbed the migration, yet it was taken up \(recoveries) times")
         }
         if ending == .completed, destinationIsAlive, !destinationOwnsGuest, plan.rule != .oneWay {
             violate("the source says completed, but the destination does not have the guest")

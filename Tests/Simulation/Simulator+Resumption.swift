@@ -81,7 +81,7 @@ extension Simulator {
 
     func paused() {
         // The guest moved.
-        if source.phase == .postcopyPaused { return }
+        if source.phase == .postcopyPaused { return pausedInPostcopy() }
         pauses += 1
         lastReport = .none
         if plan.guestRuns, !sourceGuest.runs { violate("the migration is paused, and the guest stands still") }

@@ -73,7 +73,7 @@ extension Simulator {
             schedule(after: plan.proceedsAfter, plan.proceedsAfter * 2) { [self] in feedSource(.proceed) }
         case .finished(let outcome): finished(outcome)
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
-        // Of a QEMU destination, of a recovery, and those that were performed above.
+        // Performed above.
         case .openUrgentChannel, .openUrgentChannels, .sendDiscards, .sendPackage, .serveRequests, .servePages,
             .takeBackPages, .prepareRecovery, .adoptBitmaps:
             break
@@ -101,6 +101,7 @@ extension Simulator {
             guard round == nil else { return connect() }
             let isFirst = connections.allSatisfy(\.isStranger)
             if source.phase == .reopening, generator.chance(plan.mistakes) { return connectToStranger() }
+            guard findsDestination() else { return }
             if isFirst, plan.faults.contains(where: { if case .refusal = $0 { true } else { false } }) {
                 return feedSource(.connectFailed("connection refused"))
             }
@@ -118,6 +119,7 @@ extension Simulator {
                     connection.towardsSource.bytesUntilCut = cut.bytes
                 }
             }
+            if source.phase == .recoverConnecting { prepareRecoveryCut(of: connection) }
             connections.append(connection)
             sourceConnection = connection
             sourceMessages = ReturnPathDecoder(postcopyOf: plan.postcopy == nil ? [] : map.blocks)
@@ -136,9 +138,10 @@ extension Simulator {
     }
 
     /// What a job of the sender writes.
-    func sourceSendsOnMain(_ bytes: [UInt8]) {
-        guard let connection = sourceConnection else { return }
-        send(bytes, on: connection, towards: .destination)
+    @discardableResult
+    func sourceSendsOnMain(_ bytes: [UInt8]) -> Bool {
+        guard let connection = sourceConnection else { return false }
+        return send(bytes, on: connection, towards: .destination)
     }
 
     func sourceReads(_ bytes: [UInt8], on connection: SimulatedConnection) {
@@ -146,7 +149,13 @@ extension Simulator {
         guard sourceIsAlive, connection === sourceConnection else { return }
         sourceInput.append(bytes)
         do {
-            while connection === sourceConnection, let message = try sourceMessages.next(from: &sourceInput) {
+            while connection === sourceConnection {
+                if sourceMessages.payloadBytes > 0 {
+                    guard takeBitmap() else { return }
+                    continue
+                }
+                guard let message = try sourceMessages.next(from: &sourceInput) else { return }
+                if tookBitmapHead(message) { continue }
                 if case .pong(let value) = message, let mark = ResumptionMark(pong: value) {
                     acknowledged(mark)
                     continue

@@ -68,6 +68,8 @@ final class Simulator {
     var startOrderedAt: UInt64 = 0
     var loads = 0
     var readers: [ConnectionID: SimulatedReader] = [:]
+    /// For a QEMU's next connection, which begins without a header.
+    var recoveryDecoder: StreamDecoder?
     var destinationTimers: [ProtocolTimer.Kind: UInt64] = [:]
     var destinationOutcomes: [DestinationOutcome] = []
 
@@ -79,6 +81,10 @@ final class Simulator {
     /// The source's memory when the guest stood still for its move.
     var truth: [UInt64] = []
     var movesTakenBack = 0
+    /// How often the operator took it up again.
+    var recoveries = 0
+    /// The source lost its destination in postcopy; the guest runs at the destination.
+    var (hasPaused, hasArrived) = (false, false)
 
     // The network.
     var connections: [SimulatedConnection] = []
@@ -105,7 +111,7 @@ final class Simulator {
         pending = [Bool](repeating: true, count: plan.pages)
         records = RAMRecordEncoder(blocks: map.blocks)
         move = SimulatedMove(records: RAMRecordEncoder(blocks: map.blocks))
-        pull = SimulatedPull(pages: plan.pages)
+        pull = SimulatedPull(pages: plan.pages, number: 0)
         var configuration =
             SourceConfiguration(
                 migration: MigrationIdentifier(high: seed, low: 1), machineName: Self.machineName, blocks: map.blocks,
@@ -130,7 +136,7 @@ final class Simulator {
         waiting.deadlines.kept = 600 * second
         if plan.postcopy != nil {
             waiting.allowsPostcopy = true
-            waiting.features.insert(.postcopy)
+            if plan.rule == .twoPhase { waiting.features.insert(.postcopy) }
         }
         return DestinationCore(waiting)
     }
@@ -191,6 +197,7 @@ final class Simulator {
             action()
             strikeFaults()
             checkInvariants()
+            if now > Self.timeLimit, waitsPatiently { break }
             if steps > Self.stepLimit || now > Self.timeLimit {
                 violate(
                     "still busy after \(steps) steps and \(now / second) s: source \(source.phase), "
@@ -200,6 +207,11 @@ final class Simulator {
         if violation == nil { checkEnd() }
         if let violation { throw violation }
         return ending
+    }
+
+    /// By QEMU's rule a destination waits for as long as its source's connection stands, and so does a silent channel's visitor.
+    private var waitsPatiently: Bool {
+        plan.rule == .qemu && destination.phase == .receiving && (!sourceIsAlive || source.phase == .finished)
     }
 
     /// What may fail or hang: the next local operation of that side answers, fails or says nothing.

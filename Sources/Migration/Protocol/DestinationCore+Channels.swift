@@ -87,6 +87,8 @@ extension DestinationCore {
         _ connection: ConnectionID, _ number: UInt8, _ mark: MultifdGreeting.Mark
     ) -> String? {
         if let reason = precedes(connection) { return reason }
+        // They are made when the main connection is known.
+        if let source, connection.rawValue < source.rawValue { return "it belongs to a connection that was lost" }
         guard source != nil, features.contains(.postcopy), pull < .complete, phase < .started else {
             return "it is a channel for requested pages, and the migration under way asks for none"
         }

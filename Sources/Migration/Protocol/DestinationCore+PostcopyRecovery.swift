@@ -4,7 +4,7 @@ import MigrationStream
 // a missing page waits.
 //
 // A QEMU source says without a header which bitmaps it wants: who does so is believed where the operator has just said that one may come
-// (`migrate-recover`), and only there.
+// (`migrate-recover`), and only there. A Godwit's guest is given to nobody who does not know the migration's name.
 
 extension DestinationCore {
     /// Whether the guest is ours and its source is lost.
@@ -20,6 +20,10 @@ extension DestinationCore {
         guard let visitor = visitors[connection], visitor.wish == .unknown else { return }
         guard isForsaken, recoveryIsAwaited, visitor.answers else {
             return dismiss(connection, "it would take up a postcopy, and nobody said migrate-recover", &actions)
+        }
+        // A Godwit knows the migration's name, and says it.
+        guard rule != .twoPhase else {
+            return dismiss(connection, "it would take up a postcopy without saying which", &actions)
         }
         takeUp(connection, &actions)
     }

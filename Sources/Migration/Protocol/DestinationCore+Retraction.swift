@@ -20,8 +20,9 @@ extension DestinationCore {
         guard phase == .starting, let attempt = committed else { return }
         phase = .ready
         let isAskedFor = visitors.values.contains { $0.wish == .verdict }
-        guard source != nil, !isAskedFor else {
-            fail("the guest could not start in time, and its source is lost", tellsSource: false, &actions)
+        // One that came back takes the guest for one that runs: it has no way back either.
+        guard source != nil, !isAskedFor, !isRecovering else {
+            fail("the guest could not start in time, and its source is lost", tellsSource: isRecovering, &actions)
             return answerVisitors(&actions)
         }
         reopen(attempt, &actions)

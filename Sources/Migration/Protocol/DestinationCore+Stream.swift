@@ -8,6 +8,9 @@ extension DestinationCore {
         if pull >= .running { return takeBehindRun(item, &actions) }
         guard phase < .starting else { return }
         expectMore(&actions)
+        if isUnlistening, !mayComeMeanwhile(item) {
+            return fail("the source sent something else than RAM before it heard RETRACTED", &actions)
+        }
         switch item {
         case .configurationSubsection(let subsection): check(subsection, &actions)
         case .command(let command): take(command, &actions)
@@ -33,6 +36,16 @@ extension DestinationCore {
             load(&actions)
         case .header, .configuration: outOfTurn("a second opening", &actions)
         case .ramRecordsEnded, .vmDescription, .mappedBlock: break
+        }
+    }
+
+    /// Memory is being given up to the source again. What it said before it can have known of that is pages that were asked for, behind a
+    /// COMMIT_WITHIN that came too late: wherever they go, they come again. But another move must not begin before this one is undone.
+    private func mayComeMeanwhile(_ item: StreamItem) -> Bool {
+        switch item {
+        case .ramRound, .page, .zeroPage, .pageBatch, .ramRecordsEnded, .ramSectionEnded(.part): true
+        case .command(.ping), .command(.cancel): true
+        default: false
         }
     }
 

@@ -157,6 +157,7 @@ extension SourceCore {
             goOn(&actions)
         // Said before RETRACT was heard: it is void, and tells how long loading took.
         case .ready(let nanoseconds):
+            readyAttempt = attempt
             // It is the destination's word, and may be any number.
             configuration.switchover.costs.learn(.load, min(nanoseconds, 1 << 60) + roundTripNanoseconds)
         default: outOfTurn(message, &actions)

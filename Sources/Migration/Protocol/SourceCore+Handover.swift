@@ -25,6 +25,7 @@ extension SourceCore {
         cancelTimer(.keepAlive, &actions)
         partBegan = now
         if guestWasRunning { beginStandstill(&actions) }
+        releaseMove(&actions)
         beginSwitch(&actions)
     }
 
@@ -137,6 +138,7 @@ extension SourceCore {
 
     /// READY: the destination can start at once. The one place where it is told to.
     private mutating func commit(after loading: UInt64, _ actions: inout [SourceAction]) {
+        readyAttempt = attempt
         let travel = endPart(.load)
         if travel > loading { roundTripNanoseconds = min(roundTripNanoseconds, travel - loading) }
         if isTooLate() { return breakOff("the destination was not ready in time", &actions) }
@@ -197,17 +199,29 @@ extension SourceCore {
         switch message {
         case .pong(let value): pongsAwaited == 0 || ResumptionMark(pong: value) != nil
         case .switchoverAcknowledged: switchoverIsAcknowledged
+        // Behind RETRACT: one may have been on its way.
+        case .ready: phase == .retracting && readyAttempt == attempt
         default: false
         }
     }
 
-    /// Once the destination was told to start, a deadline ends the wait for its answer in any case.
+    /// Deadlines would end most of it, but not soon.
     private mutating func endlessTalk(_ actions: inout [SourceAction]) {
         let reason = "the destination goes on answering what it was not asked"
         if isResuming { return pause(reason, &actions) }
-        // In postcopy nothing else would end it.
-        if (.packageLeaving...SourcePhase.pulledWhole).contains(phase) { return postcopyLost(reason, &actions) }
-        retreat(.failed(reason), farewell: reason, &actions)
+        switch phase {
+        // None of it says whether the guest runs there.
+        case .committed: doubt(reason, &actions)
+        // How it ended for the package decides; nobody need listen meanwhile.
+        case .packageLeaving where isConnected:
+            postcopyLost(reason, &actions)
+            actions.append(.abandon)
+            isConnected = false
+        case .packageLeaving...SourcePhase.pulledWhole: postcopyLost(reason, &actions)
+        case .recoverGreeting...SourcePhase.resumingPostcopy: pausePostcopy(reason, &actions)
+        case .retreating: disconnected(reason, &actions)
+        default: retreat(.failed(reason), farewell: reason, &actions)
+        }
     }
 
     private mutating func answered(_ message: ReturnPathMessage, _ actions: inout [SourceAction]) {

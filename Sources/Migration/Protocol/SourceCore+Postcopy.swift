@@ -128,9 +128,14 @@ extension SourceCore {
         stopWasAsked = true
         actions.append(.stopGuest)
         beginStandstill(&actions)
-        // What is left of RAM does not count, and device state is what it is: another attempt will not find much else.
-        if rule != .twoPhase || brokenMoves >= Self.boundMoves { suspendContract(&actions) }
+        releaseMove(&actions)
         enter(.stoppingGuest, deadline: configuration.deadlines.localWork, &actions)
+    }
+
+    /// What is left of RAM does not count, and device state is what it is: another attempt will not find much else.
+    mutating func releaseMove(_ actions: inout [SourceAction]) {
+        guard isPostcopy, rule != .twoPhase || brokenMoves >= Self.boundMoves else { return }
+        suspendContract(&actions)
     }
 
     /// So many attempts are held to the downtime limit, where a destination can take a start back.

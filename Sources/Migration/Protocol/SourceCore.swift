@@ -136,6 +136,8 @@ public struct SourceCore: Sendable {
     var isBound = false
     /// Attempts that came as far as PREPARE, or as far as the PING of `confirming`.
     var attempt: UInt32 = 0
+    /// The last one for which READY was heard.
+    var readyAttempt: UInt32 = 0
     /// Answers of the shell that are still to come, `breakingOff`.
     var awaited: Awaited?
     /// A new connection takes up the migration.
