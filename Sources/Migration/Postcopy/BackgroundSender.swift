@@ -75,11 +75,26 @@ struct BackgroundSender: ~Copyable {
     /// Takes what will be asked for next, and if that is little or nothing, what the walk comes to.
     private mutating func nextBatch(limit: Int) -> [OutgoingPages.Piece] {
         let foreseen = requests.prefetch.take(from: pages, limit: limit)
-        if let latest = requests.takePlace() { place = latest }
-        guard let first = foreseen.first else { return pages.take(from: &place, limit: UInt64(limit)) }
+        let end = turn()
+        let left = min(UInt64(limit), end - place.page.value)
+        guard let first = foreseen.first else { return pages.take(from: &place, limit: left) }
         let count = foreseen.reduce(0) { $0 + $1.pageCount }
-        guard count < min(Self.fewPages, UInt64(limit)), place.block == first.block else { return foreseen }
-        return foreseen + pages.takeMore(from: &place, limit: UInt64(limit) - count)
+        guard count < min(Self.fewPages, left), place.block == first.block else { return foreseen }
+        return foreseen + pages.takeMore(from: &place, limit: left - count)
+    }
+
+    /// Has the walk go to where a page was asked for last; but not out of what may be a huge page at the destination, which is put together
+    /// of pages that come one behind the other. - Returns: the page where that ends.
+    private mutating func turn() -> UInt64 {
+        let huge = RAMBlock.transparentHugePages
+        func start(of page: PageIndex) -> UInt64 { page.value / huge * huge }
+        let isInside = place.page.value % huge != 0
+        if !isInside || !pages.isAnyLeft(from: place, before: PageIndex(start(of: place.page) + huge)),
+            let latest = requests.takePlace()
+        {
+            place = OutgoingPages.Place(block: latest.block, page: PageIndex(start(of: latest.page.advanced(by: -1))))
+        }
+        return start(of: place.page) + huge
     }
 
     private var pagesAtOnce: Int {

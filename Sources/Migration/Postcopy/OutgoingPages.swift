@@ -237,6 +237,11 @@ final class OutgoingPages: Sendable {
     /// Whether nobody has taken a page that is to be sent.
     func isLeft(_ page: PageIndex, of block: Int) -> Bool { wanted[block].contains(page) }
 
+    /// Whether there is something to be sent from a place on, in its block before that page.
+    func isAnyLeft(from place: Place, before end: PageIndex) -> Bool {
+        wanted[place.block].nextRun(from: place.page, before: end, limit: 1) != nil
+    }
+
     /// Takes a page that is to be sent, with those that go with it, of which it is the first; `nil`: it is gone, or not needed.
     func take(_ page: PageIndex, of block: Int) -> Piece? {
         let all = page..<page.advanced(by: Int(hostPages[block]))

@@ -33,6 +33,8 @@ final class StagedHugePage: Sendable {
     private let pageMap: PageMap
     private let contents = Mutex<Contents?>(nil)
 
+    /// A run that long begins one, wherever; a shorter one only with the first page that is missing: pages here and there are no walk.
+    private static let runPages = 32
     /// So many pages are read at once.
     private static let roomPages = 64
     /// So many pages are placed by one call, of those that do not move: it holds up who changes the address space.
@@ -69,7 +71,7 @@ final class StagedHugePage: Sendable {
     /// Where the contents of the first pages of a run go. - Returns: `nil`: they are no part of a page that can be put together.
     func room(for run: Range<PageIndex>, of block: Int) throws(SystemError) -> PagePlacer.Room? {
         let first = run.lowerBound
-        guard let pages = try opened(at: first, of: block) else { return nil }
+        guard let pages = try opened(for: run, of: block) else { return nil }
         let end = min(first.advanced(by: Self.roomPages), run.upperBound, pages.upperBound)
         return PagePlacer.Room(mapping: room, offset: offset(of: first, in: pages), pages: first..<end)
     }
@@ -128,12 +130,15 @@ final class StagedHugePage: Sendable {
     }
 
     /// - Returns: the pages of the one that is filled from now on; `nil`: that is none.
-    private func opened(at page: PageIndex, of block: Int) throws(SystemError) -> Range<PageIndex>? {
+    private func opened(for run: Range<PageIndex>, of block: Int) throws(SystemError) -> Range<PageIndex>? {
+        let first = run.lowerBound
         let now = contents.withLock { $0 }
-        if let now, now.block == block, now.pages.contains(page) { return now.pages }
-        guard let pages = placement.memory.blocks[block].hugePlace(holding: page) else { return nil }
+        if let now, now.block == block, now.pages.contains(first) { return now.pages }
+        guard let pages = placement.memory.blocks[block].hugePlace(holding: first) else { return nil }
         let record = pending.blocks[block]
-        guard record.expected.count(in: pages) == UInt64(pages.count),
+        let before = pages.lowerBound..<first
+        guard run.count >= Self.runPages || record.claimed.count(in: before) == UInt64(before.count),
+            record.expected.count(in: pages) == UInt64(pages.count),
             record.claimed.count(in: pages) <= Self.mostPresent
         else { return nil }
         try close()
