@@ -194,26 +194,16 @@ struct PostcopyMigrationTests {
                 try script.discard([pages(500..<700), pages(701..<702), pages(1000..<2048)])
                 try script.send(package: script.package())
                 script.waitToHear(.pong(4))
-                let readers = try (0..<3).map { number in
-                    try HostThread(name: "read\(number)") { destination.claimMemory(of: source, "reader \(number)") }
-                }
-                let isOver = Atomic(false)
-                let server = try HostThread(name: "serve") {
-                    while !isOver.load(ordering: .acquiring) { try? script.serve(quietMilliseconds: 50) }
-                }
-                for reader in readers { reader.join() }
-                isOver.store(true, ordering: .releasing)
+                try script.serve(readers: 3, of: destination, against: source)
                 let asked = Set(script.requests.map { $0.offset >> 12 })
                 claim(asked.count == script.requests.count, "a page was asked for twice")
                 claim(asked.allSatisfy { (500..<2048).contains($0) }, "a page was asked for that is here")
-                // Wakes the server up once more; pages that are here already stay as they are.
+                // Pages that are here already stay as they are.
                 try script.pages([pages(0..<2048)])
                 try script.pages([], final: true)
                 try script.end()
                 try destination.awaitEnd(.completed, "at its end")
                 destination.claimMemory(of: source, "at the end")
-                script.channel.cancel()
-                server.join()
             }
         }
     }
