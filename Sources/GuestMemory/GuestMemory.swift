@@ -91,6 +91,9 @@ public final class GuestMemory: Sendable {
         }
     }
 
+    /// Whether what was read so far is what is there: no awaited page was given up (``RAMBlock/forsake()``).
+    public var isKept: Bool { blocks.allSatisfy { (try? $0.checkIsKept()) != nil } }
+
     /// Bytes of guest memory; never-touched pages read as zeroes and stay untouched. - Throws: `AccessError` if a part of the range is not RAM.
     public func read(at address: GuestPhysicalAddress, count: Int) throws(AccessError) -> [UInt8] {
         var bytes: [UInt8] = []

@@ -1,3 +1,4 @@
+import Glibc
 public import Host
 import Synchronization
 
@@ -45,6 +46,7 @@ public final class RAMBlock: Sendable {
     /// Pages that show a file until they are written, in order: allocated, whether or not somebody touched them.
     private let shown = Mutex<[Range<PageIndex>]>([])
     private let awaited = Mutex<(any AwaitedPages)?>(nil)
+    private let isForsaken = Atomic<Bool>(false)
     /// The kernel is asked to back it with transparent huge pages.
     public let wantsHugePages: Bool
 
@@ -187,6 +189,17 @@ public final class RAMBlock: Sendable {
     /// From now on these pages are on their way; `nil`: all are here.
     public func expect(_ pages: (any AwaitedPages)?) { awaited.withLock { $0 = pages } }
 
+    /// Awaited pages will never come, and are about to read as zeroes: whoever reads from here on, or waits now, is told.
+    public func forsake() { isForsaken.store(true, ordering: .sequentiallyConsistent) }
+
+    /// Call behind a look at memory. - Throws: `SystemError`: it may have seen zeroes in the place of pages that never came.
+    public func checkIsKept() throws(SystemError) {
+        guard isForsaken.load(ordering: .sequentiallyConsistent) else { return }
+        throw SystemError(
+            "read", "RAM block '\(name)'", code: EIO,
+            remedy: "pages of it were waited for, and do not come any more")
+    }
+
     /// Gives a range back to the host: it is a hole, and its contents are gone. - Throws: `SystemError`.
     public func discard(_ pages: Range<PageIndex>) throws(SystemError) {
         let (start, end) = (Int(pages.lowerBound.offset.value), Int(pages.upperBound.offset.value))
@@ -215,11 +228,14 @@ public final class RAMBlock: Sendable {
     }
 
     /// Copies bytes out; holes read as zeroes and stay holes, and awaited pages are waited for.
+    /// - Throws: `SystemError`, also when they turned out never to come.
     @unsafe public func copy(at offset: Int, into buffer: UnsafeMutableRawBufferPointer) throws(SystemError) {
+        try checkIsKept()
         // A file knows nothing of pages on their way.
         if let file, awaited.withLock({ $0 }) == nil { return try unsafe file.read(at: UInt64(offset), into: buffer) }
         // Reading private memory maps the kernel's zero page and allocates nothing.
         unsafe mapping.withBytes(at: offset, count: buffer.count) { unsafe buffer.copyMemory(from: $0) }
+        try checkIsKept()
     }
 
     /// Bytes of the block; holes read as zeroes and stay holes, and awaited pages are waited for.

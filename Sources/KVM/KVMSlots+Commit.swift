@@ -56,7 +56,11 @@ extension KVMSlots: MemoryListener {
             counters.withLock { $0.pauses += 1 }
             try hold.hold { () throws(MemoryError) in try perform(plan) }
         } else {
-            try perform(plan)
+            do throws(MemoryError) { try perform(plan) } catch {
+                // Who is inside the guest must hear of it.
+                if damage != nil { hold.hold {} }
+                throw error
+            }
         }
     }
 
@@ -93,9 +97,19 @@ extension KVMSlots: MemoryListener {
     private func exchange(
         _ pages: Range<UInt64>, from old: ShownPages.Content?, to new: ShownPages.Content?
     ) throws(AcceleratorError) {
-        do throws(SystemError) { try windows.exchange(pages, from: old, to: new, blocks: memory.blocks) } catch {
-            throw AcceleratorError(error.description)
+        do throws(SlotWindows.Failure) {
+            try windows.exchange(pages, from: old, to: new, blocks: memory.blocks)
+        } catch {
+            guard let wayBack = error.wayBack else { throw AcceleratorError(error.cause.description) }
+            throw AcceleratorError(damaged(error.cause.description, wayBack.description))
         }
+    }
+
+    /// The slots are neither as they were nor as they should be: no vCPU runs on. - Returns: the sentence for whoever wanted the change.
+    private func damaged(_ failure: String, _ wayBack: String) -> String {
+        let sentence = "\(failure); and the way back failed: \(wayBack)"
+        isDamaged(sentence)
+        return sentence
     }
 
     /// Undoes operations, the last first. - Returns: what to say, which is more than `failure` if the way back was barred too.
@@ -103,7 +117,7 @@ extension KVMSlots: MemoryListener {
         var sentence = failure
         for operation in done.reversed() {
             do throws(AcceleratorError) { try undo(operation) } catch {
-                sentence += "; and the way back failed: \(error.description)"
+                sentence = damaged(sentence, error.description)
             }
         }
         return sentence

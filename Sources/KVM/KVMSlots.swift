@@ -31,6 +31,8 @@ final class KVMSlots: Sendable {
     private let observing = Mutex<(any SlotObserver)?>(nil)
     private let kernel = Mutex(Kernel())
     private let scratch: ScratchSlot
+    private let damageFound = Mutex<String?>(nil)
+    private let hasDamage = Atomic<Bool>(false)
 
     /// What the kernel was told last.
     private struct Kernel {
@@ -42,6 +44,15 @@ final class KVMSlots: Sendable {
     var slots: [Slot] { table.withLock { $0 } }
 
     var observer: (any SlotObserver)? { observing.withLock { $0 } }
+
+    /// Why nobody knows what the slots show: a change of the layout failed, and so did the way back. Once so, so for good.
+    var damage: String? { hasDamage.load(ordering: .acquiring) ? damageFound.withLock { $0 } : nil }
+
+    /// No vCPU enters the guest any more: it would go on with memory that may not be its own.
+    func isDamaged(_ sentence: String) {
+        damageFound.withLock { $0 = $0 ?? sentence }
+        hasDamage.store(true, ordering: .sequentiallyConsistent)
+    }
 
     func setObserver(_ new: any SlotObserver) { observing.withLock { $0 = new } }
 

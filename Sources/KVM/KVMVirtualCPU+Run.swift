@@ -19,6 +19,9 @@ extension KVMVirtualCPU {
         }
         hasPendingAccess = false
         guard result >= 0 else {
+            if result == -ENOTRECOVERABLE, let damage = slots.damage {
+                return .failed("vcpu\(index): the memory layout could not be changed, nor left as it was: \(damage)")
+            }
             if result == -EINTR || result == -EAGAIN { return .interrupted }
             if result == -EFAULT { return resolveFault(since: generation) }
             return .failed(SystemError("KVM_RUN", "vcpu\(index)", code: -result).description)
@@ -39,6 +42,7 @@ extension KVMVirtualCPU {
     private func enterGuest() throws(SystemError) -> CInt {
         slots.hold.enter(self)
         defer { slots.hold.leave(self) }
+        guard slots.damage == nil else { return -ENOTRECOVERABLE }
         let began = beginRun()
         defer { endRun(began) }
         guard let ring else { return gw_kvm_run(descriptor.number, 0) }

@@ -50,11 +50,20 @@ final class SlotWindows: Sendable {
             pages: content.firstPage..<content.firstPage.advanced(by: pages.count))
     }
 
+    /// An exchange that failed.
+    struct Failure: Error {
+        let cause: SystemError
+        /// Why what was there before could not be shown, or watched, again: then nobody knows what the guest would find there.
+        var wayBack: SystemError?
+    }
+
     /// Exchanges what stands behind guest pages of one granule. Atomic for whoever touches them.
     func exchange(
         _ pages: Range<UInt64>, from old: ShownPages.Content?, to new: ShownPages.Content?, blocks: [RAMBlock]
-    ) throws(SystemError) {
-        try show(pages, from: old, to: new, blocks: blocks)
+    ) throws(Failure) {
+        do throws(SystemError) { try show(pages, from: old, to: new, blocks: blocks) } catch {
+            throw Failure(cause: error)
+        }
         guard let watch = watch.withLock({ $0 }) else { return }
         guard let new else {
             let address = hostAddress(of: pages.lowerBound)
@@ -62,9 +71,12 @@ final class SlotWindows: Sendable {
         }
         if let old, old.block == new.block, old.firstPage == new.firstPage { return }
         do throws(SystemError) { try watch.shows(window(pages, new)) } catch {
-            try? show(pages, from: new, to: old, blocks: blocks)
-            if let old { try? watch.shows(window(pages, old)) }
-            throw error
+            var failure = Failure(cause: error)
+            do throws(SystemError) {
+                try show(pages, from: new, to: old, blocks: blocks)
+                if let old { try watch.shows(window(pages, old)) }
+            } catch { failure.wayBack = error }
+            throw failure
         }
     }
 

@@ -10,6 +10,7 @@ final class Board: Bus {
     let uart: UART16550
     let bios: BIOSServices
     private let memory: GuestMemory
+    private let isDeaf = Atomic<Bool>(false)
 
     /// What devices ask of the machine.
     enum Request: Sendable {
@@ -50,14 +51,18 @@ final class Board: Bus {
         bios.bootDisk.reset()
     }
 
+    /// What vCPUs want of it from here on comes to nothing.
+    func becomeDeaf() { isDeaf.store(true, ordering: .sequentiallyConsistent) }
+
     // MARK: Bus
 
     func portRead(_ port: UInt16, size: Int, from cpu: any VirtualCPU) -> UInt32 {
-        guard let size = PortAccessSize(rawValue: UInt8(size)) else { return .max }
+        guard !isDeaf.load(ordering: .acquiring), let size = PortAccessSize(rawValue: UInt8(size)) else { return .max }
         return ports.read(port: port, size: size)
     }
 
     func portWrite(_ port: UInt16, size: Int, value: UInt32, from cpu: any VirtualCPU) {
+        guard !isDeaf.load(ordering: .acquiring) else { return }
         if let interrupt = BIOSImage.interrupt(hypercallPort: port) {
             serveBIOS(interrupt, cpu)
             return
@@ -67,9 +72,12 @@ final class Board: Bus {
     }
 
     /// By the memory tree: a device, memory that was not shown at the moment or not for writing, or nothing, where reads float high.
-    func memoryRead(_ address: GuestPhysicalAddress, size: Int) -> UInt64 { memory.guestRead(address, byteCount: size) }
+    func memoryRead(_ address: GuestPhysicalAddress, size: Int) -> UInt64 {
+        isDeaf.load(ordering: .acquiring) ? .max : memory.guestRead(address, byteCount: size)
+    }
 
     func memoryWrite(_ address: GuestPhysicalAddress, size: Int, value: UInt64) {
+        guard !isDeaf.load(ordering: .acquiring) else { return }
         memory.guestWrite(address, byteCount: size, value: value)
     }
 

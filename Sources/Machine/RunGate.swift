@@ -11,6 +11,8 @@ final class RunGate: Sendable {
         var closings: UInt64 = 0
         /// Until the first thread is in: when it must be, at the latest.
         var deadline: UInt64?
+        /// Closed for good.
+        var isRetired = false
     }
 
     private let state = Monitor(State())
@@ -18,6 +20,7 @@ final class RunGate: Sendable {
     private let isDecided = Monitor(false)
     /// Looked at by every vCPU before it enters the guest.
     private let closing = Atomic<Bool>(true)
+    private let retired = Atomic<Bool>(false)
 
     /// A vCPU should come out.
     var mustStop: Bool { closing.load(ordering: .acquiring) }
@@ -48,6 +51,7 @@ final class RunGate: Sendable {
 
     func open() {
         state.withLock {
+            guard !$0.isRetired else { return }
             closing.store(false, ordering: .releasing)
             $0.isOpen = true
         }
@@ -59,11 +63,14 @@ final class RunGate: Sendable {
     /// - Returns: whether one is in.
     func open(until deadline: UInt64) -> Bool {
         isDecided.withLock { $0 = false }
-        state.withLock {
+        let isRetired = state.withLock {
+            guard !$0.isRetired else { return true }
             closing.store(false, ordering: .releasing)
             $0.deadline = deadline
             $0.isOpen = true
+            return false
         }
+        if isRetired { return false }
         let now = Clock.monotonicNanoseconds
         isDecided.wait(deadline: .after(nanoseconds: deadline > now ? deadline - now : 0)) { $0 ? () : nil }
         return state.withLock { state in
@@ -84,5 +91,20 @@ final class RunGate: Sendable {
         }
         kick()
         state.wait { $0.inside == 0 ? () : nil }
+    }
+
+    /// What threads still bring out of the guest does not count.
+    var isRetired: Bool { retired.load(ordering: .acquiring) }
+
+    /// Closes the gate for good, and does not wait until none is inside: some may sleep for memory that never comes.
+    func retire(kick: () -> Void) {
+        state.withLock {
+            if $0.isOpen { $0.closings += 1 }
+            $0.isOpen = false
+            $0.isRetired = true
+            closing.store(true, ordering: .sequentiallyConsistent)
+            retired.store(true, ordering: .sequentiallyConsistent)
+        }
+        kick()
     }
 }

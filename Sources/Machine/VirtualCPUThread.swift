@@ -25,7 +25,8 @@ final class VirtualCPUThread: Sendable {
     func run() {
         while true {
             let closings = gate.enter()
-            let reason = runUntilStopped()
+            let found = runUntilStopped()
+            let reason = gate.isRetired ? nil : found
             // The answer to the last access must be in the registers before anybody saves them.
             cpu.completePendingAccess(board)
             if let reason { ending(reason) }

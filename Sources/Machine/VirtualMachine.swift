@@ -208,6 +208,13 @@ public final class VirtualMachine: Sendable {
         gate.close { for cpu in accelerator?.cpus ?? [] { cpu.kick() } }
     }
 
+    /// The guest never runs again: its memory is about to lose pages. Does not wait: a vCPU may sleep for one of them, inside the guest.
+    /// Where it wakes up it leaves, and nobody hears what it says until then.
+    public func retire() {
+        board?.becomeDeaf()
+        gate.retire { for cpu in accelerator?.cpus ?? [] { cpu.kick() } }
+    }
+
     // MARK: Commands
 
     /// Lets the guest run (`cont`). - Throws: `MachineError` where that would be wrong, saying why.

@@ -85,6 +85,46 @@ struct HostileDestinationTests {
     }
 
     @Test(
+        "each word on each channel for requested pages that was greeted: a sentence, bounded memory, and nobody runs twice",
+        arguments: [PostcopyPeer.Moment.rounds, .pulled])
+    func channels(moment: PostcopyPeer.Moment) throws {
+        print("garbage: a hostile destination on the channels of a Godwit, seed \(seed)")
+        let image = try MemoryImage("\(bench.folder)/image", byteCount: Self.byteCount, content: .mixed, seed: seed)
+        var random = SeededRandom(seed: seed)
+        var source: VM?
+        for (number, words) in Self.onChannels.enumerated() {
+            let what = "seed \(seed): \(words.name) on a channel \(moment)"
+            let vm = try source ?? start("source-\(number)", image)
+            source = vm
+            let before = vm.peakMemory
+            // Slowly: who says nonsense when all was sent is not heard any more.
+            let peer = try meet(vm, preempts: true, isGodwit: true, channels: 3, rate: 64 << 10, what) { peer, start in
+                try peer.read(to: moment) { if moment > .rounds { try start() } }
+            }
+            try #require(peer.urgents.count == 3, "\(what)")
+            try? words.say(peer, &random)
+            // What is nonsense is noticed without anything else being said.
+            let isHalf = words.name.hasPrefix("half")
+            let isNoticed = vm.wait(seconds: isHalf ? 0 : 8) {
+                _ = peer.drain(seconds: 0)
+                return ["failed", "postcopy-paused"].contains((try? vm.migrationStatus()) ?? "")
+            }
+            #expect(isNoticed != isHalf, "\(what): \((try? vm.migration()).map { "\($0)" } ?? "")")
+            Socket.shutdown(peer.main)
+            let status = judge(vm, peer, words.name, moment, what)
+            #expect(status == (moment == .rounds ? "failed" : "postcopy-paused"), "\(what)")
+            #expect(vm.peakMemory - min(before, vm.peakMemory) <= Self.mostGrowth, "\(what)")
+            // A guest that stayed goes on to the next one.
+            if status != "failed" { end(&source, what) }
+        }
+        if let vm = source {
+            try vm.saveMemory(Self.byteCount, to: "\(bench.folder)/saved")
+            #expect(try image.difference(from: "\(bench.folder)/saved") == nil, "seed \(seed)")
+        }
+        end(&source, "the last one")
+    }
+
+    @Test(
         "a guest that runs goes on after each hostile destination that did not get it", .enabled(if: hasKVM, needsKVM))
     func guestGoesOn() throws {
         let source = try bench.startVM(
@@ -129,6 +169,53 @@ struct HostileDestinationTests {
     }
 
     private static let identifier = MigrationIdentifier(high: 3, low: 4)
+
+    /// Says it on one of the channels for requested pages, any of them.
+    private static func sayBeside(_ peer: PostcopyPeer, _ bytes: [UInt8], _ random: inout SeededRandom) throws {
+        try peer.urgents.randomElement(using: &random)?.writeAll(bytes, deadline: .after(seconds: 10))
+    }
+
+    private static let onChannels: [Words] = [
+        Words("a request outside RAM") { try sayBeside($0, request("ram", byteCount, 4096), &$1) },
+        Words("a request far outside RAM") { try sayBeside($0, request("ram", .max << 12, 4096), &$1) },
+        Words("a request across the end") { try sayBeside($0, request("ram", byteCount - 4096, 8192), &$1) },
+        Words("a request between pages") { try sayBeside($0, request("ram", 100, 4096), &$1) },
+        Words("a request of nothing") { try sayBeside($0, request("ram", 0, 0), &$1) },
+        Words("a request of 4 GiB") { try sayBeside($0, request("ram", 0, 0xffff_f000), &$1) },
+        Words("a request of another block") { try sayBeside($0, request("rom", 0, 4096), &$1) },
+        Words("a request of no block") {
+            try sayBeside($0, [0, 4, 0, 12] + [UInt8](repeating: 0, count: 8) + [0, 0, 16, 0], &$1)
+        },
+        Words("the same request a million times") { peer, random in
+            let urgent = peer.urgents.randomElement(using: &random)
+            let block = [[UInt8]](repeating: request("ram", 8 << 12, 4096), count: 1000).flatMap { $0 }
+            for _ in 0..<1000 { try urgent?.writeAll(block, deadline: .after(seconds: 10)) }
+        },
+        Words("a page of RAM again and again, many at once") { peer, random in
+            let urgent = peer.urgents.randomElement(using: &random)
+            // The first of them is answered; who does not read that keeps the source waiting, and is no concern of this.
+            let block = [[UInt8]](repeating: request("ram", 0, 64 << 12), count: 1000).flatMap { $0 }
+            for _ in 0..<20 { try urgent?.writeAll(block, deadline: .after(seconds: 10)) }
+        },
+        Words("PONG") { try sayBeside($0, bytes(.pong(3)), &$1) },
+        Words("SHUT 0") { try sayBeside($0, bytes(.shut(0)), &$1) },
+        Words("STARTED") { try sayBeside($0, bytes(.started(nanoseconds: 1)), &$1) },
+        Words("a bitmap") { peer, random in
+            let count = byteCount / 4096 / 8
+            let head = bytes(.postcopy(.receivedBitmap(block: "ram", byteCount: count)))
+            try sayBeside(peer, head + [UInt8](repeating: 0xff, count: Int(count)), &random)
+        },
+        Words("a message of 64 KiB") {
+            try sayBeside($0, [0, 3, 0xff, 0xff] + [UInt8](repeating: 0, count: 0xffff), &$1)
+        },
+        Words("half a request") { try sayBeside($0, Array(request("ram", 0, 4096).prefix(9)), &$1) },
+        Words("noise") { peer, random in
+            try sayBeside(peer, (0..<2000).map { _ in UInt8.random(in: 0...255, using: &random) }, &random)
+        },
+        Words("its end") { peer, random in
+            if let urgent = peer.urgents.randomElement(using: &random) { Socket.shutdown(urgent) }
+        },
+    ]
 
     private static let all: [Words] = [
         Words("a request outside RAM") { peer, _ in try peer.say(request("ram", byteCount, 4096)) },
@@ -250,7 +337,7 @@ struct HostileDestinationTests {
 
     /// Begins a migration, and follows it to the moment wanted.
     private func meet(
-        _ vm: VM, preempts: Bool, isGodwit: Bool, _ what: String,
+        _ vm: VM, preempts: Bool, isGodwit: Bool, channels: Int = 1, rate: UInt64 = 0, _ what: String,
         _ read: (PostcopyPeer, () throws -> Void) throws -> Void
     ) throws -> PostcopyPeer {
         try vm.client.execute(
@@ -262,10 +349,14 @@ struct HostileDestinationTests {
                 ]
             ])
         try vm.client.execute(
-            "migrate-set-parameters", ["max-bandwidth": JSON(256 << 10), "max-postcopy-bandwidth": JSON(0)])
-        let peer = try PostcopyPeer(byteCount: Self.byteCount, preempts: preempts, isGodwit: isGodwit) {
-            try vm.migrate(to: $0)
-        }
+            "migrate-set-parameters",
+            [
+                "max-bandwidth": JSON(256 << 10), "max-postcopy-bandwidth": JSON(rate),
+                "x-postcopy-channels": JSON(UInt64(channels)),
+            ])
+        let peer = try PostcopyPeer(
+            byteCount: Self.byteCount, preempts: preempts, isGodwit: isGodwit, channels: channels
+        ) { try vm.migrate(to: $0) }
         do { try read(peer) { try vm.client.execute("migrate-start-postcopy") } } catch {
             throw TestObstacle("\(what): \(error); \((try? vm.migration()).map { "\($0)" } ?? ""), \(vm.log)")
         }

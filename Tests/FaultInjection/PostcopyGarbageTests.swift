@@ -1,9 +1,10 @@
 import Glibc
 import Host
-import MigrationStream
 import QMP
 import TestSupport
 import Testing
+
+@testable import MigrationStream
 
 /// `GODWIT_FAULT_SEED` replays what was sent, `GODWIT_GARBAGE_CASES` says how much.
 @Suite("A destination of postcopy stands whatever comes on its channels", .serialized, .timeLimit(.minutes(10)))
@@ -83,6 +84,136 @@ struct PostcopyGarbageTests {
         try destination!.saveMemory(Self.byteCount, to: "\(bench.folder)/saved")
         #expect(try image.difference(from: "\(bench.folder)/saved") == nil, "seed \(seed)")
         end(&destination, "beside")
+    }
+
+    // MARK: Channels that were greeted
+
+    /// What is said on one of them, behind its greeting.
+    private struct ChannelWords: Sendable {
+        let name: String
+        /// The migration goes on and ends well, whatever it was.
+        var isHarmless = false
+        /// It comes on a connection more, in place of a greeting.
+        var isStranger = false
+        var closes = false
+        let bytes: @Sendable (_ greeting: [UInt8], _ page: [UInt8], inout SeededRandom) -> [UInt8]
+    }
+
+    private static func record(_ head: UInt64, _ block: String = "ram", _ contents: [UInt8] = []) -> [UInt8] {
+        var writer = StreamWriter()
+        writer.be64(head)
+        if !block.isEmpty { writer.name(block) }
+        writer.append(contents)
+        return writer.bytes
+    }
+
+    private static func noise(_ random: inout SeededRandom) -> [UInt8] {
+        (0..<2000).map { _ in UInt8.random(in: 0...255, using: &random) }
+    }
+
+    private static let blank = [UInt8](repeating: 0, count: 4096)
+
+    private static let channelWords: [ChannelWords] = [
+        .init(name: "noise") { noise(&$2) },
+        .init(name: "a page outside RAM") { _, _, _ in record(byteCount | 8, "ram", blank) },
+        .init(name: "zeroes far outside RAM") { _, _, _ in record(.max << 12 | 2, "ram", [0]) },
+        .init(name: "a page of another block") { _, _, _ in record(8, "rom", blank) },
+        .init(name: "a page of no block") { _, _, _ in record(0x28, "", blank) },
+        .init(name: "a record of no known kind") { _, _, _ in record(0x800) },
+        .init(name: "a section of a stream") { _, _, _ in [2, 0, 0, 0, 2] + record(8, "ram", blank) },
+        .init(name: "a page cut off", closes: true) { _, _, _ in record(8, "ram", Array(blank.prefix(100))) },
+        .init(name: "its end", closes: true) { _, _, _ in [] },
+        .init(name: "its last word", isHarmless: true) { _, _, _ in record(0x10, "") },
+        // The first of them is as it should be, and all others are too late.
+        .init(name: "a page a million times", isHarmless: true) { _, page, _ in
+            let again = record(0x22, "", [0])
+            return record(8, "ram", page) + [[UInt8]](repeating: again, count: 1_000_000).flatMap { $0 }
+        },
+        .init(name: "a channel that is here already", isHarmless: true, isStranger: true) { greeting, _, _ in greeting
+        },
+        .init(name: "noise with a greeting", isHarmless: true, isStranger: true) { $0 + noise(&$2) },
+        .init(name: "a channel of another migration", isHarmless: true, isStranger: true) { greeting, _, _ in
+            var greeting = greeting
+            greeting[45] ^= 1
+            return greeting
+        },
+        .init(name: "channel 200", isHarmless: true, isStranger: true) { greeting, _, random in
+            var greeting = greeting
+            greeting[24] = 200
+            return greeting + noise(&random)
+        },
+    ]
+
+    @Test(
+        "whatever comes on a channel of a Godwit that was greeted: a sentence, bounded memory, and one who has the guest",
+        arguments: [false, true])
+    func onChannels(isStarted: Bool) throws {
+        let image = try MemoryImage("\(bench.folder)/image", byteCount: Self.byteCount, content: .mixed, seed: seed)
+        let recording = try record(image, preempts: true, isGodwit: true, channels: 3)
+        try #require(recording.parts.count == 5 && recording.greetings.count == 3 && recording.commitEnd > 0)
+        let page = Array(try Descriptor.contents(of: image.path).prefix(4096))
+        var random = SeededRandom(seed: seed)
+        for (number, words) in Self.channelWords.enumerated() {
+            let what = "seed \(seed): \(words.name) \(isStarted ? "behind" : "before") COMMIT"
+            var destination: VM? = try start("channels-\(number)")
+            let vm = destination!
+            let before = vm.peakMemory
+            let said = words.bytes(recording.greetings[1], page, &random)
+            try say(said, words, recording, to: vm, isStarted: isStarted, what)
+            let ending = ending(of: vm, what)
+            #expect(ending == (words.isHarmless ? "completed" : isStarted ? "postcopy-paused" : "failed"), "\(what)")
+            #expect(vm.peakMemory - before <= Self.mostGrowth, "\(what)")
+            if words.isHarmless {
+                try vm.saveMemory(Self.byteCount, to: "\(bench.folder)/saved")
+                #expect(try image.difference(from: "\(bench.folder)/saved") == nil, "\(what)")
+            }
+            end(&destination, what)
+        }
+    }
+
+    /// A Godwit's stream with all its channels, and those bytes on one of them, or beside them.
+    private func say(
+        _ bytes: [UInt8], _ words: ChannelWords, _ recording: PostcopyPeer.Recording, to vm: VM, isStarted: Bool,
+        _ what: String
+    ) throws {
+        let port = try vm.port()
+        let deadline = Deadline.after(seconds: 20)
+        func connect() throws -> Descriptor {
+            try Socket.connect(host: "127.0.0.1", port: port, deadline: .after(seconds: 5))
+        }
+        let main = try connect()
+        try main.writeAll(Array(recording.parts[...PostcopyPeer.Recording.packagePart].joined()), deadline: deadline)
+        var heard: [UInt8] = []
+        Self.listen(main, &heard, until: recording.answer, milliseconds: 5000)
+        var channels: [Descriptor] = []
+        for greeting in recording.greetings {
+            let channel = try connect()
+            try channel.writeAll(greeting, deadline: deadline)
+            channels.append(channel)
+        }
+        // What comes with the greeting itself is turned away, and costs nothing.
+        #expect(vm.wait(seconds: 5) { vm.threadNames.filter { $0.hasPrefix("postcopy-recv-") }.count == 3 }, "\(what)")
+        let rest = recording.parts[PostcopyPeer.Recording.packagePart + 1]
+        if isStarted {
+            try main.writeAll(Array(rest.prefix(recording.commitEnd)), deadline: deadline)
+            #expect(vm.wait(seconds: 5) { (try? vm.status()) == "running" }, "\(what): \(vm.log)")
+        }
+        let channel = words.isStranger ? try connect() : channels[1]
+        // It may be closed on us.
+        try? channel.writeAll(bytes, deadline: deadline)
+        if words.closes { Socket.shutdown(channel) }
+        if words.isHarmless {
+            let left = isStarted ? Array(rest.dropFirst(recording.commitEnd)) : rest
+            try main.writeAll(left, deadline: deadline)
+            Self.listen(main, &heard, until: Self.bytes(of: .shut(0)), milliseconds: 10_000)
+        } else {
+            // Until it has had enough, and not because of anything else.
+            #expect(
+                vm.wait(seconds: 10) {
+                    ["failed", "postcopy-paused"].contains((try? vm.migrationStatus()) ?? "")
+                }, "\(what): \(vm.log)")
+        }
+        Socket.shutdown(main)
     }
 
     // MARK: Damage
@@ -225,7 +356,7 @@ struct PostcopyGarbageTests {
     }
 
     private func record(
-        _ image: MemoryImage, preempts: Bool, isGodwit: Bool
+        _ image: MemoryImage, preempts: Bool, isGodwit: Bool, channels: Int = 1
     ) throws -> PostcopyPeer.Recording {
         let path = "\(bench.folder)/source.stream"
         try Descriptor.create(path).writeAll(GarbageTests.stream(of: image))
@@ -235,12 +366,15 @@ struct PostcopyGarbageTests {
         try source.allowPostcopy(preempts: preempts)
         try source.client.execute(
             "migrate-set-parameters",
-            ["max-bandwidth": JSON(512 << 10), "max-postcopy-bandwidth": JSON(8 << 20)])
-        let peer = try PostcopyPeer(byteCount: Self.byteCount, preempts: preempts, isGodwit: isGodwit) {
-            try source.migrate(to: $0)
-        }
+            [
+                "max-bandwidth": JSON(512 << 10), "max-postcopy-bandwidth": JSON(8 << 20),
+                "x-postcopy-channels": JSON(UInt64(channels)),
+            ])
+        let peer = try PostcopyPeer(
+            byteCount: Self.byteCount, preempts: preempts, isGodwit: isGodwit, channels: channels
+        ) { try source.migrate(to: $0) }
         try peer.read(to: .pulled) { try source.client.execute("migrate-start-postcopy") }
-        for page in stride(from: UInt64(3), to: 500, by: 23) {
+        for page in stride(from: UInt64(3), to: 500, by: 23) where !(preempts && isGodwit) {
             try peer.say(.postcopy(.requestPages(PageRequest(block: "ram", offset: page << 12, length: 4096))))
         }
         try peer.read(to: .whole) {}

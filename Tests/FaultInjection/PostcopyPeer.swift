@@ -31,12 +31,20 @@ final class PostcopyPeer {
         var urgent: [UInt8] = []
         /// How what the destination says behind the package begins: PONG 3, or a Godwit's READY.
         var answer: [UInt8] = []
+        /// What a Godwit says first on each of its channels for requested pages.
+        var greetings: [[UInt8]] = []
+        /// Bytes of the last part up to the end of COMMIT, of a Godwit.
+        var commitEnd = 0
         static let packagePart = 3
     }
 
     let main: Descriptor
     private let listener: Descriptor
-    private(set) var urgent: Descriptor?
+    /// Channels for requested pages: a QEMU has one.
+    private(set) var urgents: [Descriptor] = []
+    var urgent: Descriptor? { urgents.first }
+    private let channels: Int
+    private var commitEnd = 0
     private let blocks: [RAMBlockDescription]
     private var decoder: StreamDecoder
     private var buffer = ReceiveBuffer()
@@ -50,7 +58,10 @@ final class PostcopyPeer {
 
     /// - Parameter migrate: has the source connect to the address given.
     /// - Parameter isGodwit: it says HELLO, and the guest goes by COMMIT; else it is a QEMU to the source.
-    init(byteCount: UInt64, preempts: Bool, isGodwit: Bool, migrate: (String) throws -> Void) throws {
+    /// - Parameter channels: for requested pages, where the source has such.
+    init(
+        byteCount: UInt64, preempts: Bool, isGodwit: Bool, channels: Int = 1, migrate: (String) throws -> Void
+    ) throws {
         deadline = .after(seconds: 20)
         listener = try Socket.listen(host: "127.0.0.1", port: "0")
         try migrate("tcp:127.0.0.1:\(Socket.localPort(of: listener) ?? 0)")
@@ -61,6 +72,7 @@ final class PostcopyPeer {
         decoder.allowsPostcopy = true
         // One that has two connections says nothing on the second before it is asked for pages.
         self.preempts = preempts
+        self.channels = channels
         self.isGodwit = isGodwit
     }
 
@@ -88,7 +100,9 @@ final class PostcopyPeer {
             case .page, .zeroPage, .pageBatch:
                 guard reached == .connected else { continue }
                 advance(to: .rounds)
-                if preempts { urgent = try Socket.accept(listener, deadline: deadline) }
+                while preempts, urgents.count < channels, let next = try Socket.accept(listener, deadline: deadline) {
+                    urgents.append(next)
+                }
                 try start()
             case .command(.postcopy(.discard)) where reached < .discards: advance(to: .discards)
             case .command(.postcopy(.packaged)): advance(to: .package)
@@ -149,6 +163,7 @@ final class PostcopyPeer {
             mayHaveGuest = true
             // How late it may be is said last; whoever says it again is slower.
             let end = Int(decoder.position)
+            commitEnd = end - borders[borders.count - 1]
             all.replaceSubrange(end - 8..<end, with: [0, 0, 0, 60, 0, 0, 0, 0])
             try say(.started(nanoseconds: 1000))
             return reached = .pulled
@@ -174,7 +189,7 @@ final class PostcopyPeer {
     /// Reads and throws away what still comes, until the source closes. - Returns: whether it did in time.
     func drain(seconds: UInt64) -> Bool {
         let end = Deadline.after(seconds: seconds)
-        for socket in [main, urgent].compactMap({ $0 }) {
+        for socket in [main] + urgents {
             while true {
                 guard (try? socket.wait(for: .readable, deadline: end, operation: "receive")) != nil else {
                     return false
@@ -190,7 +205,14 @@ final class PostcopyPeer {
         var recording = Recording()
         for (from, to) in zip([0] + borders, borders) { recording.parts.append(Array(all[from..<to])) }
         recording.answer = isGodwit ? [0x47, 0x02, 0, 8] : [0, 2, 0, 4, 0, 0, 0, 3]
-        if let urgent {
+        recording.commitEnd = commitEnd
+        if isGodwit {
+            for urgent in urgents {
+                var greeting: [UInt8] = []
+                while greeting.count < MultifdGreeting.byteCount { _ = try read(urgent, &greeting) }
+                recording.greetings.append(Array(greeting.prefix(MultifdGreeting.byteCount)))
+            }
+        } else if let urgent {
             var decoder = StreamDecoder.requestedPages(of: blocks)
             var buffer = ReceiveBuffer()
             while true {
@@ -229,6 +251,15 @@ final class PostcopyPeer {
 }
 
 extension VM {
+    /// Of all its threads.
+    var threadNames: [String] {
+        let tasks = "/proc/\(process.identifier)/task"
+        return ((try? FileSystem.names(inFolder: tasks)) ?? []).map {
+            let bytes = (try? Descriptor.contents(of: "\(tasks)/\($0)/comm", limit: 64)) ?? []
+            return String(decoding: bytes.prefix { $0 != 10 }, as: UTF8.self)
+        }
+    }
+
     /// The most memory that it ever had, in bytes.
     var peakMemory: UInt64 {
         let path = "/proc/\(process.identifier)/status"

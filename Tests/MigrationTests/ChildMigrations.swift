@@ -13,10 +13,13 @@ func temporaryPath(_ name: String) -> String { "/tmp/godwit-test-\(getpid())-\(n
 
 extension Migrator {
     /// A machine with a built-in guest that is ready.
-    static func source(_ program: String, mebibytes: UInt64 = 64, cpus: Int = 1) throws -> Migrator {
+    static func source(
+        _ program: String, mebibytes: UInt64 = 64, cpus: Int = 1, backing: RAMBacking = .anonymous
+    ) throws -> Migrator {
         let machine = try VirtualMachine(
             MachineConfiguration(
-                memoryByteCount: mebibytes << 20, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: program))),
+                memoryByteCount: mebibytes << 20, cpuCount: cpus, boot: .guest(try GuestProgram(parsing: program)),
+                backing: backing),
             serial: SerialPort(.none))
         try machine.resume()
         try waitFor("the guest to be ready") { try machine.guestStatus().isReady }
@@ -25,13 +28,15 @@ extension Migrator {
 
     /// A machine like this one, or with what is named instead, that waits for a migration.
     func destination(
-        kind: MachineConfiguration.Kind = .pc, mebibytes: UInt64? = nil, cpus: Int? = nil
+        kind: MachineConfiguration.Kind = .pc, mebibytes: UInt64? = nil, cpus: Int? = nil,
+        backing: RAMBacking = .anonymous
     ) throws -> Migrator {
         Migrator(
             try VirtualMachine(
                 MachineConfiguration(
                     kind: kind, memoryByteCount: mebibytes.map { $0 << 20 } ?? machine.configuration.memoryByteCount,
-                    cpuCount: cpus ?? machine.configuration.cpuCount, isIncoming: true), serial: SerialPort(.none)))
+                    cpuCount: cpus ?? machine.configuration.cpuCount, backing: backing, isIncoming: true),
+                serial: SerialPort(.none)))
     }
 
     /// Listens on a port the kernel chooses. - Returns: the address to migrate to.

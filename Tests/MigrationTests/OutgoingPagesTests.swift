@@ -60,6 +60,40 @@ struct OutgoingPagesTests {
         #expect(all.take(PageRequest(block: "ram0", offset: 2048 << 12, length: 2 << 20)).isEmpty)
     }
 
+    @Test(
+        "what is asked for in vain is counted by pages of the destination: a request of many costs as much as many of one"
+    )
+    func inVain() throws {
+        // Of a million times this request, 4096 pages each, as many are borne as of one page at a time.
+        let request = PageRequest(block: "ram0", offset: 0, length: 4096 << 12)
+        let borne = Int(PageRequests.mostVain) / 4096 + 1
+        for isClaimed in [false, true] {
+            let requests = PageRequests()
+            requests.open(try outgoing([(4096, [0..<16], [16..<4096])]))
+            var count = 0
+            #expect(throws: PageRequests.Refusal.self) {
+                while count < 1_000_000 {
+                    if isClaimed {
+                        _ = try requests.claim(request)
+                        requests.answered(request)
+                    } else {
+                        try requests.add(request)
+                        while requests.nextNow() != nil { requests.sent() }
+                    }
+                    count += 1
+                }
+            }
+            #expect(count == borne, "\(count), \(isClaimed)")
+            // Nothing is left under way that the end would wait for.
+            #expect(requests.settle(nanoseconds: 1_000_000))
+        }
+        let large = try outgoing([(2 << 20, [512..<513], [0..<1])])
+        let all = PageRequest(block: "ram0", offset: 0, length: 4 << 20)
+        let pieces = large.take(all)
+        #expect(pieces.map(\.pages) == [pages(512..<1024)] && large.countOfVain(all, pieces) == 1)
+        #expect(large.countOfVain(PageRequest(block: "ram0", offset: 5 << 12, length: 4096), []) == 1)
+    }
+
     @Test("nothing dirty at all still leaves one large page to be sent")
     func nothing() throws {
         let all = try outgoing([(2 << 20, [], [])])

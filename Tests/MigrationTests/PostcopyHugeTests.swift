@@ -2,7 +2,6 @@ import GuestMemory
 import Host
 import Machine
 import MigrationStream
-import Synchronization
 import TestSupport
 import Testing
 
@@ -70,16 +69,7 @@ struct PostcopyHugeTests {
                 claim(script.requests.isEmpty, "a page was asked for that came before")
                 let allocated = try block.allocatedRuns(in: pages(2048..<2560))
                 claim(allocated == [pages(2048..<2560)], "\(allocated)")
-                let readers = try (0..<2).map { number in
-                    try HostThread(name: "read\(number)") { destination.claimMemory(of: source, "reader \(number)") }
-                }
-                let isOver = Atomic(false)
-                let server = try HostThread(name: "serve") {
-                    while !isOver.load(ordering: .acquiring) { try? script.serve(quietMilliseconds: 50) }
-                }
-                for reader in readers { reader.join() }
-                isOver.store(true, ordering: .releasing)
-                server.join()
+                try script.serve(readers: 2, of: destination, against: source)
                 claim(
                     script.requests.allSatisfy { $0.length == 2 << 20 && $0.offset % (2 << 20) == 0 },
                     "asked for parts of a page: \(script.requests)")

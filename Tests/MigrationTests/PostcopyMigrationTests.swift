@@ -194,26 +194,16 @@ struct PostcopyMigrationTests {
                 try script.discard([pages(500..<700), pages(701..<702), pages(1000..<2048)])
                 try script.send(package: script.package())
                 script.waitToHear(.pong(4))
-                let readers = try (0..<3).map { number in
-                    try HostThread(name: "read\(number)") { destination.claimMemory(of: source, "reader \(number)") }
-                }
-                let isOver = Atomic(false)
-                let server = try HostThread(name: "serve") {
-                    while !isOver.load(ordering: .acquiring) { try? script.serve(quietMilliseconds: 50) }
-                }
-                for reader in readers { reader.join() }
-                isOver.store(true, ordering: .releasing)
+                try script.serve(readers: 3, of: destination, against: source)
                 let asked = Set(script.requests.map { $0.offset >> 12 })
                 claim(asked.count == script.requests.count, "a page was asked for twice")
                 claim(asked.allSatisfy { (500..<2048).contains($0) }, "a page was asked for that is here")
-                // Wakes the server up once more; pages that are here already stay as they are.
+                // Pages that are here already stay as they are.
                 try script.pages([pages(0..<2048)])
                 try script.pages([], final: true)
                 try script.end()
                 try destination.awaitEnd(.completed, "at its end")
                 destination.claimMemory(of: source, "at the end")
-                script.channel.cancel()
-                server.join()
             }
         }
     }
@@ -365,6 +355,49 @@ struct PostcopyMigrationTests {
                 claim(destination.machine.runState == .paused, "it is \(destination.machine.runState)")
                 try destination.machine.resume()
                 destination.shutDown()
+            }
+        }
+    }
+
+    @Test(
+        "a process that ends while pages are missing stops its vCPUs before these read as zeroes, and who waits for one is told",
+        .enabled(if: hasKVM, needsKVM), .timeLimit(.minutes(10)), arguments: ["anonymous", "memfd"])
+    func endsWithPagesMissing(backing: String) async {
+        await #expect(processExitsWith: .success) { [backing] in
+            Child.run(seconds: 60) {
+                let source = try Migrator.source("dirty,working-set=4M,fill=16M,random,rate=50M", cpus: 2)
+                let destination = try source.postcopyDestination(backing)
+                let script = try ScriptedPostcopySource(of: source.machine, to: try destination.listen())
+                try script.open()
+                _ = try source.machine.stopForMigration()
+                let block = source.machine.memory.blocks[0]
+                try script.discard(try block.allocatedRuns(in: block.pages))
+                try script.send(package: script.package())
+                script.waitToHear(.pong(4))
+                try script.serve(quietMilliseconds: 100) { script.requests.count > 40 }
+                script.channel.cancel()
+                try waitFor("postcopy-paused") { destination.info().status == .postcopyPaused }
+                let outcome = Monitor<String?>(nil)
+                // It holds the vCPUs, and lets them go when it has ended.
+                _ = try HostThread.detached(name: "checker") {
+                    let words: String
+                    do { words = "\(try destination.machine.checkGuest())" } catch { words = "\(error)" }
+                    outcome.withLock { $0 = words }
+                }
+                Clock.sleep(nanoseconds: 200_000_000)
+                claim(outcome.withLock { $0 } == nil, "nobody waits: \(outcome.withLock { $0 } ?? "")")
+                destination.shutDown()
+                let sentence = outcome.wait(deadline: .after(seconds: 10)) { $0 }
+                claim(sentence?.contains("do not come any more") == true, sentence ?? "it still waits")
+                // Every page can be read now, and zeroes stand where nothing came: the guest does not go on with them.
+                let mapping = destination.machine.memory.blocks[0].mapping
+                func all() -> [UInt8] { mapping.read(at: 0, count: mapping.byteCount) }
+                Clock.sleep(nanoseconds: 100_000_000)
+                let before = all()
+                destination.machine.pause()
+                try? destination.machine.resume()
+                Clock.sleep(nanoseconds: 300_000_000)
+                claim(all() == before, "the guest runs on with zeroes")
             }
         }
     }

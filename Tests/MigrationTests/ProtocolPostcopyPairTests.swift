@@ -3,30 +3,18 @@ import MigrationStream
 import Testing
 
 /// A source core whose peer is a Godwit that takes postcopy.
-private struct Source {
+private struct Source: SourceDriver {
     var core: SourceCore
     var actions: [SourceAction] = []
     static let features = FeatureSet.all.union(.postcopy)
     static let cpu = DeviceSection(name: "cpu", version: 1, body: [1, 2, 3])
 
     init(channels: Int = 0, limit: UInt64 = 300_000_000, isResumable: Bool = false) {
-        var catalogue = SectionCatalogue()
-        catalogue.add("cpu", version: 1)
-        var configuration = SourceConfiguration(
-            migration: MigrationIdentifier(high: 1, low: 2), machineName: "m",
-            blocks: [RAMBlockDescription(name: "ram", length: 1 << 20)], catalogue: catalogue,
-            switchover: SwitchoverPolicy(downtimeLimitNanoseconds: limit), features: Self.features)
+        var configuration = SourceConfiguration.withPostcopy(
+            switchover: SwitchoverPolicy(downtimeLimitNanoseconds: limit), features: Self.features,
+            PostcopyTerms(usesUrgentChannel: channels > 0, urgentChannels: max(channels, 1)))
         configuration.isResumable = isResumable
-        configuration.postcopy = PostcopyTerms(usesUrgentChannel: channels > 0, urgentChannels: max(channels, 1))
         core = SourceCore(configuration)
-    }
-
-    @discardableResult
-    mutating func feed(_ events: SourceEvent..., at now: UInt64 = 0) -> [SourceAction] {
-        var all: [SourceAction] = []
-        for event in events { all += core.handle(event, at: now) }
-        actions += all
-        return all
     }
 
     mutating func greet(_ features: FeatureSet = features) {
@@ -51,10 +39,6 @@ private struct Source {
     mutating func reachPulled() {
         reachCommitted()
         feed(.received(.started(nanoseconds: 1)))
-    }
-
-    var outcome: SourceOutcome? {
-        actions.compactMap { if case .finished(let outcome) = $0 { outcome } else { nil } }.last
     }
 
     func commands(in actions: [SourceAction]) -> [ForwardCommand] {
@@ -261,36 +245,17 @@ struct ProtocolPostcopyPairSourceTests {
 }
 
 /// A destination core whose peer is a Godwit; connection 1 is the source's.
-private struct Destination {
+private struct Destination: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     static let id = ConnectionID(1)
     static let migration = MigrationIdentifier(high: 1, low: 2)
 
     init(features: FeatureSet = Source.features, chosen: FeatureSet = Source.features) {
-        var configuration = DestinationConfiguration(
-            instance: MigrationIdentifier(high: 5, low: 6), machineName: "m", sections: [ExpectedSection(name: "cpu")],
-            features: features)
-        configuration.allowsPostcopy = true
-        core = DestinationCore(configuration)
+        core = DestinationCore(.withPostcopy(features: features))
         feed(.accepted(Self.id, answers: true))
         items(.header, .configuration(machine: "m"), .command(.openReturnPath), .command(.ping(Wire.godwitPing)))
         items(.command(.begin(Self.migration, chosen)))
-    }
-
-    @discardableResult
-    mutating func feed(_ events: DestinationEvent..., at now: UInt64 = 0) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for event in events { all += core.handle(event, at: now) }
-        actions += all
-        return all
-    }
-
-    @discardableResult
-    mutating func items(_ items: StreamItem...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for item in items { all += feed(.item(Self.id, item)) }
-        return all
     }
 
     mutating func receive() {
@@ -318,14 +283,7 @@ private struct Destination {
         feed(.stateLoaded(nanoseconds: 1))
     }
 
-    func said(in actions: [DestinationAction]) -> [ReturnPathMessage] {
-        var decoder = ReturnPathDecoder()
-        var buffer = ReceiveBuffer()
-        for case .send(Self.id, let bytes) in actions { buffer.append(bytes) }
-        var messages: [ReturnPathMessage] = []
-        while let message = try? decoder.next(from: &buffer) { messages.append(message) }
-        return messages
-    }
+    func said(in actions: [DestinationAction]) -> [ReturnPathMessage] { Self.messages(in: actions) }
 
     func starts(_ actions: [DestinationAction]) -> Bool {
         actions.contains { if case .startGuest = $0 { true } else { false } }
@@ -415,6 +373,25 @@ struct ProtocolPostcopyPairDestinationTests {
         destination.items(.command(.postcopy(.run)), .command(.prepare))
         destination.feed(.stateLoaded(nanoseconds: 1))
         #expect(destination.starts(destination.items(.command(.commitWithin(attempt: 2, nanoseconds: 1000)))))
+    }
+
+    @Test(
+        "memory that could not be given back is never started: the source hears FAILURE and not RETRACTED, and may not come back",
+        arguments: [false, true])
+    func damaged(isLoaded: Bool) {
+        var destination = Destination()
+        destination.reachLoading()
+        destination.items(.ramSectionEnded(.part), .command(.retract(attempt: 1)))
+        if isLoaded { destination.feed(.stateLoaded(nanoseconds: 1)) }
+        let damaged = destination.feed(.pagesFailed("holes"))
+        #expect(destination.said(in: damaged) == [.failure(reason: "holes")])
+        #expect(destination.core.phase == .failed && destination.core.status == .failed)
+        let later = destination.feed(.stateLoaded(nanoseconds: 1), .unlistened)
+        #expect(destination.said(in: later).isEmpty && !destination.starts(destination.actions))
+        destination.feed(.accepted(ConnectionID(9), answers: true))
+        let next = destination.feed(
+            .item(ConnectionID(9), .header), .item(ConnectionID(9), .configuration(machine: "m")))
+        #expect(next.contains(.close(ConnectionID(9))))
     }
 
     @Test("a start that is too late undoes the move before it says so")

@@ -5,18 +5,12 @@ import Testing
 @testable import Migration
 
 /// A source whose guest has moved, to a QEMU.
-private struct Source {
+private struct Source: SourceDriver {
     var core: SourceCore
     var actions: [SourceAction] = []
 
     init(preempts: Bool = false) {
-        var catalogue = SectionCatalogue()
-        catalogue.add("cpu", version: 1)
-        var configuration = SourceConfiguration(
-            migration: MigrationIdentifier(high: 1, low: 2), machineName: "m",
-            blocks: ["ram", "rom"].map { RAMBlockDescription(name: $0, length: 1 << 20) }, catalogue: catalogue)
-        configuration.postcopy = PostcopyTerms(usesUrgentChannel: preempts)
-        core = SourceCore(configuration)
+        core = SourceCore(.withPostcopy(blocks: ["ram", "rom"], PostcopyTerms(usesUrgentChannel: preempts)))
         feed(.start, .connected(.bothWays), .received(.pong(Wire.godwitPing)), .trackingStarted)
         if preempts { feed(.urgentChannelOpened) }
         feed(.collected(remainingPages: 256), .startPostcopy)
@@ -24,14 +18,6 @@ private struct Source {
         feed(.collected(remainingPages: 240), .guestStopped(wasRunning: true), .collected(remainingPages: 241))
         feed(.stateSaved([DeviceSection(name: "cpu", version: 1, body: [1])]), .discardsSent)
         feed(.received(.pong(3)), .packageSent)
-    }
-
-    @discardableResult
-    mutating func feed(_ events: SourceEvent...) -> [SourceAction] {
-        var all: [SourceAction] = []
-        for event in events { all += core.handle(event) }
-        actions += all
-        return all
     }
 
     static func bitmap(_ block: String) -> SourceEvent { .received(.postcopy(.bitmapEnded(block: block))) }
@@ -50,17 +36,14 @@ private struct Source {
 }
 
 /// A destination that runs a QEMU's guest, of which pages are missing.
-private struct Destination {
+private struct Destination: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     static let old = ConnectionID(1)
     static let new = ConnectionID(2)
 
     init(isStarted: Bool = true) {
-        var configuration = DestinationConfiguration(
-            instance: MigrationIdentifier(high: 5, low: 6), machineName: "m", sections: [ExpectedSection(name: "cpu")])
-        configuration.allowsPostcopy = true
-        core = DestinationCore(configuration)
+        core = DestinationCore(.withPostcopy())
         feed(.accepted(Self.old, answers: true))
         let discard = RAMDiscard(block: "ram", ranges: [.init(offset: 0, length: 8192)])
         for item: StreamItem in [
@@ -75,14 +58,6 @@ private struct Destination {
     }
 
     @discardableResult
-    mutating func feed(_ events: DestinationEvent...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for event in events { all += core.handle(event) }
-        actions += all
-        return all
-    }
-
-    @discardableResult
     mutating func say(_ command: PostcopyCommand) -> [DestinationAction] {
         feed(.item(Self.new, .command(.postcopy(command))))
     }
@@ -92,15 +67,7 @@ private struct Destination {
         feed(.accepted(Self.new, answers: true), .cameToRecover(Self.new))
     }
 
-    var answers: [ReturnPathMessage] {
-        var decoder = ReturnPathDecoder(postcopyOf: [RAMBlockDescription(name: "ram", length: 1 << 20)])
-        var buffer = ReceiveBuffer()
-        for case .send(Self.new, let bytes) in actions { buffer.append(bytes) }
-        var messages: [ReturnPathMessage] = []
-        while let message = try? decoder.next(from: &buffer) { messages.append(message) }
-        return messages
-    }
-    var reported: [MigrationStatus] { actions.compactMap { if case .report(let status) = $0 { status } else { nil } } }
+    var answers: [ReturnPathMessage] { Self.messages(on: Self.new, in: actions) }
 }
 
 @Suite("A postcopy's next connection")

@@ -4,26 +4,12 @@ import Testing
 @testable import Migration
 
 /// A source core whose guest may move before its memory, with what it said so far.
-private struct Driver {
+private struct Driver: SourceDriver {
     var core: SourceCore
     var actions: [SourceAction] = []
 
     init(preempts: Bool = false) {
-        var catalogue = SectionCatalogue()
-        catalogue.add("cpu", version: 1)
-        var configuration = SourceConfiguration(
-            migration: MigrationIdentifier(high: 1, low: 2), machineName: "m",
-            blocks: [RAMBlockDescription(name: "ram", length: 1 << 20)], catalogue: catalogue)
-        configuration.postcopy = PostcopyTerms(usesUrgentChannel: preempts)
-        core = SourceCore(configuration)
-    }
-
-    @discardableResult
-    mutating func feed(_ events: SourceEvent...) -> [SourceAction] {
-        var all: [SourceAction] = []
-        for event in events { all += core.handle(event) }
-        actions += all
-        return all
+        core = SourceCore(.withPostcopy(PostcopyTerms(usesUrgentChannel: preempts)))
     }
 
     static let pong = SourceEvent.received(.pong(Wire.godwitPing))
@@ -49,16 +35,8 @@ private struct Driver {
         feed(.stateSaved([Self.cpu]), .discardsSent)
     }
 
-    var outcome: SourceOutcome? {
-        actions.compactMap { if case .finished(let outcome) = $0 { outcome } else { nil } }.last
-    }
-
     var package: [UInt8]? {
         actions.compactMap { if case .sendPackage(let bytes) = $0 { bytes } else { nil } }.last
-    }
-
-    var reports: [MigrationStatus] {
-        actions.compactMap { if case .report(let status) = $0 { status } else { nil } }
     }
 
     var deadline: SourceEvent {
@@ -87,7 +65,7 @@ struct ProtocolPostcopySourceTests {
         #expect(!driver.core.mayRun)
         driver.feed(.packageSent, Driver.arrived, .pagesServed)
         #expect(driver.feed(.received(.shut(0))).contains(.finished(.completed)))
-        #expect(driver.reports == [.setup, .active, .postcopyDevice, .postcopyActive, .completed])
+        #expect(driver.reported == [.setup, .active, .postcopyDevice, .postcopyActive, .completed])
     }
 
     @Test("without a word of the operator's it stays precopy")

@@ -3,7 +3,7 @@ import MigrationStream
 import Testing
 
 /// A destination core that a QEMU source may move to by postcopy; connection 1 is the source's.
-private struct Driver {
+private struct Driver: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     static let id = ConnectionID(1)
@@ -11,25 +11,7 @@ private struct Driver {
     static let discard = RAMDiscard(block: "ram", ranges: [.init(offset: 0, length: 8192)])
 
     init(allowsPostcopy: Bool = true) {
-        var configuration = DestinationConfiguration(
-            instance: MigrationIdentifier(high: 5, low: 6), machineName: "m", sections: [ExpectedSection(name: "cpu")])
-        configuration.allowsPostcopy = allowsPostcopy
-        core = DestinationCore(configuration)
-    }
-
-    @discardableResult
-    mutating func feed(_ events: DestinationEvent...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for event in events { all += core.handle(event) }
-        actions += all
-        return all
-    }
-
-    @discardableResult
-    mutating func items(_ items: StreamItem...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for item in items { all += feed(.item(Self.id, item)) }
-        return all
+        core = DestinationCore(.withPostcopy(allowsPostcopy))
     }
 
     @discardableResult
@@ -69,20 +51,8 @@ private struct Driver {
 
     mutating func sendAll() { items(.ramRound(final: true), .ramSectionEnded(.end), .endOfStream) }
 
-    var said: [ReturnPathMessage] {
-        var decoder = ReturnPathDecoder()
-        var buffer = ReceiveBuffer()
-        for case .send(Self.id, let bytes) in actions { buffer.append(bytes) }
-        var messages: [ReturnPathMessage] = []
-        while let message = try? decoder.next(from: &buffer) { messages.append(message) }
-        return messages
-    }
-
-    var outcome: DestinationOutcome? {
-        actions.compactMap { if case .finished(let outcome) = $0 { outcome } else { nil } }.last
-    }
+    var said: [ReturnPathMessage] { Self.messages(in: actions) }
     var starts: Int { actions.count { if case .startGuest = $0 { true } else { false } } }
-    var reported: [MigrationStatus] { actions.compactMap { if case .report(let status) = $0 { status } else { nil } } }
 }
 
 /// What has no place where it comes.

@@ -2,6 +2,7 @@ import GuestMemory
 import Host
 import Machine
 import MigrationStream
+import Synchronization
 import TestSupport
 import Testing
 import Transport
@@ -181,5 +182,19 @@ final class ScriptedPostcopySource: Sendable {
             let runs = next.map { RAMOffset($0.offset).page..<RAMOffset($0.offset + UInt64($0.length)).page }
             if let urgent { try records(of: runs, on: urgent) } else { try pages(runs) }
         }
+    }
+
+    /// Serves what so many threads ask for that compare all of the destination's memory, until they are through.
+    func serve(readers count: Int, of destination: Migrator, against source: Migrator) throws {
+        let readers = try (0..<count).map { number in
+            try HostThread(name: "read\(number)") { destination.claimMemory(of: source, "reader \(number)") }
+        }
+        let isOver = Atomic(false)
+        let server = try HostThread(name: "serve") { [self] in
+            while !isOver.load(ordering: .acquiring) { try? serve(quietMilliseconds: 50) }
+        }
+        for reader in readers { reader.join() }
+        isOver.store(true, ordering: .releasing)
+        server.join()
     }
 }

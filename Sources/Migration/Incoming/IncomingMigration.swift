@@ -145,7 +145,7 @@ final class IncomingMigration: Sendable {
             Clock.sleep(nanoseconds: Self.farewellNanoseconds)
             for channel in channels.withLock({ Array($0.values) }) { channel.cancel() }
             // Whoever sleeps for a page that does not come any more would keep the process from ending.
-            postcopy?.end()
+            postcopy?.forsake { machine.retire() }
         }
         post(.giveUp)
         listener.close()

@@ -40,8 +40,8 @@ extension IncomingMigration {
                 }
             case .endPostcopy:
                 guard let ended = postcopies.withLock({ $0.take() }) else { return nil }
-                return aside("migration-end", or: { _ in nil }) {
-                    ended.end()
+                return aside("migration-end", or: { _ in nil }) { [machine] in
+                    ended.forsake { machine.retire() }
                     return nil
                 }
             case .unlisten(let closed):
@@ -70,7 +70,11 @@ extension IncomingMigration {
     /// The guest does not start yet: what was discarded comes again, as in precopy.
     private func unlisten(_ closed: [ConnectionID]) -> DestinationEvent {
         if let postcopy {
-            postcopy.abandon()
+            do throws(SystemError) { try postcopy.abandon() } catch {
+                return .pagesFailed(
+                    "postcopy was taken back, and memory cannot be made huge again, which leaves holes in it: "
+                        + error.description)
+            }
             // A page of zeroes must clear what came meanwhile.
             postcopy.pending.forEachExpected { received.mark($0, of: $1) }
         }

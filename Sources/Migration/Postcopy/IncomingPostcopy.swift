@@ -163,21 +163,36 @@ final class IncomingPostcopy: Sendable {
     }
 
     /// The guest does not start on what came: pages that still come are dropped, from here on.
-    func abandon() {
+    /// - Throws: `SystemError`: what came before is not all there any more; no guest may ever start on this memory.
+    func abandon() throws(SystemError) {
         pending.abandon()
+        if let damage = end() { throw damage }
+    }
+
+    /// The process ends, or the migration failed: who waits for a page that is missing is told that it does not come, and no vCPU ever
+    /// sees zeroes in its place.
+    /// - Parameter retire: has no vCPU enter the guest any more, and does not wait for those that sleep in it.
+    func forsake(retire: () -> Void) {
+        if pending.missingPages > 0 {
+            // First: whoever is woken by what follows finds this done.
+            retire()
+            for block in memory.blocks { block.forsake() }
+        }
         end()
     }
 
     /// Memory is not watched any more: who still waits goes on, and finds zeroes where nothing came. Again and again without harm; not
     /// while holding the core's lock, nor on the thread that serves faults.
     /// - Parameter isComplete: nothing is missing; what is to become huge is still watched until it is.
-    func end(isComplete: Bool = false) {
+    /// - Returns: why memory is not what came, if it is not.
+    @discardableResult
+    func end(isComplete: Bool = false) -> SystemError? {
         let (before, thread) = state.withLock { state in
             defer { state.watch = .over }
             return (state.watch, state.thread)
         }
         switch before {
-        case .over: return
+        case .over: return nil
         case .notYet: return restore()
         case .on: break
         }
@@ -189,26 +204,30 @@ final class IncomingPostcopy: Sendable {
         }
         watched.endWindows()
         guestThreads?.forEach { HostThread.takeShortTurns($0, false) }
+        var damage: SystemError?
         if isComplete {
             collapser.streamEnded()
         } else {
             for split in splits.values { split.unwatch() }
             collapser.abandon()
-            restore()
+            damage = restore()
         }
         // Last: a change of the layout that is under way may have slept for a page.
         try? accelerator?.watchWindows(nil)
-        guard !isComplete || splits.isEmpty else { return }
+        guard !isComplete || splits.isEmpty else { return damage }
         server.end()
         thread?.join()
+        return damage
     }
 
-    /// Blocks of hugetlb pages show them again.
-    private func restore() {
+    /// Blocks of hugetlb pages show them again. - Returns: why some do not.
+    private func restore() -> SystemError? {
+        var damage: SystemError?
         for (index, split) in splits {
-            split.restore()
+            do throws(SystemError) { try split.restore() } catch { damage = damage ?? error }
             memory.blocks[index].expect(nil)
         }
+        return damage
     }
 
     /// On the thread `collapse`, behind the stream. Where something could not be made huge, its faults are served for good.

@@ -177,6 +177,20 @@ final class OutgoingPages: Sendable {
         return pieces
     }
 
+    /// How many of the pages that a request names, counted in pages of the destination's memory, are in none of its pieces: each was looked
+    /// at for nothing.
+    func countOfVain(_ request: PageRequest, _ pieces: [Piece]) -> UInt64 {
+        guard let block = indices[request.block] else { return 1 }
+        let size = hostPages[block]
+        let start = RAMOffset(request.offset).page
+        let all = Self.widened(start..<start.advanced(by: Int(request.length) / Wire.pageSize), to: size)
+        let named = (all.upperBound.value - all.lowerBound.value) / size
+        return named - min(named, pieces.reduce(0) { $0 + $1.pageCount } / size)
+    }
+
+    /// Pages of the destination's memory that there are.
+    var hostPageCount: UInt64 { zip(wanted, hostPages).reduce(0) { $0 + $1.0.pageCount / $1.1 } }
+
     private func takeWhole(_ pages: Range<PageIndex>, of block: Int) -> [Piece] {
         let size = hostPages[block]
         let all = Self.widened(pages, to: size)

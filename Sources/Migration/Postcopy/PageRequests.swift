@@ -24,7 +24,7 @@ final class PageRequests: Sendable {
         var isNudged = false
         /// The guest did not move after all: what was asked for before that was known does not count.
         var isWithdrawn = false
-        /// Requests for nothing but what was sent, or asked for, before.
+        /// Pages that were asked for though they were sent, or asked for, before.
         var vain: UInt64 = 0
         /// What was asked for last, as long as the walk over the rest has not gone there.
         var latest: OutgoingPages.Place?
@@ -55,7 +55,8 @@ final class PageRequests: Sendable {
 
     /// So many pieces wait at most.
     private static let mostPieces = 4096
-    /// A destination asks once for each page; it may ask again for some after it lost patience.
+    /// A destination asks once for each page, which may be on its way just then; it may ask again for some, for each thread that waits there.
+    /// So many beyond the pages there are. Counted by pages, so that one request of many costs as much as they.
     static let mostVain: UInt64 = 1 << 19
 
     enum Refusal: Error, CustomStringConvertible {
@@ -96,13 +97,10 @@ final class PageRequests: Sendable {
         guard open != nil || isWithdrawn else { throw .tooEarly(request) }
         let pieces = open?.take(request) ?? []
         defer { if let open { prefetch.asked(request, of: open) } }
-        guard let last = pieces.indices.last else {
-            let vain = state.withLock { state in
-                state.underWay -= 1
-                state.vain += 1
-                return state.vain
-            }
-            guard vain <= Self.mostVain else { throw .endless }
+        let isEndless = isEndless(request, pieces, of: open)
+        guard !isEndless, let last = pieces.indices.last else {
+            state.withLock { $0.underWay -= 1 }
+            if isEndless { throw .endless }
             return
         }
         for (index, piece) in pieces.enumerated() {
@@ -117,6 +115,17 @@ final class PageRequests: Sendable {
         }
     }
 
+    /// Nobody waits for this, and nobody is woken.
+    private func isEndless(_ request: PageRequest, _ pieces: [Piece], of pages: OutgoingPages?) -> Bool {
+        let vain = pages?.countOfVain(request, pieces) ?? 1
+        guard vain > 0 else { return false }
+        let all = state.wait { state -> UInt64? in
+            state.vain += vain
+            return state.vain
+        }
+        return all ?? 0 > Self.mostVain + (pages?.hostPageCount ?? 0)
+    }
+
     // MARK: Threads that answer by themselves
 
     /// Takes out what is asked for, to be sent at once by the caller, who then says ``answered()``. - Throws: what is wrong with it.
@@ -126,21 +135,25 @@ final class PageRequests: Sendable {
         let (open, isWithdrawn) =
             state.wait { .some(($0.isOver ? nil : $0.pages, $0.isWithdrawn || $0.isOver)) } ?? (nil, false)
         guard let open else {
-            guard isWithdrawn else { throw .tooEarly(request) }
+            guard isWithdrawn else {
+                endAnswer()
+                throw .tooEarly(request)
+            }
             return []
         }
         let pieces = open.take(request)
         for piece in pieces { latency.asked(Self.place(of: piece)) }
-        // Nobody waits for this, and nobody is woken.
-        let vain = state.wait { state in
-            if let last = pieces.last {
+        if let last = pieces.last {
+            // Nobody waits for this, and nobody is woken.
+            _ = state.wait { state in
                 state.latest = OutgoingPages.Place(block: last.block, page: last.pages.upperBound)
-            } else {
-                state.vain += 1
+                return .some(())
             }
-            return .some(state.vain)
         }
-        guard vain ?? 0 <= Self.mostVain else { throw .endless }
+        if isEndless(request, pieces, of: open) {
+            endAnswer()
+            throw .endless
+        }
         return pieces
     }
 
@@ -149,11 +162,13 @@ final class PageRequests: Sendable {
 
     /// What was claimed last, for this, is on its way.
     func answered(_ request: PageRequest) {
-        answering.wrappingSubtract(1, ordering: .sequentiallyConsistent)
+        endAnswer()
         // Not before: somebody was waiting.
         let open = state.wait { .some($0.pages) } ?? nil
         if let open { prefetch.asked(request, of: open) }
     }
+
+    private func endAnswer() { answering.wrappingSubtract(1, ordering: .sequentiallyConsistent) }
 
     // MARK: The thread that sends them
 

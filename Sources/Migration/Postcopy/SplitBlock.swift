@@ -250,13 +250,18 @@ final class SplitBlock: AwaitedPages {
     }
 
     /// The guest does not run, or never will, and nobody brings pages any more: all is huge again, with what is here.
-    func restore() {
+    /// - Throws: `SystemError`: some unit could not be, and its pages that came before are not seen: no guest may start on that.
+    func restore() throws(SystemError) {
+        var failure: SystemError?
         for pages in splitUnits {
             copy(pages)
             let bytes = Self.bytes(pages)
-            try? block.mapping.share(
-                file.descriptor, fileOffset: UInt64(bytes.lowerBound), at: bytes.lowerBound, count: bytes.count)
-            split.remove(unit(of: pages.lowerBound))
+            do throws(SystemError) {
+                try block.mapping.share(
+                    file.descriptor, fileOffset: UInt64(bytes.lowerBound), at: bytes.lowerBound, count: bytes.count)
+                split.remove(unit(of: pages.lowerBound))
+            } catch { failure = failure ?? error }
         }
+        if let failure { throw failure }
     }
 }

@@ -105,7 +105,8 @@ extension [MemoryPiece] {
 
 /// A file of guest memory: never-touched ranges become holes, all else is written straight from the mapping.
 enum MemoryDump {
-    /// - Throws: `SystemError` naming the path. What was written so far stays in the file.
+    /// - Throws: `SystemError` naming the path. What was written so far stays in the file, unless pages that were waited for do not come
+    ///   any more: then it is empty.
     static func write(_ pieces: [MemoryPiece], to path: String) throws(SystemError) {
         let file = try Descriptor.create(path)
         var start: UInt64 = 0
@@ -115,6 +116,11 @@ enum MemoryDump {
                 let data = (run.lowerBound.offset.value..<run.upperBound.offset.value).clamped(to: piece.range)
                 try file.seek(to: start + data.lowerBound - piece.range.lowerBound)
                 try write(data, of: piece.block, to: file)
+            }
+            do throws(SystemError) { try piece.block.checkIsKept() } catch {
+                // Zeroes stand in it that nobody ever wrote.
+                try? file.truncate(to: 0)
+                throw error
             }
             start += UInt64(piece.range.count)
         }

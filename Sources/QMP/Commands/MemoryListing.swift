@@ -62,7 +62,8 @@ struct MemoryListing: Equatable {
         while left > 0 {
             let byteCount = min(left, Self.lineBytes)
             let head = Self.padded(String(position, radix: 16), to: 16, with: "0") + ":"
-            guard let bytes = try? memory.read(at: GuestPhysicalAddress(position), count: byteCount)
+            guard let bytes = try? memory.read(at: GuestPhysicalAddress(position), count: byteCount),
+                memory.isKept
             else {
                 lines.append(head + " Cannot access memory")
                 break
