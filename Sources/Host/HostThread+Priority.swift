@@ -14,6 +14,20 @@ extension HostThread {
         return unsafe sched_setscheduler(0, SCHED_FIFO | 0x4000_0000, &parameters) == 0
     }
 
+    /// The calling thread does short work that somebody waits for, from here on.
+    ///
+    /// It gets a processor as soon as it wakes up, and the one on which it was woken, where that becomes free by it: to wake up another
+    /// processor takes as long as much of such work. A SCHED_FIFO thread stays where it ran last; but among threads that leave no
+    /// processor free only such a one is sure not to wait.
+    /// - Parameter busyThreads: how many others may want a processor all the time.
+    public static func runUrgently(among busyThreads: Int = 0) {
+        if busyThreads >= HostMemory.processorCount, runBeforeOthers() { return }
+        // Without a privilege short turns must do.
+        if gw_set_turn(0, mostUrgentNiceness, shortTurnNanoseconds) < 0 { _ = gw_set_turn(0, 0, shortTurnNanoseconds) }
+    }
+
+    private static let mostUrgentNiceness: Int32 = -20
+
     /// Undoes `runBeforeOthers`.
     public static func runAmongOthers() {
         var parameters = sched_param()

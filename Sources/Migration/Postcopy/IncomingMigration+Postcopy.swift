@@ -149,7 +149,7 @@ extension IncomingMigration {
         recognized(id)
         guard urgents.waitForAdmission(id) else { return }
         HostThread.renameCurrent("postcopy-recv-\(greeting.channel + 1)")
-        _ = HostThread.runBeforeOthers()
+        HostThread.runUrgently(among: machine.cpuThreadIDs.count)
         readRequestedPages(channel, id, behind: [], isAdmitted: true, lastWordsNanoseconds: Self.lastWordsNanoseconds)
     }
 
@@ -174,7 +174,7 @@ extension IncomingMigration {
                     post(.cameForUrgentPages(id))
                     guard isOpen(id) else { return }
                     HostThread.renameCurrent("postcopy-recv-1")
-                    if pageLatencyTargetMicroseconds > 0 { _ = HostThread.runBeforeOthers() }
+                    if pageLatencyTargetMicroseconds > 0 { HostThread.runUrgently(among: machine.cpuThreadIDs.count) }
                     isAdmitted = true
                 }
                 if item == .ramRecordsEnded { return post(.urgentEnded(id)) }

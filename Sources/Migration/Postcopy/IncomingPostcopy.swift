@@ -131,7 +131,7 @@ final class IncomingPostcopy: Sendable {
         guestThreads?.forEach { HostThread.takeShortTurns($0, true) }
         let thread = try HostThread(name: "fault-1") { [self] in
             // What it does is short, and somebody waits.
-            if guestThreads != nil { _ = HostThread.runBeforeOthers() }
+            if let guestThreads { HostThread.runUrgently(among: guestThreads.count) }
             do throws(SystemError) { try server.run() } catch {
                 // A fault may be heard of and memory not be watched any more: whoever waited there was woken.
                 if state.withLock({ $0.watch == .on }) { failed("the watch over missing pages: \(error)") }

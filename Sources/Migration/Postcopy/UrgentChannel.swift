@@ -40,7 +40,7 @@ final class UrgentChannel: Sendable {
         isRunning.withLock { $0 = true }
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-\(number + 1)") { [self] in
-                _ = HostThread.runBeforeOthers()
+                HostThread.runUrgently()
                 var failure: ChannelError?
                 do throws(ChannelError) { try run(sent, asked) } catch { failure = error }
                 isRunning.withLock { $0 = false }

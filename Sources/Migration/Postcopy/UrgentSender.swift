@@ -33,7 +33,7 @@ final class UrgentSender: Sendable {
         isRunning.withLock { $0 = true }
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-send") { [self] in
-                _ = HostThread.runBeforeOthers()
+                HostThread.runUrgently()
                 do throws(ChannelError) { try run(sent) } catch {
                     failed(error) { !isEnded.load(ordering: .acquiring) }
                 }
