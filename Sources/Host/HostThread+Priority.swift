@@ -23,7 +23,7 @@ extension HostThread {
     public static func runUrgently(among busyThreads: Int = 0) {
         if busyThreads >= HostMemory.processorCount, runBeforeOthers() { return }
         // Without a privilege short turns must do.
-        if gw_set_turn(0, mostUrgentNiceness, shortTurnNanoseconds) < 0 { _ = gw_set_turn(0, 0, shortTurnNanoseconds) }
+        if gw_set_turn(0, mostUrgentNiceness, urgentTurnNanoseconds) < 0 { _ = gw_set_turn(0, 0, urgentTurnNanoseconds) }
     }
 
     private static let mostUrgentNiceness: Int32 = -20
@@ -34,8 +34,10 @@ extension HostThread {
         _ = unsafe sched_setscheduler(0, SCHED_OTHER, &parameters)
     }
 
-    /// How long the turns of a thread with short turns are: the least that Linux takes.
-    private static let shortTurnNanoseconds: UInt64 = 100_000
+    /// How long the turns of threads are that somebody waits for: the least that Linux takes.
+    private static let urgentTurnNanoseconds: UInt64 = 100_000
+    /// Of others with short turns: longer than those, or they would not give way to them in between.
+    private static let shortTurnNanoseconds: UInt64 = 400_000
 
     /// An ordinary thread's turns on its processor are short from here on, or as the kernel likes them. When one with short turns wakes up, it
     /// need not wait until the turn of another ends, some milliseconds (Linux 6.12; before, this does nothing).

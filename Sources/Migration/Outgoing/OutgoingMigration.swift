@@ -124,7 +124,10 @@ final class OutgoingMigration: Sendable {
                 try tracker?.makePages() ?? machine.memory.blocks.map { try DirtyBitmap(pageCount: $0.pageCount) }
             let postcopy =
                 configuration.postcopy == nil
-                ? nil : try PostcopySource(machine.memory, blocks: blocks, statistics: statistics, parameters)
+                ? nil
+                : try PostcopySource(
+                    machine.memory, blocks: blocks, cpuCount: machine.configuration.cpuCount, statistics: statistics,
+                    parameters)
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
                 mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,

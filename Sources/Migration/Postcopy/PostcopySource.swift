@@ -22,6 +22,8 @@ final class PostcopySource: Sendable {
     private let memory: GuestMemory
     private let blocks: [RAMBlockDescription]
     let statistics: OutgoingStatistics
+    /// So many vCPUs can ask at once.
+    private let cpuCount: Int
     /// All pages that were found to be written so far, in any round.
     private let known: [AtomicPages]
     let pages = Mutex<OutgoingPages?>(nil)
@@ -39,10 +41,11 @@ final class PostcopySource: Sendable {
     private static let writeBytes = 256 << 10
 
     init(
-        _ memory: GuestMemory, blocks: [RAMBlockDescription], statistics: OutgoingStatistics,
+        _ memory: GuestMemory, blocks: [RAMBlockDescription], cpuCount: Int, statistics: OutgoingStatistics,
         _ parameters: MigrationParameters
     ) throws(SystemError) {
         self.memory = memory
+        self.cpuCount = cpuCount
         self.blocks = blocks
         described = Mutex(blocks)
         self.statistics = statistics
@@ -209,6 +212,7 @@ final class PostcopySource: Sendable {
         let sender = UrgentSender(channel, requests, memory: memory, blocks: blocks)
         let (pacer, statistics) = (pacer, statistics)
         try sender.start(
+            among: cpuCount,
             sent: { sent, piece in
                 // Paid for by the pages that nobody waits for.
                 _ = pacer.sent(sent.bytes, at: Clock.monotonicNanoseconds)
@@ -229,6 +233,7 @@ final class PostcopySource: Sendable {
         for (number, channel) in opened.enumerated() {
             let urgent = UrgentChannel(number, channel, requests, memory: memory, blocks: blocks)
             try urgent.start(
+                among: cpuCount,
                 sent: { sent, piece in
                     _ = pacer.sent(sent.bytes, at: Clock.monotonicNanoseconds)
                     statistics.sent(

@@ -31,16 +31,18 @@ final class UrgentChannel: Sendable {
     var isEnded: Bool { ended.load(ordering: .acquiring) }
 
     /// - Parameters:
+    ///   - cpuCount: so many vCPUs ask.
     ///   - sent: told of every write.
     ///   - failed: told why the channel is of no use any more.
     func start(
+        among cpuCount: Int,
         sent: @escaping @Sendable (RecordWriter.Sent, OutgoingPages.Piece) -> Void,
         asked: @escaping @Sendable () -> Void, failed: @escaping @Sendable (UrgentChannel, ChannelError) -> Void
     ) throws(SystemError) {
         isRunning.withLock { $0 = true }
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-\(number + 1)") { [self] in
-                HostThread.runUrgently()
+                HostThread.runUrgently(among: cpuCount)
                 var failure: ChannelError?
                 do throws(ChannelError) { try run(sent, asked) } catch { failure = error }
                 isRunning.withLock { $0 = false }

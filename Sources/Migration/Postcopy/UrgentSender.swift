@@ -24,16 +24,18 @@ final class UrgentSender: Sendable {
     }
 
     /// - Parameters:
+    ///   - cpuCount: so many vCPUs ask.
     ///   - sent: told of every write.
     ///   - failed: told why the channel is of no use any more, and whether that still matters when it is asked.
     func start(
+        among cpuCount: Int,
         sent: @escaping @Sendable (RecordWriter.Sent, OutgoingPages.Piece) -> Void,
         failed: @escaping @Sendable (_ reason: ChannelError, _ matters: () -> Bool) -> Void
     ) throws(SystemError) {
         isRunning.withLock { $0 = true }
         do throws(SystemError) {
             _ = try HostThread(name: "urgent-send") { [self] in
-                HostThread.runUrgently()
+                HostThread.runUrgently(among: cpuCount)
                 do throws(ChannelError) { try run(sent) } catch {
                     failed(error) { !isEnded.load(ordering: .acquiring) }
                 }
