@@ -265,6 +265,23 @@ struct StagedHugePageTests {
         #expect((first..<first + 1024).filter { ($0 - first) % 16 != 0 }.allSatisfy(scene.holds))
     }
 
+    @Test("a page that somebody asked for does not end the huge page that is being put together")
+    func requestElsewhere() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        try scene.bring(first..<first + 300)
+        let touch = try scene.touch(first + 512)
+        #expect(touch.result(within: 50) == nil)
+        #expect(scene.requests == [first + 512])
+        try scene.bringSingly(first + 512..<first + 513)
+        #expect(touch.result(within: 5000) == true)
+        try scene.bring(first + 300..<first + 512)
+        try scene.bring(first + 513..<first + 1024)
+        #expect(scene.cameHuge(first) && scene.cameHuge(first + 512))
+        #expect((first..<first + 1024).allSatisfy(scene.holds))
+    }
+
     @Test("with too many pages there already, or many zeroes, it is placed page by page")
     func notWorthIt() throws {
         let scene = try Scene()

@@ -33,7 +33,8 @@ final class StagedHugePage: Sendable {
     private let pageMap: PageMap
     private let contents = Mutex<Contents?>(nil)
 
-    /// A run that long begins one, wherever; a shorter one only with the first page that is missing: pages here and there are no walk.
+    /// A run that long begins one, wherever; a shorter one only with the first page that is missing, if nobody asked for it: pages here and
+    /// there are no walk.
     private static let runPages = 32
     /// So many pages are read at once.
     private static let roomPages = 64
@@ -137,7 +138,8 @@ final class StagedHugePage: Sendable {
         guard let pages = placement.memory.blocks[block].hugePlace(holding: first) else { return nil }
         let record = pending.blocks[block]
         let before = pages.lowerBound..<first
-        guard run.count >= Self.runPages || record.claimed.count(in: before) == UInt64(before.count),
+        let isNext = record.claimed.count(in: before) == UInt64(before.count) && !record.asked.contains(first)
+        guard run.count >= Self.runPages || isNext,
             record.expected.count(in: pages) == UInt64(pages.count),
             record.claimed.count(in: pages) <= Self.mostPresent
         else { return nil }
