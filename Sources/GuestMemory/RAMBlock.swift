@@ -28,7 +28,7 @@ public enum RAMBacking: String, Sendable, CaseIterable {
 
 /// Pages of a block that are on their way to it: who touches one waits until it is there (postcopy).
 public protocol AwaitedPages: Sendable {
-    /// Runs of such pages inside a range, in order. Those that arrive meanwhile may be among them.
+    /// Runs of such pages inside a range. Those that arrive meanwhile, or that page tables did not show for a moment, may be among them.
     func awaitedRuns(in pages: Range<PageIndex>) -> [Range<PageIndex>]
 }
 
@@ -92,10 +92,11 @@ public final class RAMBlock: Sendable {
     ///
     /// Costs what was touched, and nothing for what is outside the range. Awaited pages are allocated: their contents exist elsewhere.
     public func allocatedRuns(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
-        // Asked first: a page that arrives meanwhile is in one of both.
-        let coming = awaited.withLock { $0 }?.awaitedRuns(in: pages) ?? []
+        guard let awaited = awaited.withLock({ $0 }) else { return try runsHere(in: pages) }
+        // Asked before: a page that arrives meanwhile is in one of both; and behind: one may have been away just now.
+        let coming = awaited.awaitedRuns(in: pages)
         let here = try runsHere(in: pages)
-        return coming.isEmpty ? here : Self.union(coming, here)
+        return Self.union(coming + awaited.awaitedRuns(in: pages), here)
     }
 
     private func runsHere(in pages: Range<PageIndex>) throws(SystemError) -> [Range<PageIndex>] {
@@ -160,7 +161,13 @@ public final class RAMBlock: Sendable {
 
     /// Whether anything inside a range is allocated.
     public func isAllocated(in pages: Range<PageIndex>) throws(SystemError) -> Bool {
-        if awaited.withLock({ $0 })?.awaitedRuns(in: pages).isEmpty == false { return true }
+        let awaited = awaited.withLock { $0 }
+        if awaited?.awaitedRuns(in: pages).isEmpty == false { return true }
+        if try isHere(in: pages) { return true }
+        return awaited?.awaitedRuns(in: pages).isEmpty == false
+    }
+
+    private func isHere(in pages: Range<PageIndex>) throws(SystemError) -> Bool {
         guard let file, tellsHoles else {
             if shown.withLock({ $0.contains { $0.overlaps(pages) } }) { return true }
             let range = Int(pages.lowerBound.offset.value)..<Int(pages.upperBound.offset.value)

@@ -94,6 +94,19 @@ struct OutgoingPagesTests {
         #expect(large.countOfVain(PageRequest(block: "ram0", offset: 5 << 12, length: 4096), []) == 1)
     }
 
+    @Test("a destination that says it has a part of a large page gets all of it on another connection")
+    func partlyReceived() throws {
+        let old = try outgoing([(2 << 20, [0..<1536], [])])
+        let received = try AtomicPages(pageCount: 4096)
+        received.insert(pages(0..<700))
+        let all = try OutgoingPages(old, without: [received])
+        #expect(all.count == 1024)
+        var place = OutgoingPages.Place()
+        #expect(all.take(from: &place, limit: 16) == [.init(block: 0, pages: pages(512..<1024))])
+        #expect(all.take(from: &place, limit: 16) == [.init(block: 0, pages: pages(1024..<1536))])
+        #expect(all.take(from: &place, limit: 16).isEmpty && all.count == 0)
+    }
+
     @Test("nothing dirty at all still leaves one large page to be sent")
     func nothing() throws {
         let all = try outgoing([(2 << 20, [], [])])

@@ -120,6 +120,11 @@ private final class Scene {
         try watched.faults.zero(memory.blocks[0].mapping, Int(page << 12)..<Int((page + 1) << 12))
     }
 
+    /// Pages are not waited for there any more, and none can be put there.
+    func stopWatching(_ page: UInt64) throws {
+        try watched.faults.unregister(memory.blocks[0].mapping, Int(page << 12)..<Int((page + 1) << 12))
+    }
+
     func end() {
         server.end()
         thread.join()
@@ -263,6 +268,69 @@ struct StagedHugePageTests {
         #expect(scene.cameHuge(first) && scene.cameHuge(first + 512))
         #expect(scene.memory.blocks[0].hugePages() == 1024)
         #expect((first..<first + 1024).filter { ($0 - first) % 16 != 0 }.allSatisfy(scene.holds))
+    }
+
+    @Test("pages that are out of guest memory for a moment are no holes for who looks at page tables")
+    func noHoles() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let (block, first) = (scene.memory.blocks[0], scene.first)
+        block.expect(scene.pending.blocks[0])
+        let ahead = try PagePlacer(scene.placement)
+        // Each is moved by itself.
+        try scene.bring(stride(from: first, to: first + 1024, by: 8).map(\.self), by: ahead)
+        let isOver = Atomic(false)
+        let looks = Atomic(0)
+        let holes = Atomic(0)
+        let reader = try HostThread(name: "reader") {
+            while !isOver.load(ordering: .relaxed) {
+                if (try? block.allocatedRuns(in: block.pages)) != [block.pages] { holes.add(1, ordering: .relaxed) }
+                looks.add(1, ordering: .relaxed)
+            }
+        }
+        for start in stride(from: first, to: first + 1024, by: 512) {
+            for page in start..<start + 512 where (page - first) % 8 != 0 { try scene.bring(page..<page + 1) }
+        }
+        while looks.load(ordering: .relaxed) == 0 { Clock.sleep(nanoseconds: 1_000_000) }
+        isOver.store(true, ordering: .relaxed)
+        reader.join()
+        #expect(holes.load(ordering: .relaxed) == 0)
+        #expect(scene.cameHuge(first) && scene.cameHuge(first + 512))
+    }
+
+    @Test("what was claimed for a huge page that cannot be placed is given back: another connection brings it")
+    func failure() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        try scene.bring(first..<first + 500)
+        try scene.stopWatching(first + 70)
+        #expect(throws: SystemError.self) { try scene.bring(first + 500..<first + 512) }
+        let record = scene.pending.blocks[0]
+        let stuck = (first..<first + 512).map { PageIndex($0) }.filter {
+            record.claimed.contains($0) && !record.placed.contains($0)
+        }
+        #expect(stuck.isEmpty)
+        let other = try PagePlacer(scene.placement)
+        try scene.bring((first + 80..<first + 512).map(\.self), by: other)
+        #expect((first + 80..<first + 512).allSatisfy(scene.holds))
+    }
+
+    @Test("a page that somebody asked for does not end the huge page that is being put together")
+    func requestElsewhere() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        try scene.bring(first..<first + 300)
+        let touch = try scene.touch(first + 512)
+        #expect(touch.result(within: 50) == nil)
+        #expect(scene.requests == [first + 512])
+        try scene.bringSingly(first + 512..<first + 513)
+        #expect(touch.result(within: 5000) == true)
+        try scene.bring(first + 300..<first + 512)
+        try scene.bring(first + 513..<first + 1024)
+        #expect(scene.cameHuge(first) && scene.cameHuge(first + 512))
+        #expect((first..<first + 1024).allSatisfy(scene.holds))
     }
 
     @Test("with too many pages there already, or many zeroes, it is placed page by page")

@@ -112,12 +112,14 @@ final class OutgoingPages: Sendable {
         discarded = old.discarded
         var wanted: [AtomicPages] = []
         var count: UInt64 = 0
-        for (discarded, received) in zip(old.discarded, received) {
+        for (index, (discarded, received)) in zip(old.discarded, received).enumerated() {
             let pages = try AtomicPages(pageCount: discarded.pageCount)
             var position = PageIndex(0)
             while let run = discarded.nextRun(from: position, missingFrom: received) {
-                count += pages.insert(run)
-                position = run.upperBound
+                // A part of a large page is nothing: without its first bit nobody could take the others.
+                let whole = Self.widened(run, to: old.hostPages[index])
+                count += pages.insert(whole)
+                position = whole.upperBound
             }
             wanted.append(pages)
         }

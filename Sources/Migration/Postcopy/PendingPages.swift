@@ -15,6 +15,8 @@ final class PendingPages: Sendable {
         let asked: AtomicPages
         /// First pages of huge pages that were placed whole.
         let cameHuge: AtomicPages
+        /// Pages that were placed, and taken out of guest memory for a moment: page tables may not have shown them.
+        let wasMoved: AtomicPages
 
         init(pageCount: UInt64) throws(SystemError) {
             expected = try AtomicPages(pageCount: pageCount)
@@ -22,12 +24,18 @@ final class PendingPages: Sendable {
             placed = try AtomicPages(pageCount: pageCount)
             asked = try AtomicPages(pageCount: pageCount)
             cameHuge = try AtomicPages(pageCount: pageCount)
+            wasMoved = try AtomicPages(pageCount: pageCount)
         }
 
         func awaitedRuns(in pages: Range<PageIndex>) -> [Range<PageIndex>] {
             var runs: [Range<PageIndex>] = []
             var position = pages.lowerBound
             while let run = expected.nextRun(from: position, before: pages.upperBound, missingFrom: placed) {
+                runs.append(run)
+                position = run.upperBound
+            }
+            position = pages.lowerBound
+            while let run = wasMoved.nextRun(from: position, before: pages.upperBound) {
                 runs.append(run)
                 position = run.upperBound
             }

@@ -33,7 +33,8 @@ final class StagedHugePage: Sendable {
     private let pageMap: PageMap
     private let contents = Mutex<Contents?>(nil)
 
-    /// A run that long begins one, wherever; a shorter one only with the first page that is missing: pages here and there are no walk.
+    /// A run that long begins one, wherever; a shorter one only with the first page that is missing, if nobody asked for it: pages here and
+    /// there are no walk.
     private static let runPages = 32
     /// So many pages are read at once.
     private static let roomPages = 64
@@ -124,9 +125,19 @@ final class StagedHugePage: Sendable {
             try? faults.wake(placement.memory.blocks[last.block].mapping, PagePlacement.bytes(last.pages))
         }
         let mine = claimed(last.pages, of: last.block) { last.isHere($0) }
-        guard isWhole(last), !pending.isAbandoned, try moveWhole(last, claimed: mine) else {
-            return try copy(mine, of: last)
+        guard isWhole(last), !pending.isAbandoned else { return try copy(mine, of: last) }
+        let left: [Range<PageIndex>]
+        do throws(SystemError) { left = try moveWhole(last, claimed: mine) } catch {
+            let placed = pending.blocks[last.block].placed
+            for page in mine.joined() where !placed.contains(page) {
+                pending.unclaim(page..<page.advanced(by: 1), of: last.block)
+            }
+            throw error
         }
+        try copy(left, of: last)
+        guard !pending.blocks[last.block].cameHuge.contains(last.pages.lowerBound) else { return }
+        // It was, or has become, single pages: the next one is to be huge again.
+        try? room.advise(.forget, at: start, count: PagePlacement.bytes(last.pages).count)
     }
 
     /// - Returns: the pages of the one that is filled from now on; `nil`: that is none.
@@ -137,7 +148,8 @@ final class StagedHugePage: Sendable {
         guard let pages = placement.memory.blocks[block].hugePlace(holding: first) else { return nil }
         let record = pending.blocks[block]
         let before = pages.lowerBound..<first
-        guard run.count >= Self.runPages || record.claimed.count(in: before) == UInt64(before.count),
+        let isNext = record.claimed.count(in: before) == UInt64(before.count) && !record.asked.contains(first)
+        guard run.count >= Self.runPages || isNext,
             record.expected.count(in: pages) == UInt64(pages.count),
             record.claimed.count(in: pages) <= Self.mostPresent
         else { return nil }
@@ -176,14 +188,22 @@ final class StagedHugePage: Sendable {
         return runs
     }
 
+    /// What the caller claimed is placed, or given back.
     private func copy(_ runs: [Range<PageIndex>], of contents: Contents) throws(SystemError) {
-        for run in runs {
+        for (index, run) in runs.enumerated() {
             var first = run.lowerBound
             while first < run.upperBound {
                 let end = min(first.advanced(by: Self.copiedPages), run.upperBound)
-                try placement.copy(
-                    room, at: offset(of: first, in: contents.pages),
-                    to: PagePlacement.Run(block: contents.block, pages: first..<end))
+                do throws(SystemError) {
+                    try placement.copy(
+                        room, at: offset(of: first, in: contents.pages),
+                        to: PagePlacement.Run(block: contents.block, pages: first..<end))
+                } catch {
+                    for rest in [end..<run.upperBound] + runs[(index + 1)...] {
+                        pending.unclaim(rest, of: contents.block)
+                    }
+                    throw error
+                }
                 first = end
             }
         }
@@ -192,19 +212,22 @@ final class StagedHugePage: Sendable {
     // MARK: Moving
 
     /// - Parameter mine: the pages that are placed by this.
-    /// - Returns: false: it cannot be; what was in guest memory is there.
-    private func moveWhole(_ contents: Contents, claimed mine: [Range<PageIndex>]) throws(SystemError) -> Bool {
+    /// - Returns: those of them that could not be moved. What was in guest memory is there.
+    private func moveWhole(
+        _ contents: Contents, claimed mine: [Range<PageIndex>]
+    ) throws(SystemError) -> [Range<PageIndex>] {
         let others = Self.gaps(in: contents.pages, between: mine)
         // Somebody may have claimed one and not placed it yet.
-        let placed = pending.blocks[contents.block].placed
-        guard others.allSatisfy({ $0.allSatisfy(placed.contains) }) else { return false }
+        let record = pending.blocks[contents.block]
+        guard others.allSatisfy({ $0.allSatisfy(record.placed.contains) }) else { return mine }
         var out: [Range<PageIndex>] = []
         for run in others {
+            record.wasMoved.insert(run)
             let moved = moveOut(run, of: contents)
             out.append(run.lowerBound..<run.lowerBound.advanced(by: moved))
             guard moved == run.count else {
                 try putBack(out, of: contents)
-                return false
+                return mine
             }
         }
         let (guest, bytes) = (placement.memory.blocks[contents.block].mapping, PagePlacement.bytes(contents.pages))
@@ -217,15 +240,11 @@ final class StagedHugePage: Sendable {
         for run in mine {
             let there = run.clamped(to: contents.pages.lowerBound..<left.lowerBound)
             try placement.arePlaced(PagePlacement.Run(block: contents.block, pages: there))
-            try copy([run.clamped(to: left)], of: contents)
         }
         if left.isEmpty, ((try? pageMap.hugeBytes(in: guest, bytes)) ?? nil) ?? 0 == bytes.count {
-            pending.blocks[contents.block].cameHuge.insert(contents.pages.lowerBound)
-        } else {
-            // It was, or has become, single pages: the next one is to be huge again.
-            try? room.advise(.forget, at: start, count: bytes.count)
+            record.cameHuge.insert(contents.pages.lowerBound)
         }
-        return true
+        return mine.map { $0.clamped(to: left) }
     }
 
     /// From guest memory to where the rest is. - Returns: how many pages.
@@ -246,9 +265,8 @@ final class StagedHugePage: Sendable {
         for run in runs where !run.isEmpty {
             let (from, bytes) = (offset(of: run.lowerBound, in: contents.pages), PagePlacement.bytes(run))
             do throws(SystemError) { try faults.copy(room, at: from, into: guest, bytes) } catch {
-                // Given up to the source again, and not watched any more: nobody else is there.
+                // Given up to the source again, and not watched any more: they come again, and may have come already.
                 guard pending.isAbandoned else { throw error }
-                guest.copy(from: room, at: from, count: bytes.count, to: bytes.lowerBound)
             }
         }
     }
