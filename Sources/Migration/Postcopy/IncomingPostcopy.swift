@@ -145,8 +145,8 @@ final class IncomingPostcopy: Sendable {
     /// - Parameter inOrder: they come in the order of memory, but for what is asked for. One such thread at a time.
     func placer(inOrder: Bool) throws(SystemError) -> PagePlacer {
         let placement = PagePlacement(watched: watched, memory: memory, pending: pending)
-        guard inOrder else { return try PagePlacer(placement) }
-        let staged = try StagedHugePage(placement)
+        // Without, pages are placed one by one.
+        guard inOrder, let staged = try? StagedHugePage(placement) else { return try PagePlacer(placement) }
         server.look(in: staged)
         return try PagePlacer(placement, staged: staged)
     }

@@ -40,8 +40,8 @@ final class StagedHugePage: Sendable {
     private static let roomPages = 64
     /// So many pages are placed by one call, of those that do not move: it holds up who changes the address space.
     private static let copiedPages = 16
-    /// With more pages of it in guest memory it is left to `Collapser`.
-    private static let mostPresent: UInt64 = 128
+    /// With more pages of it in guest memory it is left to `Collapser`: to move one out takes microseconds, in which the guest misses it.
+    private static let mostPresent: UInt64 = 64
     /// Zeroes for which memory is taken all the same: so many in a row, and in all.
     private static let zeroes = (run: 32, all: 256)
 
