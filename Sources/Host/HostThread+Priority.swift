@@ -23,7 +23,9 @@ extension HostThread {
     public static func runUrgently(among busyThreads: Int = 0) {
         if busyThreads >= HostMemory.processorCount, runBeforeOthers() { return }
         // Without a privilege short turns must do.
-        if gw_set_turn(0, mostUrgentNiceness, urgentTurnNanoseconds) < 0 { _ = gw_set_turn(0, 0, urgentTurnNanoseconds) }
+        if gw_set_turn(0, mostUrgentNiceness, urgentTurnNanoseconds) < 0 {
+            _ = gw_set_turn(0, 0, urgentTurnNanoseconds)
+        }
     }
 
     private static let mostUrgentNiceness: Int32 = -20
