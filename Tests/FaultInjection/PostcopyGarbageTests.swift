@@ -328,7 +328,10 @@ struct PostcopyGarbageTests {
             let reason = (try? vm.migration())?["error-desc"]?.stringValue ?? ""
             #expect(reason.count > 10 && (try? vm.status()) == "inmigrate", "\(what): \(reason)")
         case "postcopy-paused":
-            let reason = (try? vm.migration())?["error-desc"]?.stringValue ?? ""
+            let now = try? vm.migration()
+            // What was still being placed when the connection ended was all there was.
+            if now?["status"] == "completed" { return "completed" }
+            let reason = now?["error-desc"]?.stringValue ?? ""
             #expect(reason.contains("the guest runs on as far as its memory is here"), "\(what): \(reason)")
             #expect((try? vm.status()) == "running", "\(what): \(vm.log)")
         default: break
