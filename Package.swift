@@ -71,7 +71,7 @@ let package = Package(
             swiftSettings: house),
 
         tests("HouseTests", of: ["Host"]),
-        tests("HostTests", of: ["Host"]),
+        tests("HostTests", of: ["Host", "TestSupport"]),
         tests("GuestMemoryTests", of: ["GuestMemory", "Host", "TestSupport"]),
         tests("MigrationStreamTests", of: ["MigrationStream", "TestSupport"]),
         tests("TransportTests", of: ["Transport", "Host", "GuestMemory", "TestSupport"]),

@@ -1,4 +1,5 @@
 import Glibc
+import Host
 public import Testing
 
 // What this host lets a test do. A test that needs more says so: `.enabled(if: hasKVM, needsKVM)`.
@@ -18,3 +19,13 @@ public let mayMount: Bool = {
     return true
 }()
 public let needsMount: Comment = "this user may not mount a file system"
+
+/// Whether this process may keep the host's idle processors awake.
+public let mayKeepAwake = unsafe access("/dev/cpu_dma_latency", R_OK | W_OK) == 0
+public let needsAwake: Comment = "this machine has no /dev/cpu_dma_latency which this user may open"
+
+/// How long an idle processor of this host may take to wake up, in microseconds, by what all who asked asked for.
+public func wakeUpLimit() throws -> Int32 {
+    let words = try Descriptor.open("/dev/cpu_dma_latency", O_RDONLY).read(upTo: 4) ?? []
+    return words.reversed().reduce(0) { $0 << 8 | Int32($1) }
+}

@@ -11,6 +11,9 @@ struct PageFloor: Sendable {
 
     var sum: Double { roundTrip + fault }
 
+    /// - Parameter page: nanoseconds from the fault read to the page placed; the fault is in both.
+    func ratio(ofPage page: Double) -> Double { (page + fault) / sum }
+
     private static let requestBytes = 16
     private static let pageBytes = 4096
     private static let warmUp = 200
@@ -20,6 +23,13 @@ struct PageFloor: Sendable {
     static func measure(tls: (server: TLSSettings, client: TLSSettings)?) throws -> PageFloor {
         PageFloor(
             roundTrip: try tls.map { try roundTrip(through: $0) } ?? roundTrip(), fault: try faultCost())
+    }
+
+    /// The same while idle processors are kept awake, as both ends of a postcopy do. - Returns: `nil` where the host does not allow that.
+    static func measureAwake(tls: (server: TLSSettings, client: TLSSettings)?) throws -> PageFloor? {
+        guard let awake = try? AwakeProcessors() else { return nil }
+        defer { extendLifetime(awake) }
+        return try measure(tls: tls)
     }
 
     private static func middle(_ times: [UInt64]) -> Double {

@@ -34,6 +34,7 @@ struct PostcopyMigration {
     func measure(_ cell: PostcopyCell) throws -> Sample {
         try warmMemory.refill(options)
         let floor = try PageFloor.measure(tls: cell.isEncrypted ? keys.settings : nil)
+        let awakeFloor = try PageFloor.measureAwake(tls: cell.isEncrypted ? keys.settings : nil)
         let folder = try PrivateFolder("bench")
         defer { folder.remove() }
         let (source, destination) = try pair(
@@ -59,9 +60,11 @@ struct PostcopyMigration {
         sample["round-trip-us"] = floor.roundTrip / 1e3
         sample["fault-us"] = floor.fault / 1e3
         sample["floor-us"] = floor.sum / 1e3
+        sample["awake-floor-us"] = awakeFloor.map { $0.sum / 1e3 }
         for share in ["p50", "p99"] {
-            // The floor's fault is in both: before the fault is read, and behind the page's placing.
-            sample["\(share)-vs-floor"] = ((sample["page-\(share)-us"] ?? .nan) * 1e3 + floor.fault) / floor.sum
+            let page = (sample["page-\(share)-us"] ?? .nan) * 1e3
+            sample["\(share)-vs-floor"] = floor.ratio(ofPage: page)
+            sample["\(share)-vs-awake-floor"] = awakeFloor.map { $0.ratio(ofPage: page) }
             sample["guest-\(share)-vs-floor"] = (sample["guest-\(share)-us"] ?? .nan) * 1e3 / floor.sum
         }
         sample["total-ms"] = total

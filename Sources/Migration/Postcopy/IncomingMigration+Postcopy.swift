@@ -149,7 +149,7 @@ extension IncomingMigration {
         recognized(id)
         guard urgents.waitForAdmission(id) else { return }
         HostThread.renameCurrent("postcopy-recv-\(greeting.channel + 1)")
-        HostThread.runUrgently(among: machine.cpuThreadIDs.count)
+        if pageLatencyTargetMicroseconds > 0 { HostThread.runUrgently(among: machine.cpuThreadIDs.count) }
         readRequestedPages(channel, id, behind: [], isAdmitted: true, lastWordsNanoseconds: Self.lastWordsNanoseconds)
     }
 

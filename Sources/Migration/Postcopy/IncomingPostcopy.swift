@@ -145,10 +145,12 @@ final class IncomingPostcopy: Sendable {
     /// - Parameter inOrder: they come in the order of memory, but for what is asked for. One such thread at a time.
     func placer(inOrder: Bool) throws(SystemError) -> PagePlacer {
         let placement = PagePlacement(watched: watched, memory: memory, pending: pending)
+        guard inOrder else { return try PagePlacer(placement) }
+        let awake = guestThreads.flatMap { _ in try? AwakeProcessors() }
         // Without, pages are placed one by one.
-        guard inOrder, let staged = try? StagedHugePage(placement) else { return try PagePlacer(placement) }
-        server.look(in: staged)
-        return try PagePlacer(placement, staged: staged)
+        let staged = try? StagedHugePage(placement)
+        if let staged { server.look(in: staged) }
+        return try PagePlacer(placement, staged: staged, awake: awake)
     }
 
     /// Waits a while for pages that are on their way; when all are here, ends the watch. Not while holding the core's lock.

@@ -29,11 +29,17 @@ final class PagePlacer {
     private var run = Run()
     private var isZero = false
     private let staged: StagedHugePage?
+    private let awake: AwakeProcessors?
 
-    /// - Parameter staged: for a connection that brings memory in order.
-    init(_ placement: PagePlacement, staged: StagedHugePage? = nil) throws(SystemError) {
+    /// - Parameters:
+    ///   - staged: for a connection that brings memory in order.
+    ///   - awake: lives as long.
+    init(
+        _ placement: PagePlacement, staged: StagedHugePage? = nil, awake: AwakeProcessors? = nil
+    ) throws(SystemError) {
         self.placement = placement
         self.staged = staged
+        self.awake = awake
         staging = try Mapping(anonymousByteCount: Int(Self.runPages * GuestPage.byteCount))
     }
 

@@ -151,6 +151,8 @@ final class PostcopySource: Sendable {
         let urgent = urgent.withLock { $0 }
         let records: RecordWriter
         do throws(SystemError) { records = try RecordWriter(memory, blocks: blocks) } catch { throw .system(error) }
+        let awake = pace.targetMicroseconds > 0 ? try? AwakeProcessors() : nil
+        defer { extendLifetime(awake) }
         var rest = BackgroundSender(
             pages, requests, records, pacer, pace, servesRequests: urgent == nil,
             batches: takesBatches.load(ordering: .relaxed))
