@@ -16,6 +16,17 @@ struct PostcopyBenchmarkTests {
         try #require(session.promises.first { $0.name == name })
     }
 
+    @Test("as many huge pages are borrowed as two guests take, each rounded up")
+    func borrowed() {
+        func count(_ pages: BackingPages, _ megabytes: UInt64) -> UInt64 {
+            HugePagePools.count(PostcopyCell(pages: pages, memoryMegabytes: megabytes))
+        }
+        #expect(count(.gigantic, 1024) == 2)
+        #expect(count(.gigantic, 1025) == 4)
+        #expect(count(.large, 1024) == 1024)
+        #expect(count(.large, 3) == 4)
+    }
+
     @Test("all page sizes, 1, 4 and 16 vCPUs, 1, 2 and 4 channels, and TLS are measured, each cell once")
     func cells() throws {
         let cells = PostcopyScale.full(runs: nil).cells

@@ -9,8 +9,8 @@ final class HugePagePools {
     private var tried: [BackingPages: String?] = [:]
 
     /// Pages that both ends of the largest cell take.
-    private static func count(_ cell: PostcopyCell) -> UInt64 {
-        2 * ((cell.memoryMegabytes << 20) + cell.pages.byteCount - 1) / cell.pages.byteCount
+    static func count(_ cell: PostcopyCell) -> UInt64 {
+        2 * (((cell.memoryMegabytes << 20) + cell.pages.byteCount - 1) / cell.pages.byteCount)
     }
 
     /// Gets what the cell needs. - Returns: why that cannot be; `nil`: it is there.
