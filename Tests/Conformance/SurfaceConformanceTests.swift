@@ -237,7 +237,8 @@ struct SurfaceConformanceTests {
         #expect(
             second.additional == [
                 "block-incremental", "compress-level", "compress-threads", "compress-wait-thread",
-                "decompress-threads", "x-multifd-flush-after-each-section",
+                "decompress-threads", "x-multifd-flush-after-each-section", "x-page-latency-target",
+                "x-postcopy-channels", "x-postcopy-prefetch",
             ])
     }
 

@@ -19,8 +19,13 @@ public enum QEMU {
         return words.firstIndex(of: "version").map { String(words[words.index(after: $0)]) }
     }()
 
+    private static let generation = version.flatMap { Int($0.prefix { $0 != "." }) } ?? 0
+
     /// Whether it has the capability mapped-ram: QEMU 9.0 and newer.
-    public static let knowsMappedRAM = (version.flatMap { Int($0.prefix { $0 != "." }) } ?? 0) >= 9
+    public static let knowsMappedRAM = generation >= 9
+
+    /// Whether what it calls transferred is every byte of the stream, as here; QEMU 7.2 counts records of RAM alone, less the heads of sections.
+    public static let countsEveryByte = generation >= 10
 
     /// Whether it is there; says so once.
     public static let isInstalled: Bool = {
