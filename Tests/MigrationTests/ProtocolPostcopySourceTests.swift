@@ -39,6 +39,8 @@ private struct Driver: SourceDriver {
         actions.compactMap { if case .sendPackage(let bytes) = $0 { bytes } else { nil } }.last
     }
 
+    var pauses: [String] { actions.compactMap { if case .paused(let sentence) = $0 { sentence } else { nil } } }
+
     var deadline: SourceEvent {
         let timers = actions.compactMap { action -> ProtocolTimer? in
             if case .setTimer(let timer, _) = action, timer.kind == .deadline { timer } else { nil }
@@ -139,6 +141,32 @@ struct ProtocolPostcopySourceTests {
         driver.feed(Driver.arrived, .packageSent, .pagesServed)
         driver.feed(driver.deadline)
         #expect(driver.core.status == .postcopyPaused)
+    }
+
+    @Test(
+        "a source that lost the last word says how to find out whether the destination is complete, until pages are sent again"
+    )
+    func lastWordLost() {
+        var driver = Driver()
+        driver.reachPackage()
+        driver.feed(Driver.arrived, .packageSent)
+        var lostBefore = driver
+        lostBefore.feed(.disconnected("reset"))
+        #expect(lostBefore.pauses.last?.contains("what is missing of its memory stays here") == true)
+        driver.feed(.pagesServed, .disconnected("reset"))
+        // The destination listens no more if it is complete.
+        driver.feed(.resume, .connectFailed("connection refused"))
+        #expect(driver.pauses.count == 2)
+        for sentence in driver.pauses {
+            #expect(sentence.contains("every page was sent") && sentence.contains("ask it with query-migrate"))
+            #expect(sentence.contains("if it says 'completed', quit here"))
+            #expect(!sentence.contains("is missing"))
+        }
+        // It was not complete.
+        driver.feed(.resume, .connected(.bothWays), .received(.postcopy(.bitmapEnded(block: "ram"))))
+        driver.feed(.received(.postcopy(.resumeAcknowledged)), .disconnected("reset"))
+        #expect(driver.pauses.count == 3)
+        #expect(driver.pauses.last?.contains("what is missing of its memory stays here") == true)
     }
 
     @Test("the package's sender was stuck, so the guest is in doubt; that its end never left ends the doubt")

@@ -289,6 +289,7 @@ extension SourceCore {
 
     mutating func pagesServed(_ actions: inout [SourceAction]) {
         guard phase == .pulled else { return }
+        allWasSent = true
         closeRAMSection(&actions)
         send(&actions) { writer in
             writer.ramRound(final: true, id: Self.ramSectionID)
@@ -318,10 +319,12 @@ extension SourceCore {
         ramSectionIsOpen = false
         bitmapsAwaited = []
         enter(.postcopyPaused, deadline: nil, &actions)
-        actions.append(
-            .paused(
-                "\(reason); the guest moved, and what is missing of its memory stays here; go on with migrate-recover there and "
-                    + "migrate with 'resume' here"))
+        // A QEMU that has it all listens no more: no recovery would ever tell.
+        let state =
+            allWasSent
+            ? "every page was sent, and the destination may be complete: ask it with query-migrate; if it says 'completed', quit here, else"
+            : "the guest moved, and what is missing of its memory stays here;"
+        actions.append(.paused("\(reason); \(state) go on with migrate-recover there and migrate with 'resume' here"))
         report(.postcopyPaused, &actions)
     }
 }

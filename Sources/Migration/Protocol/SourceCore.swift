@@ -168,6 +168,8 @@ public struct SourceCore: Sendable {
     var packagedState: [UInt8]?
     /// The destination has the package.
     var packageArrived = false
+    /// All pages and the end of the stream were sent, over the last connection that worked.
+    var allWasSent = false
     /// Why the connection is gone, while it is not known yet whether the package had left.
     var lossDuringPackage: String?
     /// Blocks of which the destination has not said yet what it has, on a connection that recovers.
