@@ -70,6 +70,55 @@ struct ProtocolPostcopySourceTests {
         #expect(driver.reported == [.setup, .active, .postcopyDevice, .postcopyActive, .completed])
     }
 
+    @Test(
+        "behind a round the destination forgets much while the guest runs, and only what is written meanwhile when it stands still"
+    )
+    func forgetsAhead() throws {
+        var driver = Driver()
+        driver.reachRound()
+        driver.feed(.startPostcopy, Driver.round)
+        let ahead = driver.feed(.collected(remainingPages: 256))
+        #expect(ahead.contains(.sendDiscards) && !driver.actions.contains(.stopGuest))
+        let before = driver.actions.count
+        // It went out, which says nothing of the destination.
+        driver.feed(.discardsSent)
+        #expect(driver.actions.count == before)
+        driver.feed(.received(.pong(2)))
+        #expect(driver.feed(.collected(remainingPages: 300)).contains(.stopGuest))
+        driver.feed(.guestStopped(wasRunning: true))
+        #expect(driver.feed(.collected(remainingPages: 310)).contains(.sendDiscards))
+        driver.feed(.stateSaved([Driver.cpu]))
+        #expect(driver.package == nil)
+        driver.feed(.discardsSent)
+        #expect(driver.package != nil && !driver.core.mayRun)
+        #expect(driver.actions.count { $0 == .sendDiscards } == 2)
+    }
+
+    @Test(
+        "a destination that has nothing to forget, or hardly anything, is told when the guest stands still",
+        arguments: [0, 16] as [UInt64])
+    func nothingToForget(sent: UInt64) {
+        var driver = Driver()
+        driver.reachRound()
+        let round = RoundReport(pages: sent, bytes: 6000, nanoseconds: 1_000_000, interrupted: true)
+        let left: UInt64 = sent == 0 ? 256 : 255
+        #expect(driver.feed(.startPostcopy, .roundSent(round), .collected(remainingPages: left)).contains(.stopGuest))
+        #expect(!driver.actions.contains(.sendDiscards))
+    }
+
+    @Test("what happens while the destination forgets leaves the guest running here")
+    func failsWhileForgetting() {
+        for event in [.disconnected("reset"), .trackingFailed("no memory"), .cancel, .received(.shut(1))]
+            as [SourceEvent]
+        {
+            var driver = Driver()
+            driver.reachRound()
+            driver.feed(.startPostcopy, Driver.round, .collected(remainingPages: 256), event)
+            #expect(driver.core.mayRun && !driver.actions.contains(.stopGuest), "\(event)")
+            #expect([.failed, .cancelled].contains(driver.core.status), "\(event)")
+        }
+    }
+
     @Test("without a word of the operator's it stays precopy")
     func staysPrecopy() {
         var driver = Driver()

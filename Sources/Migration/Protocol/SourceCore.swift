@@ -159,6 +159,8 @@ public struct SourceCore: Sendable {
     var urgentChannelsInVain = 0
     /// DISCARD was asked for: all that was dirty then is to follow the guest.
     var pagesAreHandedOver = false
+    /// The destination may have memory to forget.
+    var hasSentPages = false
     /// Moves of this kind that were broken off.
     var brokenMoves = 0
     /// The last one was: let the policy have a moment pass first.
