@@ -120,8 +120,9 @@ extension MigrationReading {
                     + "'godwit migrate \(vm) --resume \(uri)', or end it with 'godwit migrate \(vm) --cancel'")
         case "postcopy-paused":
             throw CommandFailure(
-                "\(what) is paused: \(errorDescription ?? "the connection was lost after the guest moved"); keep this VM: nobody else "
-                    + "has that memory; go on with 'godwit migrate \(vm) --resume \(uri)'")
+                "\(what) is paused: \(errorDescription ?? "the connection was lost after the guest moved"); keep this VM unless "
+                    + "the destination is complete: nobody else has that memory; go on with 'godwit migrate \(vm) --resume \(uri)'"
+            )
         case "x-unsettled":
             throw CommandFailure(
                 "\(what) ended in doubt: \(errorDescription ?? "the connection was lost at the handover"); the guest stands "

@@ -11,27 +11,25 @@ struct TLSConformanceTests {
 
     init() throws { bench = try Workbench() }
 
-    enum Kind: String, CaseIterable, Sendable { case x509, psk }
-
     private static let byteCount: UInt64 = 48 << 20
 
     @Test(
-        "QEMU to Godwit, and from there to another QEMU, with both ends checked", arguments: Kind.allCases,
+        "QEMU to Godwit, and from there to another QEMU, with both ends checked", arguments: TLSKind.allCases,
         ["tcp", "unix"])
-    func roundTrip(kind: Kind, transport: String) throws {
-        guard kind == .psk || CertificateAuthority.isInstalled else {
+    func roundTrip(kind: TLSKind, transport: String) throws {
+        guard kind.canBeMade else {
             print("conformance: TLS with certificates skipped, the program openssl is not installed")
             return
         }
-        let folder = try makeCredentials(kind)
+        let folder = try bench.makeCredentials(kind)
         let image = try MemoryImage(
             "\(bench.folder)/image", byteCount: Self.byteCount, content: .mixed, seed: 7)
         let first = try bench.startQEMU(
-            "first", byteCount: Self.byteCount, ram: image.path, object(kind, folder, "client"))
+            "first", byteCount: Self.byteCount, ram: image.path, kind.object(folder, "client", by: "-object"))
         let second = try bench.startVM(
             "second",
             ["--machine", "none", "--memory", "\(Self.byteCount)", "--incoming", "defer"]
-                + object(kind, folder, "server", by: "--object"))
+                + kind.object(folder, "server"))
         try move(first, to: second, transport)
         try expectEqual(image, second)
         #expect(second.log.contains("TLS 1.3, TLS_"), "\(second.log)")
@@ -46,25 +44,25 @@ struct TLSConformanceTests {
                 "endpoint": "client",
             ])
         let third = try bench.startQEMU(
-            "third", byteCount: Self.byteCount, object(kind, folder, "server") + ["-incoming", "defer"])
+            "third", byteCount: Self.byteCount, kind.object(folder, "server", by: "-object") + ["-incoming", "defer"])
         try move(second, to: third, transport)
         try expectEqual(image, third)
     }
 
     @Test("a QEMU that speaks plaintext is refused, and a real one still gets in")
     func plaintext() throws {
-        let folder = try makeCredentials(.psk)
+        let folder = try bench.makeCredentials(.psk)
         let image = try MemoryImage(
             "\(bench.folder)/image", byteCount: Self.byteCount, content: .mixed, seed: 8)
         let source = try bench.startQEMU(
-            "source", byteCount: Self.byteCount, ram: image.path, object(.psk, folder, "client"))
+            "source", byteCount: Self.byteCount, ram: image.path, TLSKind.psk.object(folder, "client", by: "-object"))
         let destination = try bench.startVM(
             "destination",
             [
                 "--machine", "none", "--memory", "\(Self.byteCount)", "--incoming", "tcp:127.0.0.1:0", "--tls-creds",
                 "tls0",
             ]
-                + object(.psk, folder, "server", by: "--object"))
+                + TLSKind.psk.object(folder, "server"))
         let uri = "tcp:127.0.0.1:\(try destination.port())"
         try source.migrate(to: uri)
         try source.waitForMigration("failed")
@@ -76,24 +74,6 @@ struct TLSConformanceTests {
     }
 
     // MARK: Steps
-
-    private func makeCredentials(_ kind: Kind) throws -> String {
-        let folder = "\(bench.folder)/\(kind.rawValue)"
-        switch kind {
-        case .x509:
-            let authority = try CertificateAuthority("Authority", in: "\(bench.folder)/authority")
-            try authority.issue(.server, to: folder, name: "destination")
-            try authority.issue(.client, to: folder, name: "source")
-        case .psk:
-            try CertificateAuthority.writeKeys(
-                ["qemu": "9f5e4d3c2b1a00112233445566778899aabbccddeeff00112233445566778899"], to: folder)
-        }
-        return folder
-    }
-
-    private func object(_ kind: Kind, _ folder: String, _ endpoint: String, by option: String = "-object") -> [String] {
-        [option, "tls-creds-\(kind.rawValue),id=tls0,dir=\(folder),endpoint=\(endpoint)"]
-    }
 
     private func move(_ source: VM, to destination: VM, _ transport: String) throws {
         try destination.client.execute("migrate-set-parameters", ["tls-creds": "tls0"])

@@ -1,6 +1,5 @@
 import Host
 import QMP
-import Synchronization
 import TestSupport
 import Testing
 
@@ -32,18 +31,7 @@ struct PostcopyQuitTests {
         try destination.waitForMigration("postcopy-paused")
 
         let path = "\(bench.folder)/saved"
-        let monitor = try QMPClient(path: "\(bench.runtime)/destination.qmp")
-        let outcome = Monitor<String?>(nil)
-        _ = try HostThread.detached(name: "pmemsave") {
-            let words: String
-            do {
-                try monitor.execute(
-                    "pmemsave", ["val": 0, "size": JSON(Self.byteCount), "filename": .string(path)],
-                    deadline: .after(seconds: 30))
-                words = "it was saved"
-            } catch { words = "\(error)" }
-            outcome.withLock { $0 = words }
-        }
+        let outcome = try bench.savingMemory(of: destination, Self.byteCount, to: path, seconds: 30)
         Clock.sleep(nanoseconds: 300_000_000)
         #expect(outcome.withLock { $0 } == nil, "nobody waits for a page")
         try destination.client.execute("quit")

@@ -1,6 +1,5 @@
 import Host
 import QMP
-import Synchronization
 import TestSupport
 import Testing
 
@@ -11,22 +10,20 @@ struct PostcopyTLSTests {
 
     init() throws { bench = try Workbench() }
 
-    enum Kind: String, CaseIterable, Sendable { case x509, psk }
-
     @Test(
         "every page is asked for and comes on encrypted channels, also when their connections were lost on the way",
-        arguments: [(Kind.psk, 1), (.psk, 3), (.x509, 1), (.x509, 3)], [false, true])
-    func moves(_ terms: (kind: Kind, channels: Int), isLost: Bool) throws {
-        guard terms.kind == .psk || CertificateAuthority.isInstalled else {
+        arguments: [(TLSKind.psk, 1), (.psk, 3), (.x509, 1), (.x509, 3)], [false, true])
+    func moves(_ terms: (kind: TLSKind, channels: Int), isLost: Bool) throws {
+        guard terms.kind.canBeMade else {
             return print("postcopy: TLS with certificates skipped, the program openssl is not installed")
         }
-        let folder = try makeCredentials(terms.kind)
+        let folder = try bench.makeCredentials(terms.kind)
         let image = try MemoryImage("\(bench.folder)/image", byteCount: Self.byteCount, content: .mixed, seed: 11)
-        let source = try startSource(image, object(terms.kind, folder, "client"))
+        let source = try startSource(image, terms.kind.object(folder, "client"))
         let destination = try bench.startVM(
             "destination",
             ["--machine", "none", "--memory", "\(Self.byteCount)", "--incoming", "defer"]
-                + object(terms.kind, folder, "server"))
+                + terms.kind.object(folder, "server"))
         for vm in [source, destination] {
             try vm.allowPostcopy(preempts: true)
             try vm.client.execute("migrate-set-parameters", ["tls-creds": "tls0"])
@@ -47,18 +44,7 @@ struct PostcopyTLSTests {
         #expect(threads.filter { $0.hasPrefix("postcopy-recv-") }.count == terms.channels, "\(threads)")
 
         let path = "\(bench.folder)/saved"
-        let monitor = try QMPClient(path: "\(bench.runtime)/destination.qmp")
-        let outcome = Monitor<String?>(nil)
-        _ = try HostThread.detached(name: "pmemsave") {
-            let words: String
-            do {
-                try monitor.execute(
-                    "pmemsave", ["val": 0, "size": JSON(Self.byteCount), "filename": .string(path)],
-                    deadline: .after(seconds: 60))
-                words = "saved"
-            } catch { words = "\(error)" }
-            outcome.withLock { $0 = words }
-        }
+        let outcome = try bench.savingMemory(of: destination, Self.byteCount, to: path, seconds: 60)
         if isLost {
             #expect(source.wait(seconds: 10) { (try? requests(at: source)) ?? 0 > 20 }, "nothing was asked for")
             try source.client.execute("migrate-pause")
@@ -80,22 +66,6 @@ struct PostcopyTLSTests {
 
     private func requests(at vm: VM) throws -> UInt64 {
         try vm.migration()["ram"]?["postcopy-requests"]?.integerValue(as: UInt64.self) ?? 0
-    }
-
-    private func makeCredentials(_ kind: Kind) throws -> String {
-        let folder = "\(bench.folder)/\(kind.rawValue)"
-        switch kind {
-        case .x509:
-            let authority = try CertificateAuthority("Authority", in: "\(bench.folder)/authority")
-            try authority.issue(.server, to: folder, name: "destination")
-            try authority.issue(.client, to: folder, name: "source")
-        case .psk: try CertificateAuthority.writeKeys(["qemu": "00112233445566778899aabbccddeeff"], to: folder)
-        }
-        return folder
-    }
-
-    private func object(_ kind: Kind, _ folder: String, _ endpoint: String) -> [String] {
-        ["--object", "tls-creds-\(kind.rawValue),id=tls0,dir=\(folder),endpoint=\(endpoint)"]
     }
 
     private func startSource(_ image: MemoryImage, _ options: [String]) throws -> VM {

@@ -122,6 +122,3 @@ func vcpuSchedule() throws -> (ran: Double, waited: Double) {
     }
     Child.fail("the kernel does not tell when thread vcpu0 ran")
 }
-
-/// A path nobody else uses.
-func temporaryPath(_ name: String) -> String { "/tmp/godwit-test-\(getpid())-\(name)" }

@@ -1,5 +1,6 @@
 import Host
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 

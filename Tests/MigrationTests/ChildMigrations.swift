@@ -8,9 +8,6 @@ import TestSupport
 import Testing
 import Transport
 
-/// A path nobody else uses.
-func temporaryPath(_ name: String) -> String { "/tmp/godwit-test-\(getpid())-\(name)" }
-
 extension Migrator {
     /// A machine with a built-in guest that is ready.
     static func source(

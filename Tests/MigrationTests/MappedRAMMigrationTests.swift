@@ -176,10 +176,7 @@ struct MappedRAMMigrationTests {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
                 let folder = temporaryPath("ramfs")
-                unsafe mkdir(folder, 0o700)
-                defer { unsafe rmdir(folder) }
-                claim(unsafe mount("none", folder, "ramfs", 0, nil) == 0, "a ramfs is not mounted")
-                defer { unsafe umount2(folder, 0) }
+                Child.mount("ramfs", at: folder)
                 let path = "\(folder)/saved"
                 let source = try Migrator.source("dirty,working-set=2M,fill=8M,rate=20M")
                 try source.save(to: .file(path: path, offset: 0), threads: 2, direct: true)
@@ -235,12 +232,8 @@ struct MappedRAMMigrationTests {
         await #expect(processExitsWith: .success) {
             Child.run(seconds: 50) {
                 let folder = temporaryPath("small")
-                unsafe mkdir(folder, 0o700)
-                defer { unsafe rmdir(folder) }
-                claim(unsafe mount("none", folder, "tmpfs", 0, "size=6m") == 0, "a tmpfs is not mounted")
-                defer { unsafe umount2(folder, 0) }
+                Child.mount("tmpfs", at: folder, options: "size=6m")
                 let path = "\(folder)/saved"
-                defer { Descriptor.remove(path) }
                 let source = try Migrator.source("dirty,working-set=2M,fill=16M,rate=20M")
                 for threads in [0, 3] {
                     try source.save(to: .file(path: path, offset: 0), threads: threads)

@@ -47,6 +47,27 @@ struct OutgoingPagesTests {
         #expect(all.take(from: &place, limit: 16).isEmpty && all.count == 0)
     }
 
+    @Test("what is dirty when the guest stands still is added to what was before it did, and told once")
+    func added() throws {
+        let all = try outgoing([(4096, [10..<20, 30..<31], [25..<26]), (2 << 20, [0..<1], [])])
+        let again = try (0..<2).map { _ in try DirtyBitmap(pageCount: 4096) }
+        // What was named is found again as long as it was not sent.
+        for run in [10..<22, 25..<26, 29..<32] as [Range<UInt64>] { again[0].set(pages(run)) }
+        for run in [511..<514] as [Range<UInt64>] { again[1].set(pages(run)) }
+        let fresh = try all.add(again).map {
+            "\($0.block): \($0.pages.lowerBound.value)..<\($0.pages.upperBound.value)"
+        }
+        #expect(fresh == ["0: 20..<22", "0: 25..<26", "0: 29..<30", "0: 31..<32", "1: 512..<1024"])
+        #expect(all.count == 16 + 1024)
+        #expect(again[0].isEmpty && again[1].isEmpty)
+        var discarded: UInt64 = 0
+        all.forEachDiscarded { _, run in discarded += UInt64(run.count) }
+        #expect(discarded == all.count)
+        // And it is sent once.
+        #expect(all.take(PageRequest(block: "ram0", offset: 15 << 12, length: 4096)).count == 1)
+        #expect(all.take(PageRequest(block: "ram0", offset: 15 << 12, length: 4096)).isEmpty)
+    }
+
     @Test("a request for any part of a large page is answered with all of it, once; a hole with zeros, once")
     func requested() throws {
         let all = try outgoing([(2 << 20, [600..<601], [2100..<2101])])

@@ -2,6 +2,7 @@ import Compression
 import GuestMemory
 import Host
 import MigrationStream
+import TestSupport
 import Testing
 import Transport
 

@@ -3,7 +3,7 @@ import MigrationStream
 import Testing
 
 /// A destination core with what it did; connection 1 is the source's, the channels follow.
-private struct Driver {
+private struct Driver: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     static let main = ConnectionID(1)
@@ -16,15 +16,6 @@ private struct Driver {
         configuration.uuid = uuid
         core = DestinationCore(configuration)
     }
-
-    @discardableResult
-    mutating func feed(_ events: DestinationEvent...) -> [DestinationAction] {
-        let all = events.flatMap { core.handle($0) }
-        actions += all
-        return all
-    }
-
-    mutating func items(_ items: StreamItem...) { for item in items { feed(.item(Self.main, item)) } }
 
     mutating func open() {
         feed(.accepted(Self.main, answers: true))

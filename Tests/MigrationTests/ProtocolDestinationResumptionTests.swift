@@ -8,7 +8,7 @@ private let there = MigrationIdentifier(high: 3, low: 4)
 private let everybody = (1...1000 as ClosedRange<UInt64>).map { ConnectionID($0) }
 
 /// A destination core; connection 1 is the first source's.
-private struct Destination {
+private struct Destination: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     static let first = ConnectionID(1)
@@ -18,18 +18,6 @@ private struct Destination {
             instance: there, machineName: "m", sections: [ExpectedSection(name: "cpu")], features: features)
         configuration.acknowledgesSwitchover = acknowledges
         core = DestinationCore(configuration)
-    }
-
-    @discardableResult
-    mutating func feed(_ events: DestinationEvent...) -> [DestinationAction] {
-        let all = events.flatMap { core.handle($0) }
-        actions += all
-        return all
-    }
-
-    @discardableResult
-    mutating func items(_ items: StreamItem..., from id: ConnectionID = Self.first) -> [DestinationAction] {
-        items.flatMap { feed(.item(id, $0)) }
     }
 
     static let agreed = FeatureSet.all.subtracting(.multifd)
@@ -68,15 +56,6 @@ private struct Destination {
     mutating func resume(_ id: ConnectionID, _ name: MigrationIdentifier = migration, _ features: FeatureSet = agreed) {
         open(id)
         items(.command(.resume(name, features)), from: id)
-    }
-
-    func said(on id: ConnectionID) -> [ReturnPathMessage] {
-        var decoder = ReturnPathDecoder()
-        var buffer = ReceiveBuffer()
-        for case .send(id, let bytes) in actions { buffer.append(bytes) }
-        var messages: [ReturnPathMessage] = []
-        while let message = try? decoder.next(from: &buffer) { messages.append(message) }
-        return messages
     }
 
     func failure(on id: ConnectionID) -> String? {

@@ -3,7 +3,7 @@ import MigrationStream
 import Testing
 
 /// A destination core with what it did so far; connection 1 is the source's.
-private struct Driver {
+private struct Driver: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     static let id = ConnectionID(1)
@@ -18,21 +18,6 @@ private struct Driver {
                     ExpectedSection(name: "timer", required: false),
                 ],
                 startsGuest: startsGuest, features: features))
-    }
-
-    @discardableResult
-    mutating func feed(_ events: DestinationEvent...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for event in events { all += core.handle(event) }
-        actions += all
-        return all
-    }
-
-    @discardableResult
-    mutating func items(_ items: StreamItem..., from id: ConnectionID = Driver.id) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for item in items { all += feed(.item(id, item)) }
-        return all
     }
 
     mutating func open() {
@@ -67,20 +52,6 @@ private struct Driver {
         feed(.stateLoaded(nanoseconds: 7))
     }
 
-    /// What was said on a connection.
-    func said(on id: ConnectionID = Driver.id) -> [ReturnPathMessage] {
-        var decoder = ReturnPathDecoder()
-        var buffer = ReceiveBuffer()
-        for case .send(id, let bytes) in actions { buffer.append(bytes) }
-        var messages: [ReturnPathMessage] = []
-        while let message = try? decoder.next(from: &buffer) { messages.append(message) }
-        return messages
-    }
-
-    var outcome: DestinationOutcome? {
-        actions.compactMap { if case .finished(let outcome) = $0 { outcome } else { nil } }.last
-    }
-
     var deadline: DestinationEvent {
         let timers = actions.compactMap { action -> ProtocolTimer? in
             if case .setTimer(let timer, _) = action, timer.kind == .deadline { timer } else { nil }
@@ -102,7 +73,7 @@ struct ProtocolDestinationTests {
         #expect(driver.starts == [true])
         driver.feed(.guestStarted(nanoseconds: 9))
         #expect(
-            driver.said() == [
+            driver.said(on: Driver.id) == [
                 .hello(version: 1, features: .all, instance: MigrationIdentifier(high: 5, low: 6)),
                 .pong(Wire.godwitPing), .ready(nanoseconds: 7), .started(nanoseconds: 9), .shut(0),
             ])
@@ -120,7 +91,7 @@ struct ProtocolDestinationTests {
         #expect(driver.starts.isEmpty)
         driver.feed(.stateLoaded(nanoseconds: 7), .guestStarted(nanoseconds: 9))
         #expect(driver.starts == [true])
-        #expect(driver.said().last == .shut(0))
+        #expect(driver.said(on: Driver.id).last == .shut(0))
         #expect(driver.core.rule == .qemu)
     }
 
@@ -144,7 +115,7 @@ struct ProtocolDestinationTests {
             .disconnected(Driver.id, "end of file"), .stateLoaded(nanoseconds: 1), .guestStarted(nanoseconds: 1))
         #expect(driver.starts == [true])
         #expect(driver.core.rule == .oneWay)
-        #expect(driver.said().isEmpty)
+        #expect(driver.said(on: Driver.id).isEmpty)
     }
 
     @Test("a paused guest stays paused, and so does any guest where the operator wants it")
@@ -179,7 +150,7 @@ struct ProtocolDestinationTests {
                 continue
             }
             #expect(reason.contains(words))
-            #expect(driver.said().last == .failure(reason: reason))
+            #expect(driver.said(on: Driver.id).last == .failure(reason: reason))
             #expect(!driver.actions.contains { if case .loadState = $0 { true } else { false } })
         }
     }
@@ -274,7 +245,7 @@ struct ProtocolDestinationTests {
         driver.feed(.accepted(Driver.id, answers: true))
         driver.items(.header, .configuration(machine: "pc"))
         let reason = "the source is a 'pc' machine, this one is 'm'"
-        #expect(driver.said() == [.failure(reason: reason)])
+        #expect(driver.said(on: Driver.id) == [.failure(reason: reason)])
         #expect(driver.actions.contains(.turnedAway(Driver.id, reason)))
         #expect(driver.core.phase == .waiting)
     }
@@ -311,7 +282,7 @@ struct ProtocolDestinationTests {
         #expect(starting.said(on: asker) == [.verdict(.started)])
         failing.feed(.startFailed("no"))
         #expect(failing.said(on: asker) == [.verdict(.neverStarted)])
-        #expect(failing.said().last == .failure(reason: "no"))
+        #expect(failing.said(on: Driver.id).last == .failure(reason: "no"))
 
         starting.feed(.accepted(ConnectionID(3), answers: true))
         starting.items(.header, .command(.settle(MigrationIdentifier(high: 9, low: 9))), from: ConnectionID(3))
@@ -342,7 +313,7 @@ struct ProtocolDestinationTests {
         driver.receiveRAM()
         driver.items(.command(.cancel(reason: "changed my mind")))
         #expect(driver.outcome == .failed("the source cancelled: changed my mind"))
-        #expect(!driver.said().contains { if case .failure = $0 { true } else { false } })
+        #expect(!driver.said(on: Driver.id).contains { if case .failure = $0 { true } else { false } })
     }
 
     @Test("a failed load or page ends it with FAILURE")
@@ -351,7 +322,7 @@ struct ProtocolDestinationTests {
         driver.receiveState()
         driver.items(.command(.prepare))
         driver.feed(.loadFailed("cpu: bad MSR"))
-        #expect(driver.said().last == .failure(reason: "cpu: bad MSR"))
+        #expect(driver.said(on: Driver.id).last == .failure(reason: "cpu: bad MSR"))
         driver.feed(.stateLoaded(nanoseconds: 1))
         #expect(driver.starts.isEmpty)
         var pages = Driver()

@@ -27,25 +27,32 @@ extension SourceDriver {
 protocol DestinationDriver {
     var core: DestinationCore { get set }
     var actions: [DestinationAction] { get set }
+    /// On the core's clock.
+    var now: UInt64 { get }
 }
 
 extension DestinationDriver {
+    var now: UInt64 { 0 }
+
     /// - Returns: what it answers to these.
     @discardableResult
-    mutating func feed(_ events: DestinationEvent..., at now: UInt64 = 0) -> [DestinationAction] {
+    mutating func feed(_ events: DestinationEvent..., at moment: UInt64? = nil) -> [DestinationAction] {
         var all: [DestinationAction] = []
-        for event in events { all += core.handle(event, at: now) }
+        for event in events { all += core.handle(event, at: moment ?? now) }
         actions += all
         return all
     }
 
-    /// What the source says, which has connection 1.
+    /// What the source says, which has connection 1, or somebody else.
     @discardableResult
-    mutating func items(_ items: StreamItem...) -> [DestinationAction] {
+    mutating func items(_ items: StreamItem..., from id: ConnectionID = ConnectionID(1)) -> [DestinationAction] {
         var all: [DestinationAction] = []
-        for item in items { all += feed(.item(ConnectionID(1), item)) }
+        for item in items { all += feed(.item(id, item)) }
         return all
     }
+
+    /// What was said on a connection.
+    func said(on id: ConnectionID) -> [ReturnPathMessage] { Self.messages(on: id, in: actions) }
 
     /// What is said on a connection in these actions.
     static func messages(on id: ConnectionID = ConnectionID(1), in actions: [DestinationAction]) -> [ReturnPathMessage]

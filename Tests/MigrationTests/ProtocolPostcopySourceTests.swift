@@ -39,6 +39,8 @@ private struct Driver: SourceDriver {
         actions.compactMap { if case .sendPackage(let bytes) = $0 { bytes } else { nil } }.last
     }
 
+    var pauses: [String] { actions.compactMap { if case .paused(let sentence) = $0 { sentence } else { nil } } }
+
     var deadline: SourceEvent {
         let timers = actions.compactMap { action -> ProtocolTimer? in
             if case .setTimer(let timer, _) = action, timer.kind == .deadline { timer } else { nil }
@@ -66,6 +68,55 @@ struct ProtocolPostcopySourceTests {
         driver.feed(.packageSent, Driver.arrived, .pagesServed)
         #expect(driver.feed(.received(.shut(0))).contains(.finished(.completed)))
         #expect(driver.reported == [.setup, .active, .postcopyDevice, .postcopyActive, .completed])
+    }
+
+    @Test(
+        "behind a round the destination forgets much while the guest runs, and only what is written meanwhile when it stands still"
+    )
+    func forgetsAhead() throws {
+        var driver = Driver()
+        driver.reachRound()
+        driver.feed(.startPostcopy, Driver.round)
+        let ahead = driver.feed(.collected(remainingPages: 256))
+        #expect(ahead.contains(.sendDiscards) && !driver.actions.contains(.stopGuest))
+        let before = driver.actions.count
+        // It went out, which says nothing of the destination.
+        driver.feed(.discardsSent)
+        #expect(driver.actions.count == before)
+        driver.feed(.received(.pong(2)))
+        #expect(driver.feed(.collected(remainingPages: 300)).contains(.stopGuest))
+        driver.feed(.guestStopped(wasRunning: true))
+        #expect(driver.feed(.collected(remainingPages: 310)).contains(.sendDiscards))
+        driver.feed(.stateSaved([Driver.cpu]))
+        #expect(driver.package == nil)
+        driver.feed(.discardsSent)
+        #expect(driver.package != nil && !driver.core.mayRun)
+        #expect(driver.actions.count { $0 == .sendDiscards } == 2)
+    }
+
+    @Test(
+        "a destination that has nothing to forget, or hardly anything, is told when the guest stands still",
+        arguments: [0, 16] as [UInt64])
+    func nothingToForget(sent: UInt64) {
+        var driver = Driver()
+        driver.reachRound()
+        let round = RoundReport(pages: sent, bytes: 6000, nanoseconds: 1_000_000, interrupted: true)
+        let left: UInt64 = sent == 0 ? 256 : 255
+        #expect(driver.feed(.startPostcopy, .roundSent(round), .collected(remainingPages: left)).contains(.stopGuest))
+        #expect(!driver.actions.contains(.sendDiscards))
+    }
+
+    @Test("what happens while the destination forgets leaves the guest running here")
+    func failsWhileForgetting() {
+        for event in [.disconnected("reset"), .trackingFailed("no memory"), .cancel, .received(.shut(1))]
+            as [SourceEvent]
+        {
+            var driver = Driver()
+            driver.reachRound()
+            driver.feed(.startPostcopy, Driver.round, .collected(remainingPages: 256), event)
+            #expect(driver.core.mayRun && !driver.actions.contains(.stopGuest), "\(event)")
+            #expect([.failed, .cancelled].contains(driver.core.status), "\(event)")
+        }
     }
 
     @Test("without a word of the operator's it stays precopy")
@@ -139,6 +190,32 @@ struct ProtocolPostcopySourceTests {
         driver.feed(Driver.arrived, .packageSent, .pagesServed)
         driver.feed(driver.deadline)
         #expect(driver.core.status == .postcopyPaused)
+    }
+
+    @Test(
+        "a source that lost the last word says how to find out whether the destination is complete, until pages are sent again"
+    )
+    func lastWordLost() {
+        var driver = Driver()
+        driver.reachPackage()
+        driver.feed(Driver.arrived, .packageSent)
+        var lostBefore = driver
+        lostBefore.feed(.disconnected("reset"))
+        #expect(lostBefore.pauses.last?.contains("what is missing of its memory stays here") == true)
+        driver.feed(.pagesServed, .disconnected("reset"))
+        // The destination listens no more if it is complete.
+        driver.feed(.resume, .connectFailed("connection refused"))
+        #expect(driver.pauses.count == 2)
+        for sentence in driver.pauses {
+            #expect(sentence.contains("every page was sent") && sentence.contains("ask it with query-migrate"))
+            #expect(sentence.contains("if it says 'completed', quit here"))
+            #expect(!sentence.contains("is missing"))
+        }
+        // It was not complete.
+        driver.feed(.resume, .connected(.bothWays), .received(.postcopy(.bitmapEnded(block: "ram"))))
+        driver.feed(.received(.postcopy(.resumeAcknowledged)), .disconnected("reset"))
+        #expect(driver.pauses.count == 3)
+        #expect(driver.pauses.last?.contains("what is missing of its memory stays here") == true)
     }
 
     @Test("the package's sender was stuck, so the guest is in doubt; that its end never left ends the doubt")

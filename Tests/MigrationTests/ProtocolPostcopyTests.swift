@@ -52,6 +52,13 @@ private struct Driver: DestinationDriver {
     mutating func sendAll() { items(.ramRound(final: true), .ramSectionEnded(.end), .endOfStream) }
 
     var said: [ReturnPathMessage] { Self.messages(in: actions) }
+    /// What was set for visitors.
+    func timers(of visitors: [ConnectionID]) -> [ProtocolTimer] {
+        actions.compactMap { action in
+            guard case .setTimer(let timer, _) = action, case .visitor(let visitor) = timer.kind else { return nil }
+            return visitors.contains(visitor) ? timer : nil
+        }
+    }
     var starts: Int { actions.count { if case .startGuest = $0 { true } else { false } } }
 }
 
@@ -342,6 +349,28 @@ struct ProtocolPostcopyTests {
         #expect(!driver.core.expectsUrgentChannel && driver.core.acceptsPages(on: Driver.urgent))
         let third = ConnectionID(3)
         #expect(driver.feed(.accepted(third, answers: true), .cameForUrgentPages(third)).contains(.close(third)))
+    }
+
+    @Test(
+        "who may be that channel and says nothing has one deadline more when it is not, and none before",
+        arguments: [false, true])
+    func silentStrangers(isPaused: Bool) {
+        var driver = Driver()
+        driver.pull()
+        let silent = [ConnectionID(7), ConnectionID(8)]
+        driver.feed(.accepted(silent[0], answers: true), .accepted(silent[1], answers: true))
+        for timer in driver.timers(of: silent) { #expect(driver.feed(.timer(timer)).isEmpty) }
+        // Nothing wakes anybody up for them any more, whatever goes on meanwhile.
+        driver.feed(.progressed(Driver.id), .accepted(Driver.urgent, answers: true))
+        #expect(driver.timers(of: silent).count == 2)
+        driver.feed(isPaused ? .disconnected(Driver.id, "gone") : .cameForUrgentPages(Driver.urgent))
+        driver.feed(.progressed(Driver.id))
+        let last = driver.timers(of: silent).dropFirst(2)
+        #expect(last.map(\.kind) == silent.map { .visitor($0) })
+        for timer in last { driver.feed(.timer(timer)) }
+        #expect(silent.allSatisfy { driver.actions.contains(.close($0)) })
+        #expect(driver.timers(of: silent).count == 4)
+        #expect(driver.core.phase == (isPaused ? .pullPaused : .pulling))
     }
 
     @Test("it may say nothing for long before; its end behind the last page is no loss, and before it is")

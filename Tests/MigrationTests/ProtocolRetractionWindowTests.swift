@@ -5,7 +5,7 @@ import Testing
 @testable import Migration
 
 /// A destination that takes a move of the guest back, and what its shell owes it.
-private struct Driver {
+private struct Driver: DestinationDriver {
     var core: DestinationCore
     var actions: [DestinationAction] = []
     var now: UInt64 = 0
@@ -27,21 +27,6 @@ private struct Driver {
         items(.command(.begin(Self.migration, isResumable ? Self.features : Self.features.subtracting(.resumption))))
         items(.command(.postcopy(.advise(PostcopyAdvice(blockPageSizes: 4096)))))
         items(.ramSetup([]), .ramSectionEnded(.start), .ramRound(final: false), .ramSectionEnded(.part))
-    }
-
-    @discardableResult
-    mutating func feed(_ events: DestinationEvent...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for event in events { all += core.handle(event, at: now) }
-        actions += all
-        return all
-    }
-
-    @discardableResult
-    mutating func items(_ items: StreamItem...) -> [DestinationAction] {
-        var all: [DestinationAction] = []
-        for item in items { all += feed(.item(Self.id, item)) }
-        return all
     }
 
     mutating func move() {
@@ -72,14 +57,7 @@ private struct Driver {
         }
     }
 
-    var said: [ReturnPathMessage] {
-        var decoder = ReturnPathDecoder()
-        var buffer = ReceiveBuffer()
-        for case .send(Self.id, let bytes) in actions { buffer.append(bytes) }
-        var messages: [ReturnPathMessage] = []
-        while let message = try? decoder.next(from: &buffer) { messages.append(message) }
-        return messages
-    }
+    var said: [ReturnPathMessage] { said(on: Self.id) }
     var starts: Int { actions.count { if case .startGuest = $0 { true } else { false } } }
 }
 

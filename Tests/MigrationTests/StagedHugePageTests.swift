@@ -111,6 +111,21 @@ private final class Scene {
         }
     }
 
+    /// Which page of the host's memory stands there: none can take its place without another one being needed.
+    /// - Returns: 0: the kernel does not tell who may not ask.
+    func frame(at page: UInt64) throws -> UInt64 {
+        let map = try Descriptor.open("/proc/self/pagemap", O_RDONLY)
+        let place = (UInt64(memory.blocks[0].mapping.hostAddress(at: Int(page << 12))) >> 12) * 8
+        let entry = try map.read(at: place, count: 8)
+        return entry.reversed().reduce(0) { ($0 << 8) | UInt64($1) } & ((1 << 55) - 1)
+    }
+
+    /// A page that is there is locked in memory, and does not change places with others any more.
+    func lock(_ page: UInt64) {
+        let address = unsafe UnsafeRawPointer(bitPattern: memory.blocks[0].mapping.hostAddress(at: Int(page << 12)))
+        #expect(unsafe mlock(address, 4096) == 0)
+    }
+
     func isPlaced(_ page: UInt64) -> Bool { pending.blocks[0].placed.contains(PageIndex(page)) }
 
     func cameHuge(_ page: UInt64) -> Bool { pending.blocks[0].cameHuge.contains(PageIndex(page)) }
@@ -364,6 +379,28 @@ struct StagedHugePageTests {
                 claim(!scene.cameHuge(first), "it moved")
             }
         }
+    }
+
+    @Test("a page that was moved out for nothing comes back itself: a host without memory for another one loses none")
+    func movedBack() throws {
+        let scene = try Scene()
+        defer { scene.end() }
+        let first = scene.first
+        let ahead = try PagePlacer(scene.placement)
+        let (moved, stuck) = ([first + 3, first + 4, first + 9], first + 100)
+        try scene.bring(moved + [stuck], by: ahead)
+        for page in moved { scene.memory.blocks[0].mapping.store(page, at: Int(page << 12) + 16) }
+        scene.lock(stuck)
+        let frames = try moved.map(scene.frame)
+        try scene.bring((first..<first + 512))
+        #expect(!scene.cameHuge(first))
+        #expect((first..<first + 512).allSatisfy(scene.isPlaced) && (first..<first + 512).allSatisfy(scene.holds))
+        let record = scene.pending.blocks[0]
+        #expect(moved.allSatisfy { record.wasMoved.contains(PageIndex($0)) }, "nothing was moved")
+        #expect(try moved.map(scene.frame) == frames)
+        // And with what the guest wrote there.
+        let mapping = scene.memory.blocks[0].mapping
+        #expect(moved.allSatisfy { mapping.load(at: Int($0 << 12) + 16, as: UInt64.self) == $0 })
     }
 
     @Test("a few zeroes are parts of it, whatever was in their place before")

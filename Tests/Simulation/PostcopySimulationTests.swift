@@ -45,7 +45,7 @@ struct PostcopySimulationTests {
             return
         }
         var endings: [RunEnding: Int] = [:]
-        var (moved, takenBack, waits, recovered, again) = (0, 0, 0, 0, 0)
+        var (moved, takenBack, waits, recovered, again, ahead) = (0, 0, 0, 0, 0, 0)
         for seed in 1...max(count, 1) {
             let simulator = Self.simulator(seed)
             do {
@@ -60,15 +60,18 @@ struct PostcopySimulationTests {
             if simulator.pull.accesses > 0 { moved += 1 }
             if simulator.movesTakenBack > 0 { takenBack += 1 }
             waits += simulator.pull.asked.count { $0 }
+            ahead += simulator.discardsAgain
         }
         let summary = RunEnding.allCases.map { "\($0.rawValue) \(endings[$0, default: 0])" }.joined(separator: ", ")
         print(
             "simulation of postcopy: \(count) seeds: \(summary); \(moved) moved, \(takenBack) had a move taken back, "
-                + "\(waits) pages were waited for; \(recovered) completed after a recovery, \(again) after several")
+                + "\(waits) pages were waited for; \(ahead) times DISCARD was said ahead; \(recovered) completed after a recovery, \(again) after several"
+        )
         guard count >= 500 else { return }
         #expect(moved > 100, "hardly a guest moves before its memory")
         #expect(takenBack > 20, "hardly a move is taken back")
         #expect(waits > 500, "hardly a page is waited for")
+        #expect(ahead > 20, "hardly a destination forgets ahead")
         #expect(recovered > 50 && again > 20, "hardly a connection is lost behind the move")
         #expect(endings[.pausedInPostcopy, default: 0] > 0, "nobody is left alone with half a guest")
     }

@@ -9,6 +9,8 @@ struct PostcopyPlan: Sendable {
     /// Channels for requested pages; 0: they are asked for on the main connection.
     var channels: Int
     var cpus: Int
+    /// With so many dirty pages the destination forgets them before the guest stops.
+    var pagesForgottenAhead: UInt64 = .max
     /// How likely loading state touches memory.
     var loadTouches: Double
     /// A channel for requested pages is cut at these steps.
@@ -47,6 +49,7 @@ struct PostcopyPlan: Sendable {
             }
         }
         if generator.chance(0.4) { plan.mistakes = Double.random(in: 0.05...0.4, using: &generator) }
+        if generator.chance(0.5) { plan.pagesForgottenAhead = UInt64.random(in: 1...16, using: &generator) }
         return plan
     }
 }
@@ -55,7 +58,7 @@ struct PostcopyPlan: Sendable {
 struct SimulatedMove {
     enum Service { case nothing, requests, everything }
 
-    /// What DISCARD named, and what of it nobody took.
+    /// What DISCARD named, again and again until the guest stands still, and what of it nobody took.
     var discarded: [Bool] = []
     var wanted: [Bool] = []
     var isOpen = false
@@ -171,15 +174,17 @@ extension Simulator {
     private func sendDiscards() {
         move.number += 1
         let number = move.number
-        (move.discarded, move.wanted, move.queue) = (pending, pending, [])
+        let isFirst = move.discarded.isEmpty
+        if isFirst { move.discarded = pending.map { _ in false } }
+        if !isFirst { discardsAgain += 1 }
         move.isWithdrawn = false
         truth = sourceGuest.pages
-        var named = pending.indices.filter { pending[$0] }
-        if named.isEmpty {
-            (move.discarded[0], move.wanted[0]) = (true, true)
-            named = [0]
-        }
-        if bug == .forgetsToDiscard { named.removeFirst() }
+        var named = pending.indices.filter { pending[$0] && !move.discarded[$0] }
+        if named.isEmpty, isFirst { named = [0] }
+        if bug == .keepsToFirstDiscards, !isFirst { named = [] }
+        for page in named { move.discarded[page] = true }
+        (move.wanted, move.queue) = (move.discarded, [])
+        if bug == .forgetsToDiscard, !named.isEmpty { named.removeFirst() }
         pending = pending.map { _ in false }
         var writer = StreamWriter()
         for page in named {
@@ -189,7 +194,7 @@ extension Simulator {
                     .discard(
                         RAMDiscard(block: map.blocks[block].name, ranges: [.init(offset: offset, length: 4096)]))))
         }
-        sourceSendsOnMain(writer.bytes)
+        if !named.isEmpty { sourceSendsOnMain(writer.bytes) }
         schedule(after: 10 * microsecond, 5 * millisecond) { [self] in
             guard number == move.number, sourceConnection != nil else { return }
             feedSource(.discardsSent)

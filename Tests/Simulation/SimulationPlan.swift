@@ -40,6 +40,8 @@ enum PlantedBug: String, CaseIterable, Sendable {
     case forgetsWhatWasLost
     /// A page that is to come is not named in DISCARD.
     case forgetsToDiscard
+    /// What the guest writes between the first DISCARD and its stop is not named in another.
+    case keepsToFirstDiscards
     /// A page that was asked for is sent again with the rest.
     case answersAgain
     /// Now and then a request comes to nothing.
@@ -71,8 +73,12 @@ enum PlantedBug: String, CaseIterable, Sendable {
     }
 
     var isOfPostcopy: Bool {
-        [.forgetsToDiscard, .answersAgain, .losesRequests, .losesTakenPages, .keepsExpectations].contains(self)
-            || isOfRecovery
+        switch self {
+        case .forgetsToDiscard, .keepsToFirstDiscards, .answersAgain, .losesRequests, .losesTakenPages,
+            .keepsExpectations:
+            true
+        default: isOfRecovery
+        }
     }
 
     /// By which words of a violation it may be found.
@@ -85,7 +91,7 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .stopsTheClock, .startsLate: ["are allowed"]
         case .forgetsWhatWasLost: ["pages differ at the switch"]
         case .keepsOldState: ["device state differs"]
-        case .forgetsToDiscard: ["pages differ"]
+        case .forgetsToDiscard, .keepsToFirstDiscards: ["pages differ"]
         case .answersAgain: ["came twice"]
         case .losesRequests: ["waits for ever", "yet it", "still busy", "never whole"]
         case .losesTakenPages: ["differ", "the guest reads"]

@@ -81,6 +81,8 @@ final class Simulator {
     /// The source's memory when the guest stood still for its move.
     var truth: [UInt64] = []
     var movesTakenBack = 0
+    /// How often DISCARD was said again, for what the guest wrote behind the first.
+    var discardsAgain = 0
     /// How often the operator took it up again.
     var recoveries = 0
     /// The source lost its destination in postcopy; the guest runs at the destination.
@@ -121,7 +123,8 @@ final class Simulator {
         if let moves = plan.postcopy {
             configuration.features.insert(.postcopy)
             configuration.postcopy = PostcopyTerms(
-                usesUrgentChannel: moves.channels > 0, urgentChannels: max(moves.channels, 1))
+                usesUrgentChannel: moves.channels > 0, urgentChannels: max(moves.channels, 1),
+                pagesForgottenAhead: moves.pagesForgottenAhead)
         }
         source = SourceCore(configuration)
         destination = Self.destination(plan, instance: MigrationIdentifier(high: seed, low: 2))

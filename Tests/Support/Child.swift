@@ -11,12 +11,14 @@ public enum Child {
             fail("the test was not done after \(seconds) seconds")
         }
         do { try body() } catch { fail("\(error)") }
+        TemporaryFolder.remove()
         _exit(0)
     }
 
     public static func fail(_ sentence: String) -> Never {
         Issue.record("\(sentence)")
         _ = try? Descriptor.standard(2, name: "standard error").writeAll(Array((sentence + "\n").utf8))
+        TemporaryFolder.remove()
         _exit(1)
     }
 }

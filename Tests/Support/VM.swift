@@ -78,3 +78,24 @@ public struct VM {
         return true
     }
 }
+
+extension Workbench {
+    /// Writes a VM's memory into a file by a client of its own: it may wait for pages that do not come, and nobody else need.
+    /// - Returns: `nil` until it is over, then "saved", or what the VM said.
+    public func savingMemory(
+        of vm: VM, _ byteCount: UInt64, to path: String, seconds: UInt64
+    ) throws -> Monitor<String?> {
+        let monitor = try QMPClient(path: "\(runtime)/\(vm.name).qmp")
+        let outcome = Monitor<String?>(nil)
+        _ = try HostThread.detached(name: "pmemsave") {
+            var words = "saved"
+            do {
+                try monitor.execute(
+                    "pmemsave", ["val": 0, "size": JSON(byteCount), "filename": .string(path)],
+                    deadline: .after(seconds: seconds))
+            } catch { words = "\(error)" }
+            outcome.withLock { [words] in $0 = words }
+        }
+        return outcome
+    }
+}

@@ -44,16 +44,7 @@ public final class Workbench {
 
     deinit {
         for child in children where child.poll() == nil { child.end(graceMilliseconds: 3000) }
-        Self.remove(folder)
-    }
-
-    /// Removes a folder of ours and all in it.
-    private static func remove(_ folder: String) {
-        for name in (try? FileSystem.names(inFolder: folder)) ?? [] {
-            let path = "\(folder)/\(name)"
-            if (try? FileSystem.status(of: path))?.kind == .folder { remove(path) } else { Descriptor.remove(path) }
-        }
-        unsafe rmdir(folder)
+        TemporaryFolder.removeAll(folder)
     }
 
     /// The folder of the sockets.

@@ -36,7 +36,7 @@ final class OutgoingPages: Sendable {
     private let asked: [AtomicPages]?
     private let left = Atomic<UInt64>(0)
 
-    /// Takes over what is dirty in `bitmaps`. The guest stands still.
+    /// Takes over what is dirty in `bitmaps`.
     /// - Parameters:
     ///   - known: what was dirty at any time, this included.
     ///   - repeats: the destination is a Godwit, which drops what it has. A page that it asks for though it was sent with the rest goes
@@ -57,32 +57,45 @@ final class OutgoingPages: Sendable {
         self.hostPages = hostPages
         var wanted: [AtomicPages] = []
         var discarded: [AtomicPages] = []
-        var count: UInt64 = 0
-        for (index, bitmap) in bitmaps.enumerated() {
-            let pages = try AtomicPages(pageCount: bitmap.pageCount)
-            let copy = try AtomicPages(pageCount: bitmap.pageCount)
-            var position = PageIndex(0)
-            while let run = bitmap.nextRun(from: position, limit: .max) {
-                let whole = Self.widened(run, to: hostPages[index])
-                count += pages.insert(whole)
-                copy.insert(whole)
-                position = run.upperBound
-            }
-            if hostPages[index] > 1 { Self.widen(known[index], to: hostPages[index]) }
-            bitmap.removeAll()
-            wanted.append(pages)
-            discarded.append(copy)
-        }
-        // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
-        if count == 0, let first = wanted.first {
-            let pages = PageIndex(0)..<PageIndex(hostPages[0])
-            count += first.insert(pages)
-            known.first?.insert(pages)
-            discarded.first?.insert(pages)
+        for bitmap in bitmaps {
+            wanted.append(try AtomicPages(pageCount: bitmap.pageCount))
+            discarded.append(try AtomicPages(pageCount: bitmap.pageCount))
         }
         self.wanted = wanted
         self.discarded = discarded
-        left.store(count, ordering: .relaxed)
+        try add(bitmaps)
+        // A QEMU that is told to forget nothing takes LISTEN and then refuses RUN: one page goes again.
+        if count == 0, !wanted.isEmpty { want(PageIndex(0)..<PageIndex(hostPages[0]), of: 0) }
+    }
+
+    /// Takes over what else is dirty: the guest ran on. Before anything is taken.
+    /// - Returns: what was not wanted before, in order.
+    @discardableResult
+    func add(_ bitmaps: [any DirtyPages]) throws(SystemError) -> [Piece] {
+        var fresh: [Piece] = []
+        for (block, bitmap) in bitmaps.enumerated() {
+            let dirty = try AtomicPages(pageCount: bitmap.pageCount)
+            var position = PageIndex(0)
+            while let run = bitmap.nextRun(from: position, limit: .max) {
+                dirty.insert(Self.widened(run, to: hostPages[block]))
+                position = run.upperBound
+            }
+            if hostPages[block] > 1 { Self.widen(known[block], to: hostPages[block]) }
+            bitmap.removeAll()
+            position = PageIndex(0)
+            while let run = dirty.nextRun(from: position, missingFrom: discarded[block]) {
+                want(run, of: block)
+                fresh.append(Piece(block: block, pages: run))
+                position = run.upperBound
+            }
+        }
+        return fresh
+    }
+
+    private func want(_ pages: Range<PageIndex>, of block: Int) {
+        left.wrappingAdd(wanted[block].insert(pages), ordering: .relaxed)
+        known[block].insert(pages)
+        discarded[block].insert(pages)
     }
 
     private static func widened(_ run: Range<PageIndex>, to pages: UInt64) -> Range<PageIndex> {

@@ -78,20 +78,25 @@ final class PostcopySource: Sendable {
 
     // MARK: The thread that sends
 
-    /// Takes over what is dirty, and has the destination forget it.
+    /// Takes over what is dirty, and has the destination forget it. Again for what the guest wrote since, as long as nothing was taken back.
     /// - Parameter sent: told of the bytes of each write.
     func discard(
         _ bitmaps: [any DirtyPages], over channel: Channel, sent: (UInt64) -> Void
     ) throws(ChannelError) {
-        let outgoing: OutgoingPages
+        var fresh: [OutgoingPages.Piece] = []
         do throws(SystemError) {
-            outgoing = try OutgoingPages(
-                of: described.withLock { $0 }, taking: bitmaps, known: known,
-                repeats: takesBatches.load(ordering: .relaxed))
+            if let before = pages.withLock({ $0 }) {
+                fresh = try before.add(bitmaps)
+            } else {
+                let outgoing = try OutgoingPages(
+                    of: described.withLock { $0 }, taking: bitmaps, known: known,
+                    repeats: takesBatches.load(ordering: .relaxed))
+                pages.withLock { $0 = outgoing }
+                outgoing.forEachRun { fresh.append(OutgoingPages.Piece(block: $0, pages: $1)) }
+            }
         } catch { throw .system(error) }
-        pages.withLock { $0 = outgoing }
         var list = DiscardList(channel, blocks)
-        try outgoing.forEachRun { (block, run) throws(ChannelError) in sent(try list.add(run, of: block)) }
+        for piece in fresh { sent(try list.add(piece.pages, of: piece.block)) }
         sent(try list.flush())
     }
 

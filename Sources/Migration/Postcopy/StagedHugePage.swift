@@ -28,7 +28,7 @@ final class StagedHugePage: Sendable {
     private let room: Mapping
     /// In `room`, where a huge page can lie.
     private let start: Int
-    /// Where pages go that are moved out.
+    /// Where pages go that are moved out, each to its place, until the huge page is there: to move them back takes no memory.
     private let aside: Mapping
     private let pageMap: PageMap
     private let contents = Mutex<Contents?>(nil)
@@ -221,6 +221,8 @@ final class StagedHugePage: Sendable {
         let record = pending.blocks[contents.block]
         guard others.allSatisfy({ $0.allSatisfy(record.placed.contains) }) else { return mine }
         var out: [Range<PageIndex>] = []
+        // Only memory that is not needed stays if that fails, and then nothing moves there any more.
+        defer { if !out.isEmpty { try? aside.advise(.forget) } }
         for run in others {
             record.wasMoved.insert(run)
             let moved = moveOut(run, of: contents)
@@ -251,12 +253,10 @@ final class StagedHugePage: Sendable {
     private func moveOut(_ run: Range<PageIndex>, of contents: Contents) -> Int {
         let guest = placement.memory.blocks[contents.block].mapping
         let (from, bytes) = (offset(of: run.lowerBound, in: contents.pages), PagePlacement.bytes(run))
-        let target = 0..<bytes.count
-        let moved = faults.move(guest, at: bytes.lowerBound, into: aside, target)
+        let place = from - start
+        let moved = faults.move(guest, at: bytes.lowerBound, into: aside, place..<place + bytes.count)
         guard moved > 0 else { return 0 }
-        room.copy(from: aside, at: 0, count: moved, to: from)
-        // Only memory that is not needed stays if that fails, and then nothing moves there any more.
-        try? aside.advise(.forget, at: 0, count: moved)
+        room.copy(from: aside, at: place, count: moved, to: from)
         return moved / Int(GuestPage.byteCount)
     }
 
@@ -264,7 +264,11 @@ final class StagedHugePage: Sendable {
         let guest = placement.memory.blocks[contents.block].mapping
         for run in runs where !run.isEmpty {
             let (from, bytes) = (offset(of: run.lowerBound, in: contents.pages), PagePlacement.bytes(run))
-            do throws(SystemError) { try faults.copy(room, at: from, into: guest, bytes) } catch {
+            let moved = faults.move(aside, at: from - start, into: guest, bytes)
+            let left = bytes.lowerBound + moved..<bytes.upperBound
+            guard !left.isEmpty else { continue }
+            // Where the kernel will not move it, a copy may do.
+            do throws(SystemError) { try faults.copy(room, at: from + moved, into: guest, left) } catch {
                 // Given up to the source again, and not watched any more: they come again, and may have come already.
                 guard pending.isAbandoned else { throw error }
             }

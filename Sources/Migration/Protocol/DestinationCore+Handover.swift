@@ -89,10 +89,7 @@ extension DestinationCore {
     mutating func fired(_ timer: ProtocolTimer, _ actions: inout [DestinationAction]) {
         guard timers.fired(timer) else { return }
         if case .visitor(let connection) = timer.kind {
-            guard !mayStaySilent(connection) else {
-                let timer = timers.set(.visitor(connection))
-                return actions.append(.setTimer(timer, nanoseconds: configuration.deadlines.greeting))
-            }
+            if spare(connection) { return }
             return dismiss(connection, "it does not say in time what it wants", &actions)
         }
         if timer.kind == .channels { return channelsAreLate(&actions) }

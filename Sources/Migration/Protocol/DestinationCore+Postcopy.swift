@@ -169,9 +169,24 @@ extension DestinationCore {
         if canKeep { keep(sentence, &actions) } else { fail("the source is lost: \(sentence)", &actions) }
     }
 
-    /// Who may become that channel says nothing before the first request, which may never come.
-    func mayStaySilent(_ connection: ConnectionID) -> Bool {
-        expectsUrgentChannel && visitors[connection]?.wish == .unknown && visitors[connection]?.answers == true
+    /// Who may become that channel says nothing before the first request, which may never come: it has no deadline as long as nobody is it.
+    /// - Returns: false: that visitor has to speak, or had a second deadline already.
+    mutating func spare(_ connection: ConnectionID) -> Bool {
+        guard expectsUrgentChannel, let visitor = visitors[connection], visitor.wish == .unknown, visitor.answers,
+            !visitor.isSpared
+        else { return false }
+        visitors[connection]?.isSpared = true
+        return true
+    }
+
+    /// That channel is known, or none comes any more: whoever was spared for it is somebody else, and says soon what it wants.
+    mutating func hurrySilent(_ actions: inout [DestinationAction]) {
+        guard !expectsUrgentChannel else { return }
+        for (connection, visitor) in visitors.sorted(by: { $0.key.rawValue < $1.key.rawValue })
+        where visitor.isSpared && visitor.wish == .unknown && !timers.isRunning(.visitor(connection)) {
+            actions.append(
+                .setTimer(timers.set(.visitor(connection)), nanoseconds: configuration.deadlines.greeting))
+        }
     }
 
     // MARK: The end

@@ -61,6 +61,8 @@ public struct DestinationCore: Sendable {
         var opensReturnPath = false
         /// Of a candidate: it heard HELLO.
         var wasGreeted = false
+        /// Its time was over, and it may be the channel for requested pages: it has one more, once that is known.
+        var isSpared = false
         var wish = Wish.unknown
     }
 
@@ -192,6 +194,7 @@ public struct DestinationCore: Sendable {
         case .giveUp: giveUp(&actions)
         case .discard: discard(&actions)
         }
+        if !visitors.isEmpty { hurrySilent(&actions) }
         return actions
     }
 

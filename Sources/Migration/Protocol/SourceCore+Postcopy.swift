@@ -2,8 +2,8 @@ import MigrationStream
 
 // Postcopy at the source: the guest moves first, its memory follows as it is asked for.
 //
-// Rounds go on, or none is sent, until `startPostcopy`. Then the guest stops, the destination forgets what is out of date (DISCARD), and gets
-// all device state in one package whose last word is RUN. The right to run is given up before a byte of the package is handed over. A
+// Rounds go on, or none is sent, until `startPostcopy`. Then the destination forgets what is out of date (DISCARD), the guest stops, what it
+// wrote meanwhile is forgotten as well, and all device state goes in one package whose last word is RUN. The right to run is given up before a byte of the package is handed over. A
 // destination reads a package whole before it looks into it: so as long as RUN did not leave, the guest cannot run there, and a failure
 // has it run on here. Afterwards it never runs here again, whatever happens: half of its memory may be newer there.
 
@@ -117,19 +117,31 @@ extension SourceCore {
     }
 
     /// After a collect, instead of a decision: the guest stops as soon as it can, however much is left.
-    mutating func switchToPostcopy(_ actions: inout [SourceAction]) {
+    mutating func switchToPostcopy(with pages: UInt64, _ actions: inout [SourceAction]) {
         if configuration.postcopy?.usesUrgentChannel == true, !urgentChannelIsOpen {
             openUrgentChannel(&actions)
             return enter(.openingUrgentChannel, deadline: configuration.deadlines.connect, &actions)
         }
         // What stands in socket buffers would stand before the package.
         if undrainedBytes > Self.drainLimitBytes { return drain(&actions) }
+        if hasSentPages, !pagesAreHandedOver, pages >= configuration.postcopy?.pagesForgottenAhead ?? .max {
+            return discardAhead(&actions)
+        }
         isPostcopy = true
         stopWasAsked = true
         actions.append(.stopGuest)
         beginStandstill(&actions)
         releaseMove(&actions)
         enter(.stoppingGuest, deadline: configuration.deadlines.localWork, &actions)
+    }
+
+    /// A page here and there takes a destination long to forget: huge pages are split for it, one after the other. So it begins with that
+    /// while the guest runs on here, and says when it is done. There are no rounds any more: what was named comes behind the guest.
+    private mutating func discardAhead(_ actions: inout [SourceAction]) {
+        attempt &+= 1
+        pagesAreHandedOver = true
+        actions.append(.sendDiscards)
+        drain(&actions)
     }
 
     /// What is left of RAM does not count, and device state is what it is: another attempt will not find much else.
@@ -289,6 +301,7 @@ extension SourceCore {
 
     mutating func pagesServed(_ actions: inout [SourceAction]) {
         guard phase == .pulled else { return }
+        allWasSent = true
         closeRAMSection(&actions)
         send(&actions) { writer in
             writer.ramRound(final: true, id: Self.ramSectionID)
@@ -318,10 +331,12 @@ extension SourceCore {
         ramSectionIsOpen = false
         bitmapsAwaited = []
         enter(.postcopyPaused, deadline: nil, &actions)
-        actions.append(
-            .paused(
-                "\(reason); the guest moved, and what is missing of its memory stays here; go on with migrate-recover there and "
-                    + "migrate with 'resume' here"))
+        // A QEMU that has it all listens no more: no recovery would ever tell.
+        let state =
+            allWasSent
+            ? "every page was sent, and the destination may be complete: ask it with query-migrate; if it says 'completed', quit here, else"
+            : "the guest moved, and what is missing of its memory stays here;"
+        actions.append(.paused("\(reason); \(state) go on with migrate-recover there and migrate with 'resume' here"))
         report(.postcopyPaused, &actions)
     }
 }

@@ -115,6 +115,7 @@ extension SourceCore {
 
     private mutating func goOn(_ actions: inout [SourceAction]) {
         packageArrived = true
+        allWasSent = false
         enter(.pulled, deadline: nil, &actions)
         report(.postcopyActive, &actions)
         ramSectionIsOpen = true

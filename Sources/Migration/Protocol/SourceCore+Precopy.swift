@@ -135,7 +135,7 @@ extension SourceCore {
 
     mutating func collected(_ pages: UInt64, _ actions: inout [SourceAction]) {
         switch phase {
-        case .collecting where mayMoveNow: switchToPostcopy(&actions)
+        case .collecting where mayMoveNow: switchToPostcopy(with: pages, &actions)
         case .collecting:
             restsBeforeMove = false
             switch configuration.switchover.decide(remainingPages: pages) {
@@ -202,6 +202,7 @@ extension SourceCore {
         guard roundIsUnderWay else { return }
         roundIsUnderWay = false
         undrainedBytes += round.bytes
+        hasSentPages = hasSentPages || round.pages > 0
         switch phase {
         case .sendingRound:
             configuration.switchover.sent(round)

@@ -159,6 +159,8 @@ public struct SourceCore: Sendable {
     var urgentChannelsInVain = 0
     /// DISCARD was asked for: all that was dirty then is to follow the guest.
     var pagesAreHandedOver = false
+    /// The destination may have memory to forget.
+    var hasSentPages = false
     /// Moves of this kind that were broken off.
     var brokenMoves = 0
     /// The last one was: let the policy have a moment pass first.
@@ -168,6 +170,8 @@ public struct SourceCore: Sendable {
     var packagedState: [UInt8]?
     /// The destination has the package.
     var packageArrived = false
+    /// All pages and the end of the stream were sent, over the last connection that worked.
+    var allWasSent = false
     /// Why the connection is gone, while it is not known yet whether the package had left.
     var lossDuringPackage: String?
     /// Blocks of which the destination has not said yet what it has, on a connection that recovers.

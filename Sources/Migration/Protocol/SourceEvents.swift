@@ -63,10 +63,14 @@ public struct PostcopyTerms: Hashable, Sendable {
     public var usesUrgentChannel: Bool
     /// How many of those a Godwit is given.
     public var urgentChannels: Int
+    /// With so many dirty pages behind a round the destination forgets them while the guest still runs; only what is written meanwhile
+    /// is left for when it stands still.
+    public var pagesForgottenAhead: UInt64
 
-    public init(usesUrgentChannel: Bool = false, urgentChannels: Int = 1) {
+    public init(usesUrgentChannel: Bool = false, urgentChannels: Int = 1, pagesForgottenAhead: UInt64 = 256) {
         self.usesUrgentChannel = usesUrgentChannel
         self.urgentChannels = urgentChannels
+        self.pagesForgottenAhead = pagesForgottenAhead
     }
 }
 
@@ -213,7 +217,8 @@ public enum SourceAction: Hashable, Sendable {
     case openUrgentChannel
     /// Between two Godwits: open so many, and greet on each. -> `urgentChannelOpened`, when all are there, or `urgentChannelFailed`.
     case openUrgentChannels(Int)
-    /// Say DISCARD for all that `collect` found, which from here on is sent by `servePages` alone. -> `discardsSent`, `trackingFailed`,
+    /// Say DISCARD for all that `collect` found, but for what it was said for since pages were taken back last: from here on that is sent by
+    /// `servePages` alone. -> `discardsSent`, `trackingFailed`,
     /// or `disconnected`.
     case sendDiscards
     /// These bytes, behind all sent before. Requests for pages count from here on. -> `packageSent`, `packageCut`; also when the
