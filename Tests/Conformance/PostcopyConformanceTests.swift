@@ -57,7 +57,8 @@ struct PostcopyConformanceTests {
         // No limit holds zeros back: on a busy host all of them, and the few pages between, may be here before anybody looks.
         #expect(asked > 0 || trip.content != .data, "\(received)")
         let latency = received["x-postcopy-latency-ns"]
-        #expect(asked == 0 || latency?["count"] == JSON(asked), "\(received)")
+        // A page may come with the rest between the touch and the question: who touched it waited, and nobody was asked.
+        #expect(latency?["count"]?.integerValue(as: UInt64.self) ?? 0 >= asked, "\(received)")
         print(
             "conformance: postcopy with QEMU \(QEMU.version ?? "?"), \(trip.testDescription): \(asked) pages asked for, "
                 + "\(latency ?? [:])")

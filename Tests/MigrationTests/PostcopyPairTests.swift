@@ -51,7 +51,7 @@ struct PostcopyPairTests {
                 claim(sent.ram?.postcopyRequests == got.ram?.postcopyRequests, "requests differ")
                 claim(got.ram?.postcopyBytes ?? 0 > 0, "nothing came behind the guest")
                 claim(
-                    got.pageLatency?.count == got.ram?.postcopyRequests,
+                    got.pageLatency?.count ?? 0 >= got.ram?.postcopyRequests ?? .max,
                     "\(String(describing: got.pageLatency?.count)) latencies")
             }
         }
