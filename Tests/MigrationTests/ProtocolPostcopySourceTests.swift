@@ -106,6 +106,25 @@ struct ProtocolPostcopySourceTests {
         #expect(!driver.actions.contains(.sendDiscards))
     }
 
+    @Test(
+        "what the guest writes while the destination forgets for long is forgotten in another turn, and no third",
+        arguments: [(60, 2), (60, 60), (1, 1)] as [(UInt64, UInt64)])
+    func turns(first: UInt64, later: UInt64) {
+        var driver = Driver()
+        driver.reachRound()
+        driver.feed(.startPostcopy, Driver.round)
+        var (now, turns) = (0, 0) as (UInt64, Int)
+        while turns < 10 {
+            let actions = driver.feed(.collected(remainingPages: 300), at: now)
+            guard actions.contains(.sendDiscards) else { break }
+            now += (turns == 0 ? first : later) * 1_000_000
+            turns += 1
+            driver.feed(.discardsSent, .received(.pong(2)), at: now)
+        }
+        #expect(turns == (first == 1 ? 1 : 2))
+        #expect(driver.actions.contains(.stopGuest) && driver.core.mayRun)
+    }
+
     @Test("what happens while the destination forgets leaves the guest running here")
     func failsWhileForgetting() {
         for event in [.disconnected("reset"), .trackingFailed("no memory"), .cancel, .received(.shut(1))]

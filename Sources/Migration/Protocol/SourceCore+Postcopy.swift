@@ -124,9 +124,7 @@ extension SourceCore {
         }
         // What stands in socket buffers would stand before the package.
         if undrainedBytes > Self.drainLimitBytes { return drain(&actions) }
-        if hasSentPages, !pagesAreHandedOver, pages >= configuration.postcopy?.pagesForgottenAhead ?? .max {
-            return discardAhead(&actions)
-        }
+        if isWorthForgetting(pages) { return discardAhead(&actions) }
         isPostcopy = true
         stopWasAsked = true
         actions.append(.stopGuest)
@@ -139,10 +137,22 @@ extension SourceCore {
     /// while the guest runs on here, and says when it is done. There are no rounds any more: what was named comes behind the guest.
     private mutating func discardAhead(_ actions: inout [SourceAction]) {
         attempt &+= 1
+        turnsAhead = pagesAreHandedOver ? turnsAhead + 1 : 1
+        turnBegan = now
         pagesAreHandedOver = true
         actions.append(.sendDiscards)
         drain(&actions)
     }
+
+    /// What the guest wrote in a turn that took long is worth another.
+    private func isWorthForgetting(_ pages: UInt64) -> Bool {
+        guard hasSentPages, let terms = configuration.postcopy, pages >= terms.pagesForgottenAhead else { return false }
+        guard pagesAreHandedOver else { return true }
+        return turnsAhead < Self.mostTurnsAhead && now - turnBegan > roundTripNanoseconds + Self.shortTurnNanoseconds
+    }
+
+    private static let mostTurnsAhead = 2
+    private static let shortTurnNanoseconds: UInt64 = 2_000_000
 
     /// What is left of RAM does not count, and device state is what it is: another attempt will not find much else.
     mutating func releaseMove(_ actions: inout [SourceAction]) {

@@ -161,6 +161,9 @@ public struct SourceCore: Sendable {
     var pagesAreHandedOver = false
     /// The destination may have memory to forget.
     var hasSentPages = false
+    /// How often it was told to while the guest ran on, and when the last time.
+    var turnsAhead = 0
+    var turnBegan: UInt64 = 0
     /// Moves of this kind that were broken off.
     var brokenMoves = 0
     /// The last one was: let the policy have a moment pass first.
