@@ -78,9 +78,13 @@ extension IncomingMigration {
             // A page of zeroes must clear what came meanwhile.
             postcopy.pending.forEachExpected { received.mark($0, of: $1) }
         }
+        // The guest did not run: there is nothing to be given back.
+        let recorder = recorders.withLock { $0.take() }
+        recorder?.end()
         waitForReaders(of: closed)
         do throws(SystemError) {
             try prepare()
+            if recorder != nil, let failure = prepareEpochs() { return failure }
             return .unlistened
         } catch { return .pagesFailed("postcopy: \(error.description)") }
     }
@@ -148,6 +152,7 @@ extension IncomingMigration {
         post(.greeted(id, greeting))
         recognized(id)
         guard urgents.waitForAdmission(id) else { return }
+        if urgents.isNet(id) { return readNet(channel, id) }
         HostThread.renameCurrent("postcopy-recv-\(greeting.channel + 1)")
         HostThread.runUrgently(among: machine.cpuThreadIDs.count)
         readRequestedPages(channel, id, behind: [], isAdmitted: true, lastWordsNanoseconds: Self.lastWordsNanoseconds)

@@ -92,6 +92,7 @@ extension DestinationCore {
         }
         pull = .advised
         actions.append(.preparePostcopy)
+        if hasNet { actions.append(.prepareEpochs) }
     }
 
     private func hex(_ value: UInt64) -> String { String(value, radix: 16) }
@@ -185,6 +186,7 @@ extension DestinationCore {
         } else {
             enter(.pulling, deadline: ramIsComplete ? nil : configuration.deadlines.stall, &actions)
         }
+        beginEpochs(&actions)
         answerVisitors(&actions)
     }
 
@@ -199,6 +201,10 @@ extension DestinationCore {
             }
             return
         }
+        if isWhole(&actions) { pullIsComplete(&actions) }
+    }
+
+    mutating func pullIsComplete(_ actions: inout [DestinationAction]) {
         pull = .complete
         pullLoss = nil
         isRecovering = false
@@ -239,11 +245,12 @@ extension DestinationCore {
     private mutating func pausePull(_ reason: String, _ actions: inout [DestinationAction]) {
         isRecovering = false
         enter(phase == .pulling ? .pullPaused : phase, deadline: nil, &actions)
+        if phase == .pullPaused, hasNet { actions.append(.holdEpochs) }
         // Whoever sees the status sees why.
         actions.append(
             .pullPaused(
-                "the source is lost: \(reason); the guest runs on as far as its memory is here; go on with migrate-recover here "
-                    + "and migrate with 'resume' there"))
+                "the source is lost: \(reason); \(hasNet ? Self.standsStill : "the guest runs on as far as its memory is here"); go on with "
+                    + "migrate-recover here and migrate with 'resume' there"))
         report(.postcopyPaused, &actions)
     }
 
@@ -255,6 +262,7 @@ extension DestinationCore {
     mutating func forgetPull(_ actions: inout [DestinationAction]) {
         closeUrgent(&actions)
         if pull > .none { actions.append(.endPostcopy) }
+        forgetNet(&actions)
         pull = .none
         packageHasCome = false
         pullLoss = nil

@@ -61,7 +61,8 @@ extension SourceCore {
         urgentChannelIsAsked = true
         urgentChannelIsOpen = false
         urgentChannelsAreGreeted = rule == .twoPhase
-        let count = configuration.postcopy?.urgentChannels ?? 1
+        let terms = configuration.postcopy ?? PostcopyTerms()
+        let count = terms.urgentChannels + (terms.hasNet ? 1 : 0)
         actions.append(rule == .twoPhase ? .openUrgentChannels(count) : .openUrgentChannel)
     }
 
@@ -320,8 +321,7 @@ extension SourceCore {
         enter(.postcopyPaused, deadline: nil, &actions)
         actions.append(
             .paused(
-                "\(reason); the guest moved, and what is missing of its memory stays here; go on with migrate-recover there and "
-                    + "migrate with 'resume' here"))
+                "\(reason); the guest moved, and what is missing of its memory stays here; \(remedyForMoved)"))
         report(.postcopyPaused, &actions)
     }
 }
