@@ -377,8 +377,8 @@ public final class Migrator: Sendable {
 
     /// Has a guest that moved with a safety net go on here (`x-postcopy-take-back`).
     public func takeBack() throws(MigrationError) {
-        guard let outgoing = state.withLock({ $0.outgoing }) else {
-            throw MigrationError("x-postcopy-take-back: no guest moved from here")
+        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isUnderWay || outgoing.isUnsettled else {
+            throw MigrationError("x-postcopy-take-back: no guest has moved from here and waits for its memory")
         }
         try outgoing.takeBackGuest()
     }

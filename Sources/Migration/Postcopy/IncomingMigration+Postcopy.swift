@@ -147,12 +147,16 @@ extension IncomingMigration {
     }
 
     /// A Godwit's channel, behind its greeting.
-    func readUrgentChannel(_ channel: Channel, _ id: ConnectionID, _ greeting: MultifdGreeting) {
+    func readUrgentChannel(
+        _ channel: Channel, _ id: ConnectionID, _ greeting: MultifdGreeting, behind first: ReceiveBuffer
+    ) {
         urgents.greeted(id)
         post(.greeted(id, greeting))
         recognized(id)
         guard urgents.waitForAdmission(id) else { return }
-        if urgents.isNet(id) { return readNet(channel, id) }
+        if urgents.isNet(id) { return readNet(channel, id, behind: first) }
+        // Nothing was asked for yet.
+        guard first.isEmpty else { return post(.rejected(id, "it sends pages that nobody waits for")) }
         HostThread.renameCurrent("postcopy-recv-\(greeting.channel + 1)")
         HostThread.runUrgently(among: machine.cpuThreadIDs.count)
         readRequestedPages(channel, id, behind: [], isAdmitted: true, lastWordsNanoseconds: Self.lastWordsNanoseconds)

@@ -45,13 +45,13 @@ extension IncomingMigration {
     }
 
     /// What the source says on the safety net's channel.
-    func readNet(_ channel: Channel, _ id: ConnectionID) {
+    func readNet(_ channel: Channel, _ id: ConnectionID, behind first: ReceiveBuffer) {
         HostThread.renameCurrent("epoch-recv")
         guard let recorder = awaitRecorder(id) else { return }
         recorder.attach(id, channel)
         defer { recorder.detach(id) }
         var decoder = EpochDecoder(blocks)
-        var buffer = ReceiveBuffer(capacity: 1024)
+        var buffer = first
         do {
             while true {
                 while let message = try decoder.next(from: &buffer) {
