@@ -106,11 +106,14 @@ final class EpochRecorder: Sendable {
     /// Nothing is given back any more: all that was said is heard, and the guest runs.
     func end() {
         let wasArmed = state.withLock { state in
+            // No hold comes behind this one's end.
             state.isOver = true
+            machine.endHold()
             return state.isArmed
         }
-        // Else the thread that collects does it.
-        if !wasArmed { tracker?.stop() }
+        guard wasArmed else { return tracker?.stop() ?? () }
+        // The thread that collects ends the tracker.
+        machine.endHoldingOutput()
     }
 
     /// The process ends: what is held back was never said.
@@ -172,64 +175,62 @@ final class EpochRecorder: Sendable {
 
     // MARK: The thread that takes
 
-    private enum Turn { case take, wait, over }
-
     private func take() {
         HostThread.sleepExactly()
         var pages: [any DirtyPages] = []
         do throws(AcceleratorError) { pages = try tracker?.makePages() ?? [] } catch { failed(nil, error.description) }
-        while let began = letRun() {
-            switch waitForEnd(of: began) {
-            case .over: continue
-            case .wait: continue
-            case .take: break
-            }
-            machine.hold()
-            guard capture(&pages) else {
-                Clock.sleep(nanoseconds: Self.pauseNanoseconds)
+        // When the guest was let go in the epoch under way.
+        var began: UInt64?
+        while let now = letRun() {
+            guard waitForEnd(of: began ?? now) else {
+                began = nil
                 continue
             }
-            overlap()
+            hold()
+            if capture(&pages) {
+                began = goOnAhead()
+            } else {
+                Clock.sleep(nanoseconds: Self.pauseNanoseconds)
+            }
         }
         tracker?.stop()
         buffer.withLock { $0.release() }
-        guard state.withLock({ !$0.isForsaken }) else { return }
-        machine.endHoldingOutput()
-        machine.endHold()
     }
 
-    /// Waits until the guest may run. - Returns: when it was let go; `nil`: nothing is given back any more.
+    /// Whoever says that nothing is given back any more has let the guest go for good.
+    private func hold() { state.withLock { if !$0.isOver { machine.hold() } } }
+
+    /// Waits until the guest may run, and lets it. - Returns: that moment; `nil`: nothing is given back any more.
     private func letRun() -> UInt64? {
         state.wait { state -> UInt64?? in
             if state.isOver { return .some(nil) }
             guard state.isOn, state.kept != nil, state.link != nil, !state.isOpen else { return nil }
-            // It waits for the end of this epoch.
-            if state.isTooMuch { return .some(0) }
-            machine.endHold()
+            // Else it waits for the end of this epoch.
+            if !state.isTooMuch { machine.endHold() }
             return .some(Clock.monotonicNanoseconds)
         } ?? nil
     }
 
-    private func waitForEnd(of began: UInt64) -> Turn {
+    /// - Returns: whether the epoch is to be taken; false: the source is lost, or nothing is given back any more.
+    private func waitForEnd(of began: UInt64) -> Bool {
         let now = Clock.monotonicNanoseconds
         let left = epochNanoseconds - min(epochNanoseconds, now - min(began, now))
-        return state.wait(deadline: .after(nanoseconds: left)) { state -> Turn? in
-            if state.isOver { return .over }
-            if !state.isOn { return .wait }
-            return state.isTooMuch ? .take : nil
-        } ?? .take
+        return state.wait(deadline: .after(nanoseconds: left)) { state -> Bool? in
+            if state.isOver || !state.isOn { return false }
+            return state.isTooMuch ? true : nil
+        } ?? true
     }
 
     /// The guest is in its next epoch while the last one travels; not for long, if that does not arrive.
-    private func overlap() {
+    /// - Returns: when it was let go.
+    private func goOnAhead() -> UInt64 {
         state.withLock { state in if state.isOn, !state.isOver { machine.endHold() } }
         let began = Clock.monotonicNanoseconds
-        state.wait(deadline: .after(nanoseconds: Self.longestAheadNanoseconds)) { state -> Void? in
+        let isKept: Void? = state.wait(deadline: .after(nanoseconds: Self.longestAheadNanoseconds)) { state in
             state.isOver || !state.isOn || !state.isOpen ? () : nil
         }
-        // What is left of the epoch's time was counted from here.
-        _ = waitForEnd(of: began)
-        state.withLock { state in if state.isOpen, !state.isOver { machine.hold() } }
+        if isKept == nil { hold() }
+        return began
     }
 
     /// Copies what changed. - Returns: whether there is an epoch.
