@@ -76,7 +76,9 @@ extension Simulator {
             }
         case .keeps: kept()
         // Performed above.
-        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop: break
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop,
+            .admitNet, .prepareEpochs, .armEpochs, .goOnWithEpochs, .holdEpochs, .sayStays, .endEpochs:
+            break
         case .report, .agreed, .admit, .admitUrgent, .turnedAway: break
         }
     }
