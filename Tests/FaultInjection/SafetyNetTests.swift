@@ -139,10 +139,8 @@ struct SafetyNetTests {
             try vm.client.execute("migrate-pause")
             for vm in [pair.source, pair.destination] { try vm.waitForMigration("postcopy-paused") }
             Clock.sleep(nanoseconds: 30_000_000)
-            let (heard, status) = (try pair.heard(), try pair.destination.client.execute("x-query-guest"))
+            let heard = try pair.heard()
             Clock.sleep(nanoseconds: 200_000_000)
-            let later = try pair.destination.client.execute("x-query-guest")
-            #expect(status["touches"] == later["touches"], "the guest runs on")
             #expect(try pair.heard() == heard, "the guest is heard")
             let epochs = try pair.net(of: pair.destination, "epochs")
             try pair.source.client.execute("migrate", ["uri": .string(pair.uri), "resume": true])
@@ -195,16 +193,11 @@ struct SafetyNetTests {
         try finish(pair)
     }
 
-    @Test("when its source is killed it stands still, until its operator says that it stays where it is", arguments: [false, true])
-    func sourceKilled(isWhole: Bool) throws {
+    @Test("when its source is killed it stands still, until its operator says that it stays where it is")
+    func sourceKilled() throws {
         let terms = Terms(cpus: 2)
         let pair = try Pair(terms)
         try pair.move(terms)
-        if isWhole {
-            // The source sends all, and hears no more.
-            kill(pair.source.process.identifier, SIGSTOP)
-            kill(pair.source.process.identifier, SIGCONT)
-        }
         kill(pair.source.process.identifier, SIGKILL)
         let paused = try pair.destination.waitForMigration("postcopy-paused")
         #expect(paused["error-desc"]?.stringValue?.contains("stands still") == true, "\(paused)")
