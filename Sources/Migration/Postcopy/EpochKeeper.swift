@@ -29,6 +29,8 @@ final class EpochKeeper: Sendable {
     private let memory: GuestMemory
     private let blocks: [RAMBlockDescription]
     private let state = Mutex(State())
+    /// Held by who says something: two may.
+    private let turn = Mutex(())
 
     init(_ memory: GuestMemory, _ blocks: [RAMBlockDescription]) {
         self.memory = memory
@@ -75,7 +77,7 @@ final class EpochKeeper: Sendable {
         }
         guard let channel else { return }
         // If it does not reach the destination, that asks again.
-        do throws(ChannelError) { try channel.send(EpochMessage.released.bytes) } catch {
+        do throws(ChannelError) { try say(.released, on: channel) } catch {
             if isCurrent(link) { channel.cancel() }
         }
     }
@@ -84,6 +86,10 @@ final class EpochKeeper: Sendable {
     var kept: Kept { state.withLock { $0.kept } }
 
     private func isCurrent(_ link: UInt64) -> Bool { state.withLock { $0.link == link } }
+
+    private func say(_ message: EpochMessage, on channel: Channel) throws(ChannelError) {
+        try turn.withLock { (_) throws(ChannelError) in try channel.send(message.bytes) }
+    }
 
     // MARK: The thread
 
@@ -110,7 +116,7 @@ final class EpochKeeper: Sendable {
     }
 
     private func read(_ channel: Channel, _ link: UInt64, _ stays: () -> Void) throws(ChannelError) {
-        try channel.send(EpochMessage.kept(epoch: kept.epoch).bytes)
+        try say(.kept(epoch: kept.epoch), on: channel)
         var decoder = EpochDecoder(blocks)
         var buffer = ReceiveBuffer(capacity: 64 << 10)
         var epoch = Epoch()
@@ -133,7 +139,7 @@ final class EpochKeeper: Sendable {
                 case .end(let number, let guestRuns):
                     guard try keep(epoch, number, guestRuns, link) else { return }
                     epoch.removeAll()
-                    try channel.send(EpochMessage.kept(epoch: number).bytes)
+                    try say(.kept(epoch: number), on: channel)
                 case .stays: stays()
                 case .kept, .released: throw .unusable("the destination says on its safety net what a source would")
                 }

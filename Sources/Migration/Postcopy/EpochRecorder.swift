@@ -32,6 +32,8 @@ final class EpochRecorder: Sendable {
         var isOpen = false
         /// On this link.
         var isSent = false
+        /// The source is to hear that the guest stays here, and heard it on this link.
+        var (mustSayStays, staysIsSaid) = (false, false)
         /// The guest said so much that it waits for the end of its epoch.
         var isTooMuch = false
         var figures = MigrationInfo.SafetyNet()
@@ -97,7 +99,7 @@ final class EpochRecorder: Sendable {
     func pause() {
         state.withLock { state in
             guard state.isArmed, !state.isOver else { return }
-            state.isOn = false
+            (state.isOn, state.mustSayStays) = (false, false)
             state.link = nil
             machine.hold()
         }
@@ -126,23 +128,27 @@ final class EpochRecorder: Sendable {
 
     /// The guest stays here: the source need not be able to take it back any more. It answers with RELEASED.
     func sayStays() {
-        guard let link = state.withLock({ $0.link }) else { return }
-        say(.stays, on: link)
+        let isAlone = state.withLock { state in
+            state.mustSayStays = true
+            return state.isOver
+        }
+        // Nothing else is said there.
+        if isAlone { sendAlone() }
     }
 
-    private func say(_ message: EpochMessage, on link: (id: ConnectionID, channel: Channel)) {
-        do throws(ChannelError) { try link.channel.send(message.bytes) } catch { failed(link.id, error.description) }
-    }
+    private func sendAlone() { _ = try? HostThread.detached(name: "epoch-send") { [self] in send() } }
 
     // MARK: The link
 
     /// A channel to a source that can take the guest back.
     func attach(_ id: ConnectionID, _ channel: Channel) {
-        state.withLock { state in
+        let isAlone = state.withLock { state in
             state.link = (id, channel)
             state.kept = nil
-            state.isSent = false
+            (state.isSent, state.staysIsSaid) = (false, false)
+            return state.isOver && state.mustSayStays
         }
+        if isAlone { sendAlone() }
     }
 
     func detach(_ id: ConnectionID) { state.withLock { if $0.link?.id == id { $0.link = nil } } }
@@ -297,8 +303,12 @@ final class EpochRecorder: Sendable {
     // MARK: The thread that sends
 
     private func send() {
-        while let link = nextLink() {
+        while let (link, isEpoch) = nextWord() {
             do throws(ChannelError) {
+                guard isEpoch else {
+                    try link.channel.send(EpochMessage.stays.bytes)
+                    continue
+                }
                 try buffer.withLock { (buffer) throws(ChannelError) in
                     try buffer.forEachPiece { (chunk, count) throws(ChannelError) in
                         var vector = IOVector()
@@ -310,13 +320,18 @@ final class EpochRecorder: Sendable {
         }
     }
 
-    private func nextLink() -> (id: ConnectionID, channel: Channel)? {
-        state.wait { state -> (id: ConnectionID, channel: Channel)?? in
+    /// - Returns: where to say what: an epoch, or that the guest stays; `nil`: there is no more to say.
+    private func nextWord() -> (link: (id: ConnectionID, channel: Channel), isEpoch: Bool)? {
+        state.wait { state -> (link: (id: ConnectionID, channel: Channel), isEpoch: Bool)?? in
+            if let link = state.link, state.mustSayStays, !state.staysIsSaid {
+                state.staysIsSaid = true
+                return .some((link, false))
+            }
             if state.isOver { return .some(nil) }
             guard state.isOpen, !state.isSent, state.kept.map({ $0 < state.taken }) == true, let link = state.link
             else { return nil }
             state.isSent = true
-            return .some(link)
+            return .some((link, true))
         } ?? nil
     }
 }
