@@ -147,7 +147,7 @@ extension Simulator {
         guard destinationIsAlive else { return }
         readers[id]?.input.append(bytes)
         do {
-            guard try greets(id), isRecognized(id) else { return }
+            guard try greets(id), isRecognized(id), try !netDestinationReads(id) else { return }
             while violation == nil, readers[id]?.isBlocked == false, var reader = readers.removeValue(forKey: id) {
                 // Taken out and put back, so that its buffer is never copied.
                 let item = try next(&reader)

@@ -81,6 +81,9 @@ final class Simulator {
     /// The source's memory when the guest stood still for its move.
     var truth: [UInt64] = []
     var movesTakenBack = 0
+    /// With a safety net; and guests that went on at the source.
+    var net = SimulatedNet()
+    var takenBack = 0
     /// How often the operator took it up again.
     var recoveries = 0
     /// The source lost its destination in postcopy; the guest runs at the destination.
@@ -121,7 +124,8 @@ final class Simulator {
         if let moves = plan.postcopy {
             configuration.features.insert(.postcopy)
             configuration.postcopy = PostcopyTerms(
-                usesUrgentChannel: moves.channels > 0, urgentChannels: max(moves.channels, 1))
+                usesUrgentChannel: moves.channels > 0, urgentChannels: max(moves.channels, 1), hasNet: moves.hasNet)
+            if moves.hasNet { configuration.features.insert(.safetyNet) }
         }
         source = SourceCore(configuration)
         destination = Self.destination(plan, instance: MigrationIdentifier(high: seed, low: 2))
@@ -137,6 +141,7 @@ final class Simulator {
         if plan.postcopy != nil {
             waiting.allowsPostcopy = true
             if plan.rule == .twoPhase { waiting.features.insert(.postcopy) }
+            if plan.postcopy?.hasNet == true { waiting.features.insert(.safetyNet) }
         }
         return DestinationCore(waiting)
     }

@@ -151,6 +151,8 @@ extension SourceCore {
                 return pausePostcopy("the operator settled that the guest runs at the destination", &actions)
             }
             complete(&actions)
+        // It may have run there for a while, and given that back.
+        case .resumeHere where hasNet: takeBackGuest(&actions)
         case .resumeHere:
             stopAsking(&actions)
             takeBack("the operator settled that the guest goes on here", &actions)
