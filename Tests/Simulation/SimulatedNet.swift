@@ -80,6 +80,9 @@ extension Simulator {
         case .admitNet(let id):
             (net.link, net.kept, net.isSent, net.staysIsSaid) = (id, nil, false, false)
             (net.decoder, net.input) = (EpochDecoder(map.blocks), ReceiveBuffer())
+            schedule(after: microsecond, 50 * microsecond) { [self] in
+                if let reader = readers[id] { destinationReads([], on: reader.connection) }
+            }
         case .prepareEpochs: net.forgetDestination()
         case .armEpochs: net.isArmed = true
         case .goOnWithEpochs:

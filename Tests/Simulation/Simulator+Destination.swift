@@ -191,6 +191,12 @@ extension Simulator {
         readers[id] = reader
         guard let greeting else { return false }
         feedDestination(.greeted(id, greeting))
+        // What a safety net brings waits until it is known to be one.
+        if plan.postcopy?.hasNet == true, net.link != id, let mark = greeting.mark,
+            Int(greeting.channel) == mark.channels - 1
+        {
+            readers[id]?.isBlocked = true
+        }
         return true
     }
 
