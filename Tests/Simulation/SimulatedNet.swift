@@ -83,7 +83,11 @@ extension Simulator {
             schedule(after: microsecond, 50 * microsecond) { [self] in
                 if let reader = readers[id] { destinationReads([], on: reader.connection) }
             }
-        case .prepareEpochs: net.forgetDestination()
+        case .prepareEpochs:
+            // Its link may be there before.
+            let (link, kept) = (net.link, net.kept)
+            net.forgetDestination()
+            (net.link, net.kept) = (link, kept)
         case .armEpochs: net.isArmed = true
         case .goOnWithEpochs:
             net.isOn = true
