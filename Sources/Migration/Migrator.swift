@@ -236,11 +236,15 @@ public final class Migrator: Sendable {
             return
                 "requested pages go over a second connection (postcopy-preempt), which needs tcp: or unix:, not \(address)"
         case .descriptor where state.capabilities.contains(.postcopySafetyNet):
-            return "what is given back (x-postcopy-safety-net) goes over another connection, which needs tcp: or unix:, not \(address)"
+            return
+                "what is given back (x-postcopy-safety-net) goes over another connection, which needs tcp: or unix:, not \(address)"
         default: break
         }
-        if state.capabilities.contains(.postcopySafetyNet), state.parameters.postcopyChannels >= StreamLimit.urgentChannels {
-            return "x-postcopy-safety-net takes a channel of its own; set x-postcopy-channels to \(StreamLimit.urgentChannels - 1) or less"
+        if state.capabilities.contains(.postcopySafetyNet),
+            state.parameters.postcopyChannels >= StreamLimit.urgentChannels
+        {
+            return
+                "x-postcopy-safety-net takes a channel of its own; set x-postcopy-channels to \(StreamLimit.urgentChannels - 1) or less"
         }
         guard state.multifd?.mode != .eachSection else {
             return
@@ -387,7 +391,9 @@ public final class Migrator: Sendable {
     public func keep() throws(MigrationError) {
         guard let incoming = state.withLock({ $0.incoming }), incoming.info().status == .postcopyPaused,
             incoming.info().safetyNet?.isOver == false
-        else { throw MigrationError("x-postcopy-keep: no guest stands still here because its source could take it back") }
+        else {
+            throw MigrationError("x-postcopy-keep: no guest stands still here because its source could take it back")
+        }
         incoming.keepGuest()
     }
 

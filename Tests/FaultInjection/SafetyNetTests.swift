@@ -41,7 +41,9 @@ struct SafetyNetTests {
             destination = try bench.startVM(
                 "destination", options + ["--serial", "file:\(folder)/destination.serial", "--incoming", "defer"])
             for vm in [source, destination] {
-                try vm.allow(["postcopy-ram": true, "postcopy-preempt": terms.preempts, "x-postcopy-safety-net": hasNet])
+                try vm.allow([
+                    "postcopy-ram": true, "postcopy-preempt": terms.preempts, "x-postcopy-safety-net": hasNet,
+                ])
                 try vm.client.execute(
                     "migrate-set-parameters",
                     [
@@ -75,7 +77,8 @@ struct SafetyNetTests {
         }
 
         /// The guest goes on in that VM, all of its memory is right, and the world heard each of its heartbeats, once.
-        func claimWhole(_ vm: VM) throws {
+        /// - Parameter missing: so many of the last heartbeats that the source had may be unheard: its destination was killed between.
+        func claimWhole(_ vm: VM, missing: Int = 1) throws {
             func touches() -> UInt64? {
                 (try? vm.client.execute("x-query-guest"))?["touches"]?.integerValue(as: UInt64.self)
             }
@@ -87,7 +90,8 @@ struct SafetyNetTests {
             let said = try vm.client.execute("x-query-guest")["heartbeats"]?.integerValue(as: Int.self) ?? 0
             Clock.sleep(nanoseconds: 20_000_000)
             let heard = try heard()
-            #expect(abs(heard - said) <= 1, "the guest said \(said) heartbeats, and \(heard) were heard")
+            #expect(heard <= said + 1, "the guest said \(said) heartbeats, and \(heard) were heard")
+            #expect(heard >= said - missing, "the guest said \(said) heartbeats, and \(heard) were heard")
             try vm.client.execute("cont")
         }
     }
@@ -113,7 +117,7 @@ struct SafetyNetTests {
         #expect(try pair.source.status() == "running")
         let last = try pair.net(of: pair.source, "epochs")
         #expect(last >= terms.epochs && pair.source.log.contains("end of epoch \(last)"), "\(pair.source.log)")
-        try pair.claimWhole(pair.source)
+        try pair.claimWhole(pair.source, missing: 120)
         for command in ["x-postcopy-take-back", "migrate-pause"] {
             #expect(throws: (any Error).self) { try pair.source.client.execute(command) }
         }
@@ -205,7 +209,9 @@ struct SafetyNetTests {
         Clock.sleep(nanoseconds: 100_000_000)
         #expect(try pair.heard() == heard, "it is heard though its source is gone")
         try pair.destination.client.execute("x-postcopy-keep")
-        #expect(try pair.destination.wait(seconds: 10) { try pair.heard() > heard }, "it is not heard: \(pair.destination.log)")
+        #expect(
+            try pair.destination.wait(seconds: 10) { try pair.heard() > heard },
+            "it is not heard: \(pair.destination.log)")
         #expect(try pair.destination.migrationStatus() == "postcopy-paused")
         #expect(throws: (any Error).self) { try pair.destination.client.execute("x-postcopy-keep") }
         try pair.destination.client.execute("quit")

@@ -283,8 +283,7 @@ final class OutgoingMigration: Sendable {
         case .prepareRecovery: sender.postcopy?.prepareRecovery()
         case .adoptBitmaps: adoptBitmaps()
         case .serveRequests: sender.enqueue(.serveRequests)
-        case .takeBackPages: sender.takeBackPages()
-        case .takeBackGuest, .releaseGuest: performNet(action)
+        case .takeBackPages, .takeBackGuest, .releaseGuest: takeBack(action)
         case .servePages:
             // The guest does not run here any more: nothing of it needs to be slowed down.
             convergence.end()

@@ -159,7 +159,8 @@ final class EpochKeeper: Sendable {
         let fault = state.withLock { state -> String?? in
             guard state.link == link else { return nil }
             guard number == state.kept.epoch + 1 else {
-                return .some(StreamError(.epoch(.order(epoch: number, behind: state.kept.epoch)), position: 0).description)
+                return .some(
+                    StreamError(.epoch(.order(epoch: number, behind: state.kept.epoch)), position: 0).description)
             }
             for run in epoch.runs {
                 let mapping = memory.blocks[run.block].mapping

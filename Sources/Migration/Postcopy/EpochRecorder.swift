@@ -243,7 +243,9 @@ final class EpochRecorder: Sendable {
     private func capture(_ pages: inout [any DirtyPages]) -> Bool {
         let began = Clock.monotonicNanoseconds
         do {
-            let (epoch, isAwaited) = (state.withLock { $0.taken + 1 }, { [state] in state.withLock { $0.isOn && !$0.isOver } })
+            let (epoch, isAwaited) = (
+                state.withLock { $0.taken + 1 }, { [state] in state.withLock { $0.isOn && !$0.isOver } }
+            )
             let count = try machine.whileHeld(awaited: isAwaited) { guestRuns throws -> UInt64 in
                 try tracker?.collect(into: pages)
                 let count = try buffer.withLock { buffer in

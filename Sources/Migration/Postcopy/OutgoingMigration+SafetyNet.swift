@@ -33,7 +33,8 @@ extension OutgoingMigration {
         }
     }
 
-    func performNet(_ action: SourceAction) {
+    func takeBack(_ action: SourceAction) {
+        if action == .takeBackPages { return sender.takeBackPages() }
         guard let keeper else { return }
         guard action == .takeBackGuest else { return keeper.release() }
         keeper.end()
