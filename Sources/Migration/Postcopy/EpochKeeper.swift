@@ -120,6 +120,7 @@ final class EpochKeeper: Sendable {
         var decoder = EpochDecoder(blocks)
         var buffer = ReceiveBuffer(capacity: 64 << 10)
         var epoch = Epoch()
+        var isStaying = false
         while true {
             while let message = try Self.next(&decoder, &buffer) {
                 switch message {
@@ -140,7 +141,11 @@ final class EpochKeeper: Sendable {
                     guard try keep(epoch, number, guestRuns, link) else { return }
                     epoch.removeAll()
                     try say(.kept(epoch: number), on: channel)
-                case .stays: stays()
+                // Once: it may say so without end.
+                case .stays where isStaying: break
+                case .stays:
+                    isStaying = true
+                    stays()
                 case .kept, .released: throw .unusable("the destination says on its safety net what a source would")
                 }
             }
