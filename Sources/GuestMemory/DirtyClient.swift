@@ -7,4 +7,7 @@ public enum DirtyClient: Int, Sendable, CaseIterable {
     case migration
     /// Dirty rate.
     case measurement
+    /// A guest whose memory is still to come, and which is given back to its source epoch by epoch. Pages that are placed count for
+    /// nothing, those that the guest or the monitor writes do.
+    case safetyNet
 }

@@ -86,6 +86,10 @@ final class DirtyLog: DirtySource, @unchecked Sendable {
         if left.count > Self.fragmentedHoles { try clearHoles(left, slot, report) }
     }
 
+    func ignoreWhatAppears(in slot: Slot, _ report: DirtyReport) throws(AcceleratorError) {
+        if case .masked(let holes) = logs[slot.number] { try clearHoles(holes, slot, report) }
+    }
+
     /// Reports what is allocated in holes, which are given in order. - Returns: what is left of them.
     private func look(
         into holes: [Range<UInt64>], of slot: Slot, _ report: DirtyReport

@@ -104,6 +104,9 @@ final class DirtyRings: DirtySource, @unchecked Sendable {
         }
     }
 
+    /// Only what was written is in a ring.
+    func ignoreWhatAppears(in slot: Slot, _ report: DirtyReport) {}
+
     /// Gives back what had been taken by `mark`, unless somebody has.
     ///
     /// With no vCPU in the guest it is left to the first that enters: at the end of a migration none does.

@@ -26,6 +26,8 @@ protocol DirtySource: AnyObject, Sendable {
     func willSend(_ chunk: DirtyChunk, _ slots: [Slot], others: DirtyReport) throws(AcceleratorError)
     /// See `SlotObserver`.
     func willChange(_ old: Slot, to new: Slot?, isOn: Bool, _ report: DirtyReport) throws(AcceleratorError)
+    /// What appears in that slot, which is logged, need not have been written by the guest: nothing is made of it.
+    func ignoreWhatAppears(in slot: Slot, _ report: DirtyReport) throws(AcceleratorError)
 }
 
 /// Pages that a client is about to read.
@@ -125,7 +127,23 @@ final class DirtyTracking: SlotObserver, @unchecked Sendable {
             try begin()
             records.removeAll { $0.tracker.client == tracker.client }
             records.append(record)
+            if tracker.client == .safetyNet { try watchAll(record) }
         }
+    }
+
+    /// All slots from now on, whether or not something is in them: memory is placed there behind the guest's back.
+    private func watchAll(_ record: Record) throws(AcceleratorError) {
+        do throws(AcceleratorError) {
+            for slot in table {
+                try turnOn(slot)
+                try source.ignoreWhatAppears(in: slot, DirtyReport(records.map(\.pending)))
+            }
+        } catch {
+            records.removeAll { $0 === record }
+            endIfUnused()
+            throw error
+        }
+        record.hasAll = true
     }
 
     func stop(_ tracker: KVMDirtyTracker) {

@@ -13,6 +13,8 @@ final class RunGate: Sendable {
         var deadline: UInt64?
         /// Closed for good.
         var isRetired = false
+        /// Nobody goes in for a moment, open or not.
+        var isHeld = false
     }
 
     private let state = Monitor(State())
@@ -30,7 +32,7 @@ final class RunGate: Sendable {
     func enter() -> UInt64 {
         var isFirst = false
         let closings = state.wait { state -> UInt64? in
-            guard state.isOpen else { return nil }
+            guard state.isOpen, !state.isHeld else { return nil }
             if let deadline = state.deadline {
                 guard Clock.monotonicNanoseconds <= deadline else { return nil }
                 state.deadline = nil
@@ -52,8 +54,37 @@ final class RunGate: Sendable {
     func open() {
         state.withLock {
             guard !$0.isRetired else { return }
-            closing.store(false, ordering: .releasing)
+            closing.store($0.isHeld, ordering: .releasing)
             $0.isOpen = true
+        }
+    }
+
+    // MARK: For a moment
+
+    /// Lets nobody in, and has those that are inside come out, whether the gate is open or is opened meanwhile. Does not wait: a thread may
+    /// sleep inside for memory that is still to come.
+    func hold(kick: () -> Void) {
+        state.withLock {
+            $0.isHeld = true
+            closing.store(true, ordering: .sequentiallyConsistent)
+        }
+        kick()
+    }
+
+    /// - Returns: whether none is inside, or comes out by then; `isAwaited` is asked from time to time.
+    func waitUntilEmpty(while isAwaited: () -> Bool) -> Bool {
+        while isAwaited() {
+            let isEmpty = state.wait(deadline: .after(nanoseconds: 20_000_000)) { $0.inside == 0 ? true : nil }
+            if isEmpty == true { return true }
+        }
+        return false
+    }
+
+    /// The gate is as it was again, or as it was made meanwhile.
+    func release() {
+        state.withLock {
+            $0.isHeld = false
+            closing.store(!$0.isOpen, ordering: .sequentiallyConsistent)
         }
     }
 

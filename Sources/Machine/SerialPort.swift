@@ -23,6 +23,8 @@ public final class SerialPort: Sendable {
         /// From outside, refused by the UART until it has room.
         var pendingInput: [UInt8] = []
         var receive: (@Sendable (ArraySlice<UInt8>) -> Int)?
+        /// What the guest said and nobody may hear yet; `nil`: all may be heard.
+        var held: HeldOutput?
     }
 
     private let state = Mutex(State())
@@ -30,10 +32,13 @@ public final class SerialPort: Sendable {
     private let listener: Descriptor?
     private let input: Descriptor?
     private let socketPath: String?
+    /// Whether somebody outside may hear what the guest says.
+    private let serves: Bool
 
     /// - Throws: `SystemError` naming the path that cannot be opened or listened on.
     public init(_ target: Target) throws(SystemError) {
         wake = try EventDescriptor()
+        serves = target != .none
         switch target {
         case .none: (listener, input, socketPath) = (nil, nil, nil)
         case .standard:
@@ -68,7 +73,12 @@ public final class SerialPort: Sendable {
 
     /// One byte from the guest. Never blocks.
     func transmit(_ byte: UInt8) {
+        var tooMuch: (@Sendable () -> Void)?
         let mustWake = state.withLock { state -> Bool in
+            if state.held != nil {
+                tooMuch = state.held?.append(byte)
+                return false
+            }
             guard let output = state.output else { return false }
             if state.backlog.isEmpty {
                 // A reader that has gone shows up in `serve`.
@@ -78,6 +88,41 @@ public final class SerialPort: Sendable {
             return true
         }
         if mustWake { wake.raise() }
+        tooMuch?()
+    }
+
+    // MARK: Output that is held back
+
+    /// From here on nothing the guest says is heard before it is released.
+    /// - Parameter tooMuch: called on the vCPU's thread for each byte beyond ``HeldOutput/limit``: the guest is to be stopped for a moment.
+    func holdOutput(tooMuch: @escaping @Sendable () -> Void) {
+        guard serves else { return }
+        state.withLock { $0.held = HeldOutput(tooMuch: tooMuch) }
+    }
+
+    /// What was said up to here belongs to that epoch.
+    func cutOutput(epoch: UInt64) { state.withLock { $0.held?.cut(epoch) } }
+
+    /// What was said in the epochs up to that one is heard.
+    func releaseOutput(upTo epoch: UInt64) {
+        let mustWake = state.withLock { Self.say($0.held?.take(upTo: epoch) ?? [], &$0) }
+        if mustWake { wake.raise() }
+    }
+
+    /// All that was said is heard, and will be at once.
+    func endHolding() {
+        let mustWake = state.withLock { state in
+            defer { state.held = nil }
+            return Self.say(state.held?.bytes ?? [], &state)
+        }
+        if mustWake { wake.raise() }
+    }
+
+    /// Not cut off at the limit of what waits: it came at once because it was held back.
+    private static func say(_ bytes: [UInt8], _ state: inout State) -> Bool {
+        guard !bytes.isEmpty, state.output != nil else { return false }
+        if state.backlog.count < backlogLimit { state.backlog += bytes }
+        return true
     }
 
     // MARK: The serial thread
@@ -154,5 +199,34 @@ public final class SerialPort: Sendable {
         }
         let taken = receive?(all[...]) ?? all.count
         if taken < all.count { state.withLock { $0.pendingInput = Array(all[taken...]) + $0.pendingInput } }
+    }
+}
+
+/// What a guest said that may still be taken back, in the order in which it was said.
+struct HeldOutput {
+    private(set) var bytes: [UInt8] = []
+    /// So many of them belong to the epochs up to that one.
+    private var cuts: [(epoch: UInt64, end: Int)] = []
+    private let tooMuch: @Sendable () -> Void
+
+    /// Bytes of an epoch that is not over, from which on the guest is stopped.
+    static let limit = 64 << 10
+
+    init(tooMuch: @escaping @Sendable () -> Void) { self.tooMuch = tooMuch }
+
+    /// - Returns: whom to tell that it is too much.
+    mutating func append(_ byte: UInt8) -> (@Sendable () -> Void)? {
+        bytes.append(byte)
+        return bytes.count - (cuts.last?.end ?? 0) >= Self.limit ? tooMuch : nil
+    }
+
+    mutating func cut(_ epoch: UInt64) { cuts.append((epoch, bytes.count)) }
+
+    mutating func take(upTo epoch: UInt64) -> [UInt8] {
+        guard let end = cuts.last(where: { $0.epoch <= epoch })?.end else { return [] }
+        let taken = Array(bytes[..<end])
+        bytes.removeFirst(end)
+        cuts = cuts.filter { $0.epoch > epoch }.map { ($0.epoch, $0.end - end) }
+        return taken
     }
 }

@@ -298,6 +298,14 @@ public final class VirtualMachine: Sendable {
         }
     }
 
+    /// Runs `body` while no command is carried out. - Returns: `nil`, and `body` did not run, if something the guest asked for is not done yet.
+    func whileUnchanged<R, E: Error>(_ body: (RunState) throws(E) -> R?) throws(E) -> R? {
+        try control.withLock { (state) throws(E) -> R? in
+            guard requests.withLock({ $0.isEmpty }), failure.withLock({ $0 }) == nil else { return nil }
+            return try body(state)
+        }
+    }
+
     /// Carries out the boot plan. Call while no vCPU runs.
     private func powerOn() throws(MachineError) {
         guard let accelerator, let board, let boot = bootPlan else { return }

@@ -39,6 +39,10 @@ public enum MigrationCapability: String, Sendable, CaseIterable {
     /// Measure how long each vCPU waits for pages (at the destination).
     case postcopyBlocktime = "postcopy-blocktime"
 
+    /// Until all memory has followed its guest the source can take it back (`x-postcopy-take-back`); to be set on both sides, of which each is
+    /// a Godwit.
+    case postcopySafetyNet = "x-postcopy-safety-net"
+
     var isOnByDefault: Bool { [.events, .returnPath].contains(self) }
 
     /// Capabilities of QEMU which this Godwit knows by name and cannot do yet: they can be set to false.
@@ -60,6 +64,9 @@ extension Set<MigrationCapability> {
         }
         if contains(.postcopyPreempt), !contains(.postcopyRAM) {
             return "Postcopy preempt requires postcopy-ram"
+        }
+        if contains(.postcopySafetyNet), !contains(.postcopyRAM) {
+            return "x-postcopy-safety-net requires postcopy-ram"
         }
         for other in [MigrationCapability.mappedRAM, .verify] where contains(.postcopyRAM) && contains(other) {
             return "postcopy-ram and \(other.rawValue) do not go together; turn one of them off first"

@@ -87,6 +87,28 @@ public struct MigrationInfo: Sendable, Equatable {
         public var others: Sum
     }
 
+    /// What was given back of a guest that moved before its memory.
+    public struct SafetyNet: Sendable, Equatable {
+        /// Epochs that the source has whole, the pages and bytes of those that were taken (the source: that it has).
+        public var epochs: UInt64 = 0
+        public var pages: UInt64 = 0
+        public var bytes: UInt64 = 0
+        /// How long the guest stood still for them, and for one at most; 0 at the source.
+        public var pausedNanoseconds: UInt64 = 0
+        public var longestPauseNanoseconds: UInt64 = 0
+        /// The guest cannot be taken back any more.
+        public var isOver = false
+
+        public init() {}
+
+        mutating func add(pages: UInt64, bytes: UInt64, paused: UInt64) {
+            self.pages += pages
+            self.bytes += bytes
+            pausedNanoseconds += paused
+            longestPauseNanoseconds = max(longestPauseNanoseconds, paused)
+        }
+    }
+
     /// A switchover that would have broken the downtime limit: the guest ran on at the source.
     public struct BrokenAttempt: Sendable, Equatable {
         public var switchover: BrokenSwitchover
@@ -118,6 +140,8 @@ public struct MigrationInfo: Sendable, Equatable {
     public var pageLatency: LatencyHistogram?
     /// At the source of such a guest: from when a request was read until its page had left. `nil` before the first.
     public var serviceTime: LatencyHistogram?
+    /// With the capability `x-postcopy-safety-net`, once the guest may move; on both sides.
+    public var safetyNet: SafetyNet?
     /// With the capability `postcopy-blocktime`.
     public var blockTime: BlockTime?
     /// At the destination, after postcopy: the share of allocated RAM that huge pages stand behind, 0 to 1, once what arrived in pages of

@@ -23,6 +23,10 @@ public struct MigrationParameters: Sendable, Equatable {
     /// `x-postcopy-prefetch`: pages that requests of postcopy lead to go in front of the others that nobody asked for.
     public var prefetchesPostcopy = true
 
+    /// `x-postcopy-epoch`, milliseconds, with the capability `x-postcopy-safety-net`, at the destination: so often what the guest changed goes back
+    /// to its source. 1 to 10,000.
+    public var postcopyEpochMilliseconds: UInt64 = 50
+
     /// `xbzrle-cache-size`, bytes: how much of what was sent is kept to compare with. A power of two, at least 4096.
     public var xbzrleCacheBytes: UInt64 = 64 << 20
     /// `multifd-channels`, with the capability `multifd`: channels besides the main one, 1 to 64.

@@ -127,6 +127,9 @@ public final class Migrator: Sendable {
             throw MigrationError(
                 "x-postcopy-channels \(parameters.postcopyChannels): between 1 and \(StreamLimit.urgentChannels)")
         }
+        guard (1...10_000).contains(parameters.postcopyEpochMilliseconds) else {
+            throw MigrationError("x-postcopy-epoch \(parameters.postcopyEpochMilliseconds): between 1 and 10000 ms")
+        }
         if let mistake = parameters.throttlingMistake { throw MigrationError(mistake) }
         let outgoing = state.withLock { state in
             state.parameters = parameters
@@ -232,7 +235,16 @@ public final class Migrator: Sendable {
         case .descriptor where state.capabilities.contains(.postcopyPreempt):
             return
                 "requested pages go over a second connection (postcopy-preempt), which needs tcp: or unix:, not \(address)"
+        case .descriptor where state.capabilities.contains(.postcopySafetyNet):
+            return
+                "what is given back (x-postcopy-safety-net) goes over another connection, which needs tcp: or unix:, not \(address)"
         default: break
+        }
+        if state.capabilities.contains(.postcopySafetyNet),
+            state.parameters.postcopyChannels >= StreamLimit.urgentChannels
+        {
+            return
+                "x-postcopy-safety-net takes a channel of its own; set x-postcopy-channels to \(StreamLimit.urgentChannels - 1) or less"
         }
         guard state.multifd?.mode != .eachSection else {
             return
@@ -365,6 +377,24 @@ public final class Migrator: Sendable {
                 on: address, tls: tls, allowsPlaintext: security.allowsPlaintext,
                 descriptors: { [weak self] in self?.takeDescriptor($0) })
         }
+    }
+
+    /// Has a guest that moved with a safety net go on here (`x-postcopy-take-back`).
+    public func takeBack() throws(MigrationError) {
+        guard let outgoing = state.withLock({ $0.outgoing }), outgoing.isUnderWay || outgoing.isUnsettled else {
+            throw MigrationError("x-postcopy-take-back: no guest has moved from here and waits for its memory")
+        }
+        try outgoing.takeBackGuest()
+    }
+
+    /// Has a guest that moved here with a safety net stay without its source, which will never take it back (`x-postcopy-keep`).
+    public func keep() throws(MigrationError) {
+        guard let incoming = state.withLock({ $0.incoming }), incoming.info().status == .postcopyPaused,
+            incoming.info().safetyNet?.isOver == false
+        else {
+            throw MigrationError("x-postcopy-keep: no guest stands still here because its source could take it back")
+        }
+        incoming.keepGuest()
     }
 
     /// Goes on from `pre-switchover` (`migrate-continue`).

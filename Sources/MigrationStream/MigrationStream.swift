@@ -205,6 +205,10 @@ public struct FeatureSet: OptionSet, Hashable, Sendable {
     /// Only with ``twoPhaseHandover`` and ``retraction``; offered and chosen only by who was told to.
     public static let postcopy = FeatureSet(rawValue: 1 << 11)
 
+    /// Until all memory has followed its guest the source can take it back: epochs (``EpochMessage``) go over the last of the channels for
+    /// requested pages, which there are in any case. Only with ``postcopy``; offered and chosen only by who was told to.
+    public static let safetyNet = FeatureSet(rawValue: 1 << 12)
+
     /// All that this program uses without being told to.
     public static let all: FeatureSet = [.twoPhaseHandover, .pageBatches, .multifd, .retraction, .resumption]
 }

@@ -73,6 +73,7 @@ public struct StreamError: Error, Hashable, Sendable, CustomStringConvertible {
         case multifd(MultifdFault)
         case mappedRAM(block: String, MappedRAMFault)
         case postcopy(PostcopyFault)
+        case epoch(EpochFault)
         // Commands and the return path.
         case unknownCommand(UInt16)
         case unsupportedCommand(String)
@@ -188,6 +189,7 @@ extension StreamError.Cause {
             "a page batch of RAM block '\(block)' carries \(count) bytes, more than \(StreamLimit.batchDataBytes)"
         case .multifd(let fault): fault.sentence
         case .postcopy(let fault): fault.sentence
+        case .epoch(let fault): fault.sentence
         case .mappedRAM(let block, let fault): "the file's header of RAM block '\(block)' is wrong: \(fault.sentence)"
         default: "invalid RAM record"
         }

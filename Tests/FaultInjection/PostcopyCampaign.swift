@@ -9,6 +9,8 @@ final class PostcopyCampaign {
     private let bench: Workbench
     private let seed: UInt64
     private let kinds: [PostcopyBlow.Kind]
+    /// A guest that moved can be taken back.
+    private let hasNet: Bool
     private var random = SeededRandom(seed: 0)
     /// Where the guest is now.
     private var home: VM?
@@ -25,7 +27,8 @@ final class PostcopyCampaign {
     private static let byteLimit = 24 << 20
     private static let nanosecondLimit: UInt64 = 450_000_000
 
-    init(seed: UInt64, kills: Bool) throws {
+    init(seed: UInt64, kills: Bool, hasNet: Bool = false) throws {
+        self.hasNet = hasNet
         bench = try Workbench()
         self.seed = seed
         kinds = PostcopyBlow.Kind.allCases.filter { $0.kills == kills }
@@ -217,6 +220,7 @@ final class PostcopyCampaign {
         case "postcopy-paused":
             demand(runs(destination) == true, "paused, and the guest was stopped: \(destination.log)")
             let info = try destination.migration()
+            if hasNet { return try keep(destination, info) }
             demand(number(info["ram"]?["remaining"]) > 0, "paused, and nothing is missing: \(info)")
             demand(
                 info["error-desc"]?.stringValue?.contains("as far as its memory is here") == true, "it says: \(info)")
@@ -252,6 +256,7 @@ final class PostcopyCampaign {
             note("destination killed while it was told to start: in doubt, an operator says that it goes on here")
         default:
             demand(runs(source) == false && !mayContinue, "\(status), and the guest runs at the source")
+            if hasNet, status == "postcopy-paused", try takeBack(source) { return }
             let cancelled = Result { try source.client.execute("migrate_cancel") }
             if status == "postcopy-paused" {
                 if case .success = cancelled { violations.append("a guest that moved was cancelled") }
@@ -260,6 +265,37 @@ final class PostcopyCampaign {
             note(
                 "destination killed after the guest moved (\(status)): the guest is lost, the source keeps what it had")
         }
+    }
+
+    // MARK: With a safety net
+
+    /// - Returns: whether the source still could.
+    private func takeBack(_ source: VM) throws -> Bool {
+        let isReleased = try source.migration()["x-safety-net"]?["over"] == true
+        let said = Result { try source.client.execute("x-postcopy-take-back") }
+        if isReleased {
+            if case .success = said { violations.append("a guest that was released was taken back") }
+            return false
+        }
+        if case .failure(let error) = said { violations.append("x-postcopy-take-back: \(error)") }
+        demand(source.wait(seconds: 5) { runs(source) == true }, "taken back, and the guest does not run")
+        try verify(source)
+        home = source
+        note("destination killed after the guest moved: it goes on at the source")
+        return true
+    }
+
+    /// The source is known to be gone.
+    private func keep(_ destination: VM, _ paused: JSON) throws {
+        demand(paused["error-desc"]?.stringValue?.contains("stands still") == true, "it says: \(paused)")
+        try destination.client.execute("x-postcopy-keep", outOfBand: true)
+        guard number(paused["ram"]?["remaining"]) == 0 else {
+            return note("source killed: the guest stood still, and runs on as far as its memory is there")
+        }
+        try destination.waitForMigration("completed")
+        try verify(destination)
+        home = destination
+        note("source killed when all memory was there: the guest stays at the destination")
     }
 
     // MARK: What must hold
@@ -314,7 +350,10 @@ final class PostcopyCampaign {
     private func monitor(of vm: VM) throws -> QMPClient { try QMPClient(path: "\(bench.runtime)/\(vm.name).qmp") }
 
     private func prepare(_ vm: VM, preempts: Bool, credentials: String) throws {
-        let states = [("postcopy-ram", true), ("postcopy-preempt", preempts), ("x-resumable", true)]
+        let states = [
+            ("postcopy-ram", true), ("postcopy-preempt", preempts), ("x-resumable", true),
+            ("x-postcopy-safety-net", hasNet),
+        ]
         try vm.client.execute(
             "migrate-set-capabilities",
             ["capabilities": .array(states.map { ["capability": .string($0.0), "state": .bool($0.1)] })])

@@ -7,12 +7,12 @@ import Testing
     .timeLimit(.minutes(10)), .enabled(if: Workbench.hasKVM, "needs /dev/kvm"))
 struct PostcopyFaultTests {
     /// `GODWIT_FAULT_SEED` replays a run, `GODWIT_FAULT_RUNS` makes it longer.
-    private func run(kills: Bool, name: String) throws {
+    private func run(kills: Bool, hasNet: Bool = false, name: String) throws {
         let seed = TestEnvironment.number("GODWIT_FAULT_SEED") ?? .random(in: 0..<1_000_000)
         let count = TestEnvironment.number("GODWIT_FAULT_RUNS").map(Int.init(_:)) ?? 12
         print("postcopy faults: seed \(seed), \(count) migrations, \(name); GODWIT_FAULT_SEED=\(seed) strikes alike")
         let began = Clock.monotonicNanoseconds
-        let campaign = try PostcopyCampaign(seed: seed, kills: kills)
+        let campaign = try PostcopyCampaign(seed: seed, kills: kills, hasNet: hasNet)
         try campaign.run(count: count)
         for violation in campaign.violations { Issue.record("\(violation)") }
         #expect(campaign.struck >= count, "seed \(seed): only \(campaign.struck) migrations were struck")
@@ -28,4 +28,10 @@ struct PostcopyFaultTests {
 
     @Test("source or destination killed at random moments: what is left is what the documentation promises")
     func processes() throws { try run(kills: true, name: "processes killed") }
+
+    @Test("with a safety net lost connections are replaced all the same, and every page is right")
+    func connectionsWithNet() throws { try run(kills: false, hasNet: true, name: "connections, safety net") }
+
+    @Test("with a safety net no guest is lost with its destination, and none with its source that is all there")
+    func processesWithNet() throws { try run(kills: true, hasNet: true, name: "processes killed, safety net") }
 }

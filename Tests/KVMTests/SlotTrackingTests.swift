@@ -52,6 +52,28 @@ struct SlotTrackingTests {
     }
 
     @Test(
+        "pages that are placed behind the guest's back are not reported to a safety net, and those before it once",
+        arguments: [0, 1])
+    func placed(choice: Int) throws {
+        let accelerator = try KVMAccelerator(memory: memory, cpuCount: 1, dirtyTracking: Self.choices[choice])
+        let tracker = accelerator.dirtyTracker(for: .safetyNet)
+        func touch(_ page: PageIndex) { memory.blocks[1].mapping.store(UInt8(1), at: Int(page.offset.value)) }
+        touch(Self.page)
+        let pages = try tracker.makePages()
+        try tracker.start()
+        try tracker.collect(into: pages)
+        #expect(pages[1].contains(Self.page))
+        for record in pages { record.removeAll() }
+        touch(PageIndex(1536))
+        try tracker.collect(into: pages)
+        #expect(pages.allSatisfy(\.isEmpty), "a page that was placed is reported")
+        try memory.write([1], at: GuestPhysicalAddress(5 << 12))
+        try tracker.collect(into: pages)
+        #expect(pages[0].contains(PageIndex(5)) && pages[1].isEmpty, "what the monitor writes is not reported")
+        tracker.stop()
+    }
+
+    @Test(
         "a log that is turned on with the first page sent loses nothing that appears before or after",
         arguments: [0, 1])
     func late(choice: Int) throws {

@@ -43,6 +43,32 @@ import Testing
         }
     }
 
+    @Test("a gate that is held lets nobody in, whatever is done to it meanwhile, and is then as it was made")
+    func held() throws {
+        let gate = RunGate()
+        let inside = Monitor(0)
+        gate.open()
+        gate.enter()
+        gate.hold {}
+        #expect(gate.mustStop)
+        #expect(!gate.waitUntilEmpty { false }, "somebody is inside")
+        gate.leave()
+        #expect(gate.waitUntilEmpty { true })
+        gate.close {}
+        gate.open()
+        #expect(gate.mustStop, "it is held")
+        try Self.enter(gate, inside)
+        #expect(inside.wait(deadline: .after(milliseconds: 30)) { $0 > 0 ? $0 : nil } == nil)
+        gate.release()
+        #expect(!gate.mustStop)
+        #expect(inside.wait(deadline: .after(seconds: 10)) { $0 == 1 ? $0 : nil } == 1)
+        gate.hold {}
+        gate.leave()
+        gate.close {}
+        gate.release()
+        #expect(gate.mustStop, "it was closed meanwhile")
+    }
+
     @Test("the first of several threads decides: who comes after the moment goes in, too")
     func late() throws {
         let gate = RunGate()

@@ -1,8 +1,9 @@
 import GuestMemory
 import Host
-import Machine
 import TestSupport
 import Testing
+
+@testable import Machine
 
 @Suite("serial port", .serialized, .enabled(if: hasKVM, needsKVM))
 struct SerialPortTests {
@@ -56,5 +57,47 @@ struct SerialPortTests {
                 serial.close()
             }
         }
+    }
+
+    @Test("what a guest says in an epoch is heard with that epoch, in order, and too much of it is told")
+    func held() throws {
+        let path = temporaryPath("held")
+        let port = try SerialPort(.file(path))
+        defer { Descriptor.remove(path) }
+        let tooMuch = Monitor(0)
+        func say(_ text: String) { for byte in text.utf8 { port.transmit(byte) } }
+        func heard() throws -> String { String(decoding: try Descriptor.contents(of: path), as: UTF8.self) }
+        func hears(_ text: String) -> Bool {
+            let end = Deadline.after(seconds: 10)
+            while !end.hasPassed { if (try? heard()) == text { return true } }
+            return false
+        }
+        say("a")
+        #expect(hears("a"))
+        port.holdOutput { tooMuch.withLock { $0 += 1 } }
+        say("b")
+        port.cutOutput(epoch: 1)
+        say("c")
+        port.cutOutput(epoch: 2)
+        say("d")
+        Clock.sleep(nanoseconds: 20_000_000)
+        #expect(try heard() == "a")
+        port.releaseOutput(upTo: 1)
+        #expect(hears("ab"))
+        port.releaseOutput(upTo: 1)
+        say(String(repeating: "e", count: HeldOutput.limit - 2))
+        #expect(tooMuch.withLock { $0 } == 0)
+        say("f")
+        #expect(tooMuch.withLock { $0 } == 1)
+        port.releaseOutput(upTo: 2)
+        #expect(hears("abc"))
+        port.cutOutput(epoch: 3)
+        say("g")
+        #expect(tooMuch.withLock { $0 } == 1)
+        port.endHolding()
+        let all = "abcd" + String(repeating: "e", count: HeldOutput.limit - 2) + "fg"
+        #expect(hears(all))
+        say("h")
+        #expect(hears(all + "h"))
     }
 }

@@ -22,6 +22,8 @@ struct PostcopyPlan: Sendable {
     var furtherCuts: [(side: SimulationPlan.Side, bytes: Int)] = []
     /// How likely a recovery goes to a wrong address, is begun twice, or is disturbed by strangers.
     var mistakes = 0.0
+    /// The guest can be taken back (`x-postcopy-safety-net`).
+    var hasNet = false
     var isUndisturbed: Bool { cutSteps.isEmpty && blows.isEmpty }
 
     static func random(using generator: inout SeededRandom) -> PostcopyPlan {
@@ -125,6 +127,7 @@ extension Simulator {
 
     /// - Returns: whether the action was one of postcopy's.
     func performMove(_ action: SourceAction) -> Bool {
+        if performNet(action) { return true }
         switch action {
         case .openUrgentChannels(let count): openUrgentChannels(count)
         case .sendDiscards: sendDiscards()
@@ -157,15 +160,19 @@ extension Simulator {
             for number in 0..<count {
                 let connection = SimulatedConnection(ConnectionID(UInt64(connections.count + 1)))
                 connections.append(connection)
-                move.urgent[connection.id] = SimulatedMove.Urgent(
-                    connection: connection, messages: ReturnPathDecoder(postcopyOf: map.blocks),
-                    records: RAMRecordEncoder(blocks: map.blocks))
+                let isNet = plan.postcopy?.hasNet == true && number == count - 1
+                if !isNet {
+                    move.urgent[connection.id] = SimulatedMove.Urgent(
+                        connection: connection, messages: ReturnPathDecoder(postcopyOf: map.blocks),
+                        records: RAMRecordEncoder(blocks: map.blocks))
+                }
                 destinationAccepts(connection, isUrgent: areGreeted)
                 guard areGreeted else { continue }
                 let mark = MultifdGreeting.Mark(
                     migration: source.configuration.migration, channels: count, kind: .urgent)
                 send(
                     MultifdGreeting(channel: UInt8(number), mark: mark).bytes, on: connection, towards: .destination)
+                if isNet { openNet(connection) }
             }
             feedSource(.urgentChannelOpened)
         }
@@ -218,6 +225,7 @@ extension Simulator {
     func closeUrgent() {
         let urgent = move.urgent.values.sorted { $0.connection.id.rawValue < $1.connection.id.rawValue }
         move.urgent = [:]
+        closeNet()
         for channel in urgent { close(channel.connection, by: .source) }
     }
 
@@ -225,6 +233,10 @@ extension Simulator {
 
     /// - Returns: false: that connection is no channel for requests.
     func urgentSourceReads(_ bytes: [UInt8], on connection: SimulatedConnection) -> Bool {
+        if connection === net.channel {
+            netSourceReads(bytes, on: connection)
+            return true
+        }
         guard var urgent = move.urgent.removeValue(forKey: connection.id) else { return false }
         urgent.input.append(bytes)
         var pages: [Int] = []
@@ -324,7 +336,9 @@ extension Simulator {
     }
 
     func urgentSourceLoses(_ connection: SimulatedConnection, _ reason: String) -> Bool {
-        guard move.urgent.removeValue(forKey: connection.id) != nil else { return false }
+        let isNet = connection === net.channel
+        if isNet { net.channel = nil }
+        guard move.urgent.removeValue(forKey: connection.id) != nil || isNet else { return false }
         // A QEMU closes it when it has all, and that may be heard before its last word.
         if plan.rule == .qemu, move.isServed { return true }
         feedSource(.urgentChannelLost(reason))

@@ -8,6 +8,7 @@ extension Simulator {
     /// - Returns: whether the action was one of postcopy's.
     func performPull(_ action: DestinationAction) -> Bool {
         let epoch = destinationEpoch
+        if performNet(action) { return true }
         switch action {
         case .admitUrgent(let id, let number, let count):
             if pull.channels.count != count { pull.channels = [ConnectionID?](repeating: nil, count: count) }
@@ -28,13 +29,15 @@ extension Simulator {
                 guard epoch == destinationEpoch else { return }
                 // Their threads have ended by now.
                 for id in closed { readers[id] = nil }
+                net.forgetDestination()
                 if bug != .keepsExpectations { pull = SimulatedPull(pages: plan.pages, number: pull.number + 1) }
                 feedDestination(.unlistened)
             }
         case .endPostcopy: stopListening()
         case .finishPull(let waits): finishPull(until: waits ? now + 10 * second : now, epoch)
         case .drop(let id): dropAtDestination(id)
-        case .preparePostcopy, .pullPaused: break
+        case .pullPaused: operatorLooksAtDestination()
+        case .preparePostcopy: break
         default: return false
         }
         return true
@@ -123,23 +126,28 @@ extension Simulator {
     private static let accessLimit = 4000
 
     private func step(_ epoch: UInt64) {
-        guard destinationIsAlive, epoch == destinationEpoch, pull.isListening, pull.accesses < Self.accessLimit
+        guard destinationIsAlive, epoch == destinationEpoch, pull.isListening || net.isActive,
+            pull.accesses < Self.accessLimit
         else { return }
+        guard !net.isArmed || !net.isHeld else { return whenRunning { [self] in step(epoch) } }
         pull.accesses += 1
         let page = Int.random(in: 0..<plan.pages, using: &generator)
-        touch(page) { [self] in
-            guard destinationIsAlive, epoch == destinationEpoch, pull.isListening else { return }
-            if destinationGuest.pages[page] != pull.model[page] {
-                return violate(
-                    "the guest reads \(destinationGuest.pages[page]) in page \(page), not \(pull.model[page])")
-            }
-            if generator.chance(0.5) {
-                let value = now << 8 | 1
-                pull.model[page] = value
-                destinationGuest.place(value, at: page)
-            }
-            schedule(after: microsecond, 500 * microsecond) { [self] in step(epoch) }
+        touch(page) { [self] in whenRunning { [self] in access(page, epoch) } }
+    }
+
+    private func access(_ page: Int, _ epoch: UInt64) {
+        guard destinationIsAlive, epoch == destinationEpoch, pull.isListening || net.isActive else { return }
+        if destinationGuest.pages[page] != pull.model[page] {
+            return violate(
+                "the guest reads \(destinationGuest.pages[page]) in page \(page), not \(pull.model[page])")
         }
+        if generator.chance(0.5) {
+            let value = now << 8 | 1
+            pull.model[page] = value
+            destinationGuest.place(value, at: page)
+            wrote(page)
+        }
+        schedule(after: microsecond, 500 * microsecond) { [self] in step(epoch) }
     }
 
     /// Of loading state, which may touch memory.

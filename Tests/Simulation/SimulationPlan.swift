@@ -63,6 +63,17 @@ enum PlantedBug: String, CaseIterable, Sendable {
     /// A recovery that fails has the source resume its guest.
     case resumesAfterFailedRecovery
 
+    /// What the guest says is heard before the source has it (`x-postcopy-safety-net`).
+    case isHeardAtOnce
+    /// Pages of an epoch count before it is whole.
+    case keepsTornEpochs
+    /// A destination that has all memory does not wait until it is released.
+    case freesItself
+    /// An epoch that was on its way when the connection was lost is taken for kept.
+    case takesLostEpochsForKept
+    /// What is written while an epoch is on its way is in none.
+    case forgetsWhatIsWrittenMeanwhile
+
     var isOfRecovery: Bool {
         switch self {
         case .sendsAllAgain, .takesSentForDelivered, .tellsBitmapEarly, .dropsClaimed, .wakesOnLoss,
@@ -99,6 +110,9 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .sendsAllAgain, .tellsBitmapEarly: ["came twice"]
         case .takesSentForDelivered, .dropsClaimed: ["still busy", "waits for ever", "never whole"]
         case .wakesOnLoss: ["the guest reads"]
+        case .isHeardAtOnce, .freesItself: ["is heard"]
+        case .keepsTornEpochs, .forgetsWhatIsWrittenMeanwhile: ["pages differ from"]
+        case .takesLostEpochsForKept: ["is heard", "comes behind"]
         case .resumesAfterFailedRecovery: ["both sides run", "without the right"]
         }
     }

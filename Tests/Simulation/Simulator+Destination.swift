@@ -76,7 +76,9 @@ extension Simulator {
             }
         case .keeps: kept()
         // Performed above.
-        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop: break
+        case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused, .drop,
+            .admitNet, .prepareEpochs, .armEpochs, .goOnWithEpochs, .holdEpochs, .sayStays, .endEpochs:
+            break
         case .report, .agreed, .admit, .admitUrgent, .turnedAway: break
         }
     }
@@ -145,7 +147,7 @@ extension Simulator {
         guard destinationIsAlive else { return }
         readers[id]?.input.append(bytes)
         do {
-            guard try greets(id), isRecognized(id) else { return }
+            guard try greets(id), isRecognized(id), try !netDestinationReads(id) else { return }
             while violation == nil, readers[id]?.isBlocked == false, var reader = readers.removeValue(forKey: id) {
                 // Taken out and put back, so that its buffer is never copied.
                 let item = try next(&reader)
@@ -189,6 +191,12 @@ extension Simulator {
         readers[id] = reader
         guard let greeting else { return false }
         feedDestination(.greeted(id, greeting))
+        // What a safety net brings waits until it is known to be one.
+        if plan.postcopy?.hasNet == true, net.link != id, let mark = greeting.mark,
+            Int(greeting.channel) == mark.channels - 1
+        {
+            readers[id]?.isBlocked = true
+        }
         return true
     }
 

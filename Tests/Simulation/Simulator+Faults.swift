@@ -83,6 +83,7 @@ extension Simulator {
         destinationGuest = SimulatedGuest(emptyPages: plan.pages)
         (readers, destinationTimers) = ([:], [:])
         pull = SimulatedPull(pages: plan.pages, number: pull.number + 1)
+        net.forgetDestination()
     }
 
     func prepareCuts(of connection: SimulatedConnection) {
@@ -162,8 +163,8 @@ extension Simulator {
         guard rightIsExclusive else { return }
         let sourceRuns = sourceIsAlive && sourceGuest.runs
         let destinationRuns = destinationIsAlive && destinationGuest.runs
-        if sourceRuns && destinationRuns { violate("both sides run the guest") }
-        if sourceIsAlive, destinationIsAlive, sourceOwnsGuest, destinationOwnsGuest {
+        if sourceRuns && destinationRuns, !net.isTakenBack { violate("both sides run the guest") }
+        if sourceIsAlive, destinationIsAlive, sourceOwnsGuest, destinationOwnsGuest, !net.isTakenBack {
             violate("both sides have the right to run the guest")
         }
         if sourceIsAlive, source.mayRun != sourceOwnsGuest { violate("the source's shell and core disagree") }

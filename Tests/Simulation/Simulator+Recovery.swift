@@ -93,7 +93,8 @@ extension Simulator {
 
     /// In an order that is the same in every run.
     private var urgentConnections: [SimulatedConnection] {
-        move.urgent.values.map(\.connection).sorted { $0.id.rawValue < $1.id.rawValue }
+        (move.urgent.values.map(\.connection) + [net.channel].compactMap { $0 })
+            .sorted { $0.id.rawValue < $1.id.rawValue }
     }
 
     /// None of it may do harm.
@@ -119,7 +120,7 @@ extension Simulator {
         // By QEMU's rule a guest whose state cannot be loaded is lost, and a last SHUT 0 that is lost is not said again.
         let isUnfinished = plan.rule == .twoPhase || destination.phase < .started
         return plan.postcopy?.recovers == true && sourceIsAlive && destinationIsAlive && destinationEpoch == 0
-            && isUnfinished
+            && isUnfinished && !net.isTakenBack
     }
 
     func pausedInPostcopy() {
@@ -128,6 +129,7 @@ extension Simulator {
             guard sourceIsAlive, let moves = plan.postcopy, moves.recovers, source.phase == .postcopyPaused else {
                 return
             }
+            if takesBack() { return }
             guard recoveries < Self.recoveryLimit || canBecomeWhole else { return }
             // `migrate-recover` there, which between two Godwits need not be said.
             if generator.chance(plan.rule == .qemu ? 0.8 : 0.3) { feedDestination(.awaitRecovery) }
@@ -275,7 +277,7 @@ extension Simulator {
 
     /// From `migrate` with `resume` on: how the status may go on.
     private static let statuses: [MigrationStatus: [MigrationStatus]] = [
-        .postcopyPaused: [.postcopyRecoverSetup],
+        .postcopyPaused: [.postcopyRecoverSetup, .cancelled],
         .postcopyRecoverSetup: [.postcopyRecover, .postcopyPaused],
         .postcopyRecover: [.postcopyActive, .postcopyPaused, .completed],
     ]
@@ -296,7 +298,7 @@ extension Simulator {
                 violate("postcopy was paused, and the source is in phase \(source.phase)")
             }
             if source.phase == .postcopyPaused { hasPaused = true }
-            if hasPaused, source.mayRun { violate("the guest moved, and the source may run it") }
+            if hasPaused, source.mayRun, !net.isTakenBack { violate("the guest moved, and the source may run it") }
         }
         guard destinationIsAlive else { return }
         let isThere = destination.phase >= .pulling && destination.phase < .failed

@@ -75,7 +75,7 @@ extension Simulator {
         case .stopTracking, .synchronizeChannels, .skip, .agreed, .refused: break
         // Performed above.
         case .openUrgentChannel, .openUrgentChannels, .sendDiscards, .sendPackage, .serveRequests, .servePages,
-            .takeBackPages, .prepareRecovery, .adoptBitmaps:
+            .takeBackPages, .prepareRecovery, .adoptBitmaps, .takeBackGuest, .releaseGuest:
             break
         }
     }

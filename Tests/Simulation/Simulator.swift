@@ -83,6 +83,9 @@ final class Simulator {
     var movesTakenBack = 0
     /// How often DISCARD was said again, for what the guest wrote behind the first.
     var discardsAgain = 0
+    /// With a safety net; and guests that went on at the source.
+    var net = SimulatedNet()
+    var takenBack = 0
     /// How often the operator took it up again.
     var recoveries = 0
     /// The source lost its destination in postcopy; the guest runs at the destination.
@@ -124,7 +127,8 @@ final class Simulator {
             configuration.features.insert(.postcopy)
             configuration.postcopy = PostcopyTerms(
                 usesUrgentChannel: moves.channels > 0, urgentChannels: max(moves.channels, 1),
-                pagesForgottenAhead: moves.pagesForgottenAhead)
+                pagesForgottenAhead: moves.pagesForgottenAhead, hasNet: moves.hasNet)
+            if moves.hasNet { configuration.features.insert(.safetyNet) }
         }
         source = SourceCore(configuration)
         destination = Self.destination(plan, instance: MigrationIdentifier(high: seed, low: 2))
@@ -140,6 +144,7 @@ final class Simulator {
         if plan.postcopy != nil {
             waiting.allowsPostcopy = true
             if plan.rule == .twoPhase { waiting.features.insert(.postcopy) }
+            if plan.postcopy?.hasNet == true { waiting.features.insert(.safetyNet) }
         }
         return DestinationCore(waiting)
     }

@@ -181,9 +181,7 @@ extension IncomingMigration {
                 return post(.disconnected(id, "it ended inside its greeting"))
             }
             if greeting.mark?.kind == .urgent {
-                // Nothing was asked for yet.
-                guard buffer.isEmpty else { return post(.rejected(id, "it sends pages that nobody waits for")) }
-                return readUrgentChannel(channel, id, greeting)
+                return readUrgentChannel(channel, id, greeting, behind: buffer)
             }
             barrier.greeted(id)
             post(.greeted(id, greeting))

@@ -17,6 +17,7 @@ final class IncomingMigration: Sendable {
     let mapped: MappedRAMReader.Plan
     let measuresBlockTime: Bool
     let pageLatencyTargetMicroseconds: UInt64
+    let postcopyEpochMilliseconds: UInt64
     let report: @Sendable (MigrationEvent) -> Void
     let statistics: IncomingStatistics
     let blocks: [RAMBlockDescription]
@@ -26,6 +27,8 @@ final class IncomingMigration: Sendable {
     let barrier: IncomingChannels
     /// Of the migration under way, from ADVISE on.
     let postcopies = Mutex<IncomingPostcopy?>(nil)
+    /// Gives the guest back to its source, if that is to be able to take it.
+    let recorders = Monitor<EpochRecorder?>(nil)
     /// The connection on which pages are asked for.
     let postcopySource = Mutex<ConnectionID?>(nil)
     /// A Godwit source's channels for requested pages.
@@ -77,6 +80,7 @@ final class IncomingMigration: Sendable {
         self.report = report
         self.mapped = mapped
         pageLatencyTargetMicroseconds = parameters.pageLatencyTargetMicroseconds
+        postcopyEpochMilliseconds = parameters.postcopyEpochMilliseconds
         measuresBlockTime = capabilities.contains(.postcopyBlocktime)
         let listener: Listener
         do throws(ChannelError) {
@@ -107,6 +111,7 @@ final class IncomingMigration: Sendable {
         configuration.allowsPostcopy = capabilities.contains(.postcopyRAM)
         configuration.blockPageSizes = machine.memory.blocks.reduce(0) { $0 | $1.pageBytes }
         if configuration.allowsPostcopy { configuration.features.insert(.postcopy) }
+        if capabilities.contains(.postcopySafetyNet) { configuration.features.insert(.safetyNet) }
         barrier = IncomingChannels(stallNanoseconds: configuration.deadlines.stall)
         state = Mutex(State(core: DestinationCore(configuration)))
     }
@@ -137,10 +142,15 @@ final class IncomingMigration: Sendable {
         } catch { throw MigrationError("migrate-recover: \(error)") }
     }
 
-    func info() -> MigrationInfo { statistics.info() }
+    func info() -> MigrationInfo {
+        var info = statistics.info()
+        info.safetyNet = recorder?.figures
+        return info
+    }
 
     /// The process ends: the guest will never start here.
     func giveUp() {
+        recorder?.forsake()
         _ = try? HostThread.detached(name: "migration-bye") { [self] in
             Clock.sleep(nanoseconds: Self.farewellNanoseconds)
             for channel in channels.withLock({ Array($0.values) }) { channel.cancel() }
@@ -337,6 +347,9 @@ final class IncomingMigration: Sendable {
         case .turnedAway(_, let sentence): report(.notice(sentence))
         case .preparePostcopy, .discardPages, .listen, .finishPull, .endPostcopy, .unlisten, .pullPaused:
             return performPostcopy(action)
+        case .admitNet(let id): urgents.admitNet(id)
+        case .prepareEpochs, .armEpochs, .goOnWithEpochs, .holdEpochs, .sayStays, .endEpochs:
+            return performEpochs(action)
         case .finished(let outcome):
             if let reason = outcome.reason { report(.notice(reason)) }
             toldSecurity.withLock { $0 = [] }

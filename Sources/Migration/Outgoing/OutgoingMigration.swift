@@ -59,7 +59,7 @@ final class OutgoingMigration: Sendable {
     let attempts = Mutex<UInt64>(0)
     /// Nothing takes jobs.
     let isAbandoned = Mutex(false)
-    private let refusal = Mutex<String?>(nil)
+    let refusal = Mutex<String?>(nil)
     let settleAttempts = Mutex(0)
     static let settleAttemptLimit = 5
     /// So many events wait for the core at most before the destination's next word is read.
@@ -127,7 +127,7 @@ final class OutgoingMigration: Sendable {
                 ? nil
                 : try PostcopySource(
                     machine.memory, blocks: blocks, cpuCount: machine.configuration.cpuCount, statistics: statistics,
-                    parameters)
+                    parameters, hasNet: configuration.postcopy?.hasNet == true)
             sender = try StreamSender(
                 machine.memory, blocks: blocks, tracker: tracker, bitmaps: bitmaps, statistics: statistics,
                 mode: configuration.multifd, zeroPages: parameters.chosenZeroPageDetection,
@@ -154,6 +154,7 @@ final class OutgoingMigration: Sendable {
         var info = statistics.info()
         info.trackingCPUNanoseconds = tracker?.cpuNanoseconds
         if let times = sender.postcopy?.requests.latency.histogram, times.count > 0 { info.serviceTime = times }
+        info.safetyNet = keeper?.figures
         convergence.describe(&info)
         return info
     }
@@ -282,7 +283,7 @@ final class OutgoingMigration: Sendable {
         case .prepareRecovery: sender.postcopy?.prepareRecovery()
         case .adoptBitmaps: adoptBitmaps()
         case .serveRequests: sender.enqueue(.serveRequests)
-        case .takeBackPages: sender.takeBackPages()
+        case .takeBackPages, .takeBackGuest, .releaseGuest: takeBack(action)
         case .servePages:
             // The guest does not run here any more: nothing of it needs to be slowed down.
             convergence.end()
@@ -322,7 +323,7 @@ final class OutgoingMigration: Sendable {
         }
     }
 
-    private let stoppedGuest = Mutex(false)
+    let stoppedGuest = Mutex(false)
 
     // MARK: Actions
 

@@ -78,9 +78,13 @@ extension IncomingMigration {
             // A page of zeroes must clear what came meanwhile.
             postcopy.pending.forEachExpected { received.mark($0, of: $1) }
         }
+        // The guest did not run: there is nothing to be given back.
+        let recorder = recorders.withLock { $0.take() }
+        recorder?.end()
         waitForReaders(of: closed)
         do throws(SystemError) {
             try prepare()
+            if recorder != nil, let failure = prepareEpochs() { return failure }
             return .unlistened
         } catch { return .pagesFailed("postcopy: \(error.description)") }
     }
@@ -143,11 +147,16 @@ extension IncomingMigration {
     }
 
     /// A Godwit's channel, behind its greeting.
-    func readUrgentChannel(_ channel: Channel, _ id: ConnectionID, _ greeting: MultifdGreeting) {
+    func readUrgentChannel(
+        _ channel: Channel, _ id: ConnectionID, _ greeting: MultifdGreeting, behind first: ReceiveBuffer
+    ) {
         urgents.greeted(id)
         post(.greeted(id, greeting))
         recognized(id)
         guard urgents.waitForAdmission(id) else { return }
+        if urgents.isNet(id) { return readNet(channel, id, behind: first) }
+        // Nothing was asked for yet.
+        guard first.isEmpty else { return post(.rejected(id, "it sends pages that nobody waits for")) }
         HostThread.renameCurrent("postcopy-recv-\(greeting.channel + 1)")
         if pageLatencyTargetMicroseconds > 0 { HostThread.runUrgently(among: machine.cpuThreadIDs.count) }
         readRequestedPages(channel, id, behind: [], isAdmitted: true, lastWordsNanoseconds: Self.lastWordsNanoseconds)

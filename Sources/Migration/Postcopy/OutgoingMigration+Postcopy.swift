@@ -61,7 +61,9 @@ extension OutgoingMigration {
             for channel in channels { channel.cancel() }
             return
         }
+        var channels = channels
         do throws(SystemError) {
+            try holdNet(&channels, attempt)
             try postcopy.open(channels) { [self] urgent, error in
                 // What the main connection says tells more, where it says something.
                 if isLost(attempt, answers: true), !urgent.isEnded { post(.urgentChannelLost(error.description)) }
@@ -110,8 +112,10 @@ extension SourceConfiguration {
     mutating func allowPostcopy(_ capabilities: Set<MigrationCapability>, channels: Int) {
         guard capabilities.contains(.postcopyRAM) else { return }
         features.insert(.postcopy)
+        let hasNet = capabilities.contains(.postcopySafetyNet)
+        if hasNet { features.insert(.safetyNet) }
         postcopy = PostcopyTerms(
-            usesUrgentChannel: capabilities.contains(.postcopyPreempt), urgentChannels: channels)
+            usesUrgentChannel: capabilities.contains(.postcopyPreempt), urgentChannels: channels, hasNet: hasNet)
     }
 }
 

@@ -33,6 +33,8 @@ final class PostcopySource: Sendable {
     private let channels = Mutex<[UrgentChannel]>([])
     /// As the destination sees them: a Godwit takes pages one by one, a QEMU in the sizes of its memory.
     private let described: Mutex<[RAMBlockDescription]>
+    /// With the capability `x-postcopy-safety-net`.
+    let keeper: EpochKeeper?
     /// What the destination says it has, while a connection recovers.
     let bitmaps = Mutex<ReceivedBitmaps?>(nil)
 
@@ -42,9 +44,10 @@ final class PostcopySource: Sendable {
 
     init(
         _ memory: GuestMemory, blocks: [RAMBlockDescription], cpuCount: Int, statistics: OutgoingStatistics,
-        _ parameters: MigrationParameters
+        _ parameters: MigrationParameters, hasNet: Bool = false
     ) throws(SystemError) {
         self.memory = memory
+        keeper = hasNet ? EpochKeeper(memory, blocks) : nil
         self.cpuCount = cpuCount
         self.blocks = blocks
         described = Mutex(blocks)
@@ -194,6 +197,7 @@ final class PostcopySource: Sendable {
             urgent.finish()
         }
         for channel in channels.withLock({ $0.taken() }) { channel.end() }
+        keeper?.end()
         if let outgoing = pages.withLock({ $0.take() }) { body(outgoing) }
     }
 
@@ -256,6 +260,7 @@ final class PostcopySource: Sendable {
         requests.close()
         urgent.withLock { $0 }?.end()
         for channel in channels.withLock({ $0.taken() }) { channel.end() }
+        keeper?.end()
     }
 
     /// Another connection is there, and the threads of the one before are gone or going.

@@ -11,6 +11,8 @@ final class UrgentConnections: Sendable {
         var greeted: Set<ConnectionID> = []
         /// By number; `nil`: not there.
         var admitted: [ConnectionID?] = []
+        /// The safety net's.
+        var net: ConnectionID?
     }
     private let state = Monitor(State())
     private static let neighbours: UInt64 = 16
@@ -26,8 +28,12 @@ final class UrgentConnections: Sendable {
         }
     }
 
+    func admitNet(_ id: ConnectionID) { state.withLock { $0.net = id } }
+    func isNet(_ id: ConnectionID) -> Bool { state.withLock { $0.net == id } }
+
     func closed(_ id: ConnectionID) {
         state.withLock { state in
+            if state.net == id { state.net = nil }
             state.greeted.remove(id)
             if let number = state.admitted.firstIndex(of: id) { state.admitted[number] = nil }
         }
@@ -36,7 +42,7 @@ final class UrgentConnections: Sendable {
     /// - Returns: whether the core took it; false: it was closed.
     func waitForAdmission(_ id: ConnectionID) -> Bool {
         state.wait { state in
-            if state.admitted.contains(id) { return true }
+            if state.admitted.contains(id) || state.net == id { return true }
             return state.greeted.contains(id) ? nil : false
         } ?? false
     }

@@ -80,7 +80,12 @@ extension DestinationCore {
         cancelTimer(.visitor(connection), &actions)
         urgent.insert(connection)
         urgentNumbers[connection] = number
-        actions.append(.admitUrgent(connection, number: number, of: mark.channels))
+        guard features.contains(.safetyNet) else {
+            return actions.append(.admitUrgent(connection, number: number, of: mark.channels))
+        }
+        let last = mark.channels - 1
+        actions.append(
+            Int(number) == last ? .admitNet(connection) : .admitUrgent(connection, number: number, of: last))
     }
 
     private func unwelcomeForRequests(

@@ -20,6 +20,7 @@ extension DestinationCore {
     mutating func startGuest(by moment: UInt64? = nil, _ actions: inout [DestinationAction]) {
         enter(.starting, deadline: nil, &actions)
         if pull == .packaged { pull = .running }
+        if pull == .running, hasNet { actions.append(.armEpochs) }
         let ranThere = guestState?.runs ?? true
         actions.append(.startGuest(running: ranThere && configuration.startsGuest, by: moment))
     }
@@ -37,6 +38,7 @@ extension DestinationCore {
     mutating func arrive(startedAfter nanoseconds: UInt64? = nil, _ actions: inout [DestinationAction]) {
         // The source closes when it has heard us: closing first could destroy what it has not read yet.
         enter(.started, deadline: source == nil ? nil : configuration.deadlines.acknowledgement, &actions)
+        if pull == .advised { forgetNet(&actions) }
         if let source, returnPathIsOpen {
             if rule == .twoPhase, let nanoseconds { send(.started(nanoseconds: nanoseconds), to: source, &actions) }
             send(.shut(0), to: source, &actions)

@@ -92,6 +92,7 @@ extension DestinationCore {
         }
         pull = .advised
         actions.append(.preparePostcopy)
+        if hasNet { actions.append(.prepareEpochs) }
     }
 
     private func hex(_ value: UInt64) -> String { String(value, radix: 16) }
@@ -200,6 +201,7 @@ extension DestinationCore {
         } else {
             enter(.pulling, deadline: ramIsComplete ? nil : configuration.deadlines.stall, &actions)
         }
+        beginEpochs(&actions)
         answerVisitors(&actions)
     }
 
@@ -214,6 +216,10 @@ extension DestinationCore {
             }
             return
         }
+        if isWhole(&actions) { pullIsComplete(&actions) }
+    }
+
+    mutating func pullIsComplete(_ actions: inout [DestinationAction]) {
         pull = .complete
         pullLoss = nil
         isRecovering = false
@@ -254,11 +260,12 @@ extension DestinationCore {
     private mutating func pausePull(_ reason: String, _ actions: inout [DestinationAction]) {
         isRecovering = false
         enter(phase == .pulling ? .pullPaused : phase, deadline: nil, &actions)
+        if phase == .pullPaused, hasNet { actions.append(.holdEpochs) }
         // Whoever sees the status sees why.
         actions.append(
             .pullPaused(
-                "the source is lost: \(reason); the guest runs on as far as its memory is here; go on with migrate-recover here "
-                    + "and migrate with 'resume' there"))
+                "the source is lost: \(reason); \(hasNet ? Self.standsStill : "the guest runs on as far as its memory is here"); go on with "
+                    + "migrate-recover here and migrate with 'resume' there"))
         report(.postcopyPaused, &actions)
     }
 
@@ -270,6 +277,7 @@ extension DestinationCore {
     mutating func forgetPull(_ actions: inout [DestinationAction]) {
         closeUrgent(&actions)
         if pull > .none { actions.append(.endPostcopy) }
+        forgetNet(&actions)
         pull = .none
         packageHasCome = false
         pullLoss = nil

@@ -92,5 +92,6 @@ extension DestinationCore {
         enter(isStarted ? .pulling : phase, deadline: isStarted ? configuration.deadlines.stall : nil, &actions)
         report(.postcopyActive, &actions)
         send(.postcopy(.resumeAcknowledged), to: source, &actions)
+        goOnWithEpochs(&actions)
     }
 }

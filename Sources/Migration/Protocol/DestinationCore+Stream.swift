@@ -139,6 +139,9 @@ extension DestinationCore {
             return fail(
                 "the source chose postcopy without a handover that can be taken back, or with digests", &actions)
         }
+        guard !chosen.contains(.safetyNet) || chosen.contains(.postcopy) else {
+            return fail("the source chose a safety net without postcopy", &actions)
+        }
         self.migration = migration
         features = chosen
         if chosen.contains(.verification) { actions.append(.verify(migration)) }

@@ -108,6 +108,10 @@ public struct DestinationCore: Sendable {
     var recoveryIsAwaited = false
     /// A new connection takes up what is missing, and learns what is here (RECV_BITMAP). The guest may still be being started.
     var isRecovering = false
+    /// The source cannot take the guest back any more (`x-postcopy-safety-net`).
+    var netIsOver = false
+    /// No page is missing, and the source can still take the guest back.
+    var memoryIsWhole = false
     /// Memory is being given up to the source again, as if nothing had been discarded.
     var isUnlistening = false
     /// Whom to answer then: the attempt that is taken back.
@@ -171,6 +175,8 @@ public struct DestinationCore: Sendable {
         case .breakOff: losePull("the operator paused the migration", &actions)
         case .pullEnded(let missing): pullEnded(missing: missing, &actions)
         case .unlistened: unlistened(&actions)
+        case .guestReleased(let connection): guestReleased(connection, &actions)
+        case .keepGuest: keepGuest(&actions)
         case .item(let connection, let item): take(item, from: connection, &actions)
         case .rejected(let connection, let reason): rejected(connection, reason, &actions)
         case .disconnected(let connection, let reason): disconnected(connection, reason, &actions)

@@ -76,6 +76,10 @@ public enum DestinationEvent: Hashable, Sendable {
     case awaitRecovery
     /// The operator's `migrate-pause`: the connection of a postcopy is given up.
     case breakOff
+    /// The source says on its safety net that it will never take the guest back.
+    case guestReleased(ConnectionID)
+    /// The operator's `x-postcopy-keep`: the source is gone, or will not take the guest back.
+    case keepGuest
     /// Pages that are still missing, as an answer to `finishPull`.
     case pullEnded(missing: UInt64)
     /// The answer to `unlisten`.
@@ -121,6 +125,20 @@ public enum DestinationAction: Hashable, Sendable {
     case admit(ConnectionID, of: Int)
     /// A Godwit's channel for requested pages belongs to the migration, which has so many: pages may be asked for there.
     case admitUrgent(ConnectionID, number: UInt8, of: Int)
+    /// That one belongs to the migration, and is the safety net's: epochs go there once they are taken.
+    case admitNet(ConnectionID)
+    /// The source is to be able to take the guest back: have its writes told, long before it runs. If it cannot be done: -> `pagesFailed`.
+    case prepareEpochs
+    /// The guest is about to run: from now on nobody hears what it says before the source has the epoch in which it was said.
+    case armEpochs
+    /// Take epochs, and let the guest run as long as the source gets them.
+    case goOnWithEpochs
+    /// The guest stands still, at once; what is on its way to the source and was not acknowledged will be said once more.
+    case holdEpochs
+    /// Tell the source that the guest stays here. -> `guestReleased`
+    case sayStays
+    /// No epochs any more: what the guest said is heard, and it runs.
+    case endEpochs
     /// Those connections were closed: nothing of what they brought may be placed after the answer. -> `readersEnded`.
     case awaitReaders([ConnectionID])
     /// The source is lost; what was received is kept, and another connection is awaited: the reason, one sentence, and how long.

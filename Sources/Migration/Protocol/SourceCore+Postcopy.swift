@@ -61,7 +61,8 @@ extension SourceCore {
         urgentChannelIsAsked = true
         urgentChannelIsOpen = false
         urgentChannelsAreGreeted = rule == .twoPhase
-        let count = configuration.postcopy?.urgentChannels ?? 1
+        let terms = configuration.postcopy ?? PostcopyTerms()
+        let count = terms.urgentChannels + (terms.hasNet ? 1 : 0)
         actions.append(rule == .twoPhase ? .openUrgentChannels(count) : .openUrgentChannel)
     }
 
@@ -343,10 +344,10 @@ extension SourceCore {
         enter(.postcopyPaused, deadline: nil, &actions)
         // A QEMU that has it all listens no more: no recovery would ever tell.
         let state =
-            allWasSent
+            allWasSent && !hasNet
             ? "every page was sent, and the destination may be complete: ask it with query-migrate; if it says 'completed', quit here, else"
             : "the guest moved, and what is missing of its memory stays here;"
-        actions.append(.paused("\(reason); \(state) go on with migrate-recover there and migrate with 'resume' here"))
+        actions.append(.paused("\(reason); \(state) \(remedyForMoved)"))
         report(.postcopyPaused, &actions)
     }
 }

@@ -88,6 +88,7 @@ extension SourceCore {
     /// Why the destination cannot do what this migration was begun with.
     private func unusable(_ rule: HandoverRule, _ features: FeatureSet) -> String? {
         unverifiable(rule, features) ?? unresumable(rule, features) ?? unmovable(rule, features)
+            ?? unreturnable(rule, features)
     }
 
     private mutating func agree(on rule: HandoverRule, features: FeatureSet, _ actions: inout [SourceAction]) {

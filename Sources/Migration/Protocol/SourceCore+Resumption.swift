@@ -78,7 +78,7 @@ extension SourceCore {
     // MARK: Going on
 
     mutating func resume(_ actions: inout [SourceAction]) {
-        if phase == .postcopyPaused { return recover(&actions) }
+        if phase == .postcopyPaused, !takesBack { return recover(&actions) }
         guard phase == .paused else {
             actions.append(.refused("there is nothing to resume, the migration's status is \(status.rawValue)"))
             return

@@ -67,8 +67,7 @@ extension SourceCore {
             actions.append(.refused("too late to cancel: the destination was told to start the guest"))
         case .packageLeaving...SourcePhase.resumingPostcopy:
             let remedy =
-                phase == .postcopyPaused
-                ? "; go on with migrate-recover there and migrate with 'resume' here" : ""
+                phase == .postcopyPaused ? "; \(remedyForMoved)" : ""
             actions.append(
                 .refused(
                     "too late to cancel: the guest moved (postcopy), and nobody has all of its memory before the end\(remedy)"
@@ -140,7 +139,7 @@ extension SourceCore {
     }
 
     mutating func settle(_ settlement: Settlement, _ actions: inout [SourceAction]) {
-        guard status == .unsettled else {
+        guard status == .unsettled, !takesBack else {
             actions.append(.refused("there is nothing to settle, the migration's status is \(status.rawValue)"))
             return
         }
@@ -152,6 +151,8 @@ extension SourceCore {
                 return pausePostcopy("the operator settled that the guest runs at the destination", &actions)
             }
             complete(&actions)
+        // It may have run there for a while, and given that back.
+        case .resumeHere where hasNet: takeBackGuest(&actions)
         case .resumeHere:
             stopAsking(&actions)
             takeBack("the operator settled that the guest goes on here", &actions)

@@ -179,6 +179,9 @@ public struct SourceCore: Sendable {
     var lossDuringPackage: String?
     /// Blocks of which the destination has not said yet what it has, on a connection that recovers.
     var bitmapsAwaited: Set<String> = []
+    /// The guest will never be taken back (`x-postcopy-safety-net`), or is just being.
+    var guestIsReleased = false
+    var takesBack = false
     /// The destination said meanwhile that it will not run the guest.
     var refusalDuringPackage: String?
     /// How the migration will end once it has retreated, and what the destination hears of it.
@@ -226,6 +229,10 @@ public struct SourceCore: Sendable {
         case .packageCut(let reason): packageCut(reason, &actions)
         case .pagesServed: pagesServed(&actions)
         case .startPostcopy: startPostcopy(&actions)
+        case .guestStays: guestStays(&actions)
+        case .takeBackGuest: takeBackGuest(&actions)
+        case .guestTakenBack: guestTakenBack(&actions)
+        case .takeBackFailed(let reason): takeBackFailed(reason, &actions)
         case .breakOff: breakOffPostcopy(&actions)
         case .trackingFailed(let reason), .stopFailed(let reason), .stateFailed(let reason):
             if phase < .committed { retreat(.failed(reason), farewell: reason, &actions) }

@@ -66,11 +66,17 @@ public struct PostcopyTerms: Hashable, Sendable {
     /// With so many dirty pages behind a round the destination forgets them while the guest still runs; only what is written meanwhile
     /// is left for when it stands still.
     public var pagesForgottenAhead: UInt64
+    /// The guest can be taken back (`x-postcopy-safety-net`): there are channels in any case, and one more.
+    public var hasNet: Bool
 
-    public init(usesUrgentChannel: Bool = false, urgentChannels: Int = 1, pagesForgottenAhead: UInt64 = 256) {
-        self.usesUrgentChannel = usesUrgentChannel
+    public init(
+        usesUrgentChannel: Bool = false, urgentChannels: Int = 1, pagesForgottenAhead: UInt64 = 256,
+        hasNet: Bool = false
+    ) {
+        self.usesUrgentChannel = usesUrgentChannel || hasNet
         self.urgentChannels = urgentChannels
         self.pagesForgottenAhead = pagesForgottenAhead
+        self.hasNet = hasNet
     }
 }
 
@@ -158,6 +164,13 @@ public enum SourceEvent: Hashable, Sendable {
     case packageCut(String)
     /// No page is left here that the destination does not have, or has on its way.
     case pagesServed
+    /// The destination says on its safety net that the guest stays there.
+    case guestStays
+    /// The operator's `x-postcopy-take-back`.
+    case takeBackGuest
+    /// The answers to the action of that name.
+    case guestTakenBack
+    case takeBackFailed(String)
     /// The operator changed the limit while the migration runs.
     case setDowntimeLimit(nanoseconds: UInt64)
     /// The operator changed what all rounds but the last may send; `nil`: as much as the transport takes.
@@ -236,6 +249,11 @@ public enum SourceAction: Hashable, Sendable {
     /// The guest did not move after all: what DISCARD named is dirty again, sent or not, and what is remembered of what the destination has
     /// (differences, compression) begins empty. Nobody may ask for pages, and the channel for them is closed. Before anything is collected.
     case takeBackPages
+    /// Tell the destination that the guest is never taken back.
+    case releaseGuest
+    /// Nothing of what the destination still says is kept; make memory and state those of the last epoch that is. -> `guestTakenBack`,
+    /// `takeBackFailed`.
+    case takeBackGuest
     /// -> `flushed`, or `disconnected`.
     case flush
     /// Close once what is queued has left, without waiting for a peer that takes nothing. -> `closed`.

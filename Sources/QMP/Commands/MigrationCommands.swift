@@ -32,6 +32,14 @@ struct MigrationCommands: Sendable {
                 try migrator.recover(on: MigrationAddress(try call.arguments.string("uri")))
                 return [:]
             },
+            Command("x-postcopy-take-back") { [migrator] _ in
+                try migrator.takeBack()
+                return [:]
+            },
+            Command("x-postcopy-keep", allowsOutOfBand: true) { [migrator] _ in
+                try migrator.keep()
+                return [:]
+            },
             Command("migrate-continue", [.required("state", .enumeration(Self.states))], handler: proceed),
             Command("query-migrate") { [migrator] _ in
                 migrator.info().json(downtimeLimitMilliseconds: migrator.parameters.downtimeLimitMilliseconds)

@@ -27,6 +27,7 @@ extension MigrationInfo {
         if let blockTime { blockTime.add(to: &members) }
         if let pageLatency { pageLatency.add(to: &members) }
         if let hugeShare { members["x-huge-share"] = .double(hugeShare) }
+        if let safetyNet { members["x-safety-net"] = safetyNet.json }
         if let serviceTime {
             members["x-postcopy-service-ns"] = serviceTime.json([
                 "dist": .array(serviceTime.octaves(24).map { JSON($0) })
@@ -150,5 +151,14 @@ extension ListeningAddress {
             ]
         case .unix(let path): ["type": "unix", "path": .string(path)]
         }
+    }
+}
+
+extension MigrationInfo.SafetyNet {
+    fileprivate var json: JSON {
+        [
+            "epochs": JSON(epochs), "pages": JSON(pages), "bytes": JSON(bytes), "paused-ns": JSON(pausedNanoseconds),
+            "longest-pause-ns": JSON(longestPauseNanoseconds), "over": .bool(isOver),
+        ]
     }
 }

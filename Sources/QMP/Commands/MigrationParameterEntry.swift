@@ -40,6 +40,7 @@ struct MigrationParameterEntry: Sendable {
         MigrationParameterEntry("x-postcopy-channels", .unsigned(bits: 8), .setting(\.postcopyChannels)),
         MigrationParameterEntry(
             "x-page-latency-target", .unsigned(bits: 32), .setting(\.pageLatencyTargetMicroseconds)),
+        MigrationParameterEntry("x-postcopy-epoch", .unsigned(bits: 32), .setting(\.postcopyEpochMilliseconds)),
         MigrationParameterEntry("x-postcopy-prefetch", .bool, .flag(\.prefetchesPostcopy)),
         MigrationParameterEntry(
             "avail-switchover-bandwidth", .unsigned(bits: 64), .setting(\.availableSwitchoverBytesPerSecond)),

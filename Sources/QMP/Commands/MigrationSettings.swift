@@ -33,7 +33,7 @@ struct MigrationSettings: Sendable {
         "release-ram", "block", "return-path", "pause-before-switchover", "multifd", "dirty-bitmaps",
         "postcopy-blocktime", "late-block-activate", "x-ignore-shared", "validate-uuid", "background-snapshot",
         "zero-copy-send", "postcopy-preempt", "switchover-ack", "dirty-limit", "mapped-ram",
-        "x-resumable", "x-verify",
+        "x-resumable", "x-verify", "x-postcopy-safety-net",
     ]
 
     private static let capabilityList = Parameter.required(
