@@ -394,7 +394,7 @@ public final class Migrator: Sendable {
         else {
             throw MigrationError("x-postcopy-keep: no guest stands still here because its source could take it back")
         }
-        incoming.keepGuest()
+        try incoming.keepGuest()
     }
 
     /// Goes on from `pre-switchover` (`migrate-continue`).

@@ -66,7 +66,7 @@ struct SlotTrackingTests {
         for record in pages { record.removeAll() }
         touch(PageIndex(1536))
         try tracker.collect(into: pages)
-        #expect(pages.allSatisfy(\.isEmpty), "a page that was placed is reported")
+        #expect(pages[0].isEmpty && pages[1].isEmpty, "a page that was placed is reported")
         try memory.write([1], at: GuestPhysicalAddress(5 << 12))
         try tracker.collect(into: pages)
         #expect(pages[0].contains(PageIndex(5)) && pages[1].isEmpty, "what the monitor writes is not reported")

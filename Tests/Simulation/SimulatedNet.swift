@@ -92,7 +92,7 @@ extension Simulator {
         case .goOnWithEpochs:
             net.isOn = true
             letRun()
-        case .holdEpochs: (net.isOn, net.isHeld, net.link, net.mustSayStays) = (false, true, nil, false)
+        case .holdEpochs: (net.isOn, net.isHeld, net.mustSayStays) = (false, true, false)
         case .sayStays:
             net.mustSayStays = true
             if bug == .freesItself { endEpochs() }
@@ -102,6 +102,9 @@ extension Simulator {
         }
         return true
     }
+
+    /// Whoever reads its link hears that it is gone.
+    func netCloses(_ id: ConnectionID) { if net.link == id { (net.link, net.kept) = (nil, nil) } }
 
     private func endEpochs() {
         net.isOver = true

@@ -40,6 +40,7 @@ extension Simulator {
             send(bytes, on: reader.connection, towards: .source)
         case .close(let id):
             guard let reader = readers.removeValue(forKey: id) else { return }
+            netCloses(id)
             if let number = pull.channels.firstIndex(of: id) { pull.channels[number] = nil }
             close(reader.connection, by: .destination)
         case .loadState(let sections): loadState(sections)

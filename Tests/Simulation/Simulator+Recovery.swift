@@ -209,6 +209,7 @@ extension Simulator {
     /// A lost connection is closed. Its reader places what it has claimed.
     func dropAtDestination(_ id: ConnectionID) {
         guard let reader = readers.removeValue(forKey: id) else { return }
+        netCloses(id)
         if let number = pull.channels.firstIndex(of: id) { pull.channels[number] = nil }
         if bug == .dropsClaimed { pull.number += 1 }
         if bug == .wakesOnLoss {

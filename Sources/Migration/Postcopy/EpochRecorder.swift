@@ -99,23 +99,25 @@ final class EpochRecorder: Sendable {
     func pause() {
         state.withLock { state in
             guard state.isArmed, !state.isOver else { return }
+            // The link is whoever's reads it: another one may be there already.
             (state.isOn, state.mustSayStays) = (false, false)
-            state.link = nil
             machine.hold()
         }
     }
 
     /// Nothing is given back any more: all that was said is heard, and the guest runs.
-    func end() {
+    /// - Returns: whether anything was.
+    @discardableResult
+    func end() -> Bool {
         let wasArmed = state.withLock { state in
             // No hold comes behind this one's end.
             state.isOver = true
             machine.endHold()
             return state.isArmed
         }
-        guard wasArmed else { return tracker?.stop() ?? () }
-        // The thread that collects ends the tracker.
-        machine.endHoldingOutput()
+        // Else the thread that collects does it.
+        if wasArmed { machine.endHoldingOutput() } else { tracker?.stop() }
+        return wasArmed
     }
 
     /// The process ends: what is held back was never said.
@@ -184,7 +186,10 @@ final class EpochRecorder: Sendable {
     private func take() {
         HostThread.sleepExactly()
         var pages: [any DirtyPages] = []
-        do throws(AcceleratorError) { pages = try tracker?.makePages() ?? [] } catch { failed(nil, error.description) }
+        do throws(AcceleratorError) { pages = try tracker?.makePages() ?? [] } catch {
+            tracker?.stop()
+            return failed(nil, "x-postcopy-safety-net: \(error.description)")
+        }
         // When the guest was let go in the epoch under way.
         var began: UInt64?
         while let now = letRun() {

@@ -11,7 +11,12 @@ extension IncomingMigration {
     var recorder: EpochRecorder? { recorders.wait { .some($0) } ?? nil }
 
     /// The operator says that the guest stays here without its source (`x-postcopy-keep`).
-    func keepGuest() { post(.keepGuest) }
+    func keepGuest() throws(MigrationError) {
+        post(.keepGuest)
+        guard recorder?.figures.isOver == true else {
+            throw MigrationError("x-postcopy-keep: the guest is just being started, or its source is back")
+        }
+    }
 
     func performEpochs(_ action: DestinationAction) -> DestinationEvent? {
         switch action {
@@ -24,7 +29,7 @@ extension IncomingMigration {
         case .holdEpochs: recorder?.pause()
         case .sayStays: recorder?.sayStays()
         case .endEpochs:
-            recorder?.end()
+            guard recorder?.end() == true else { break }
             report(.notice("nothing of the guest is given back to its source any more"))
         default: break
         }

@@ -84,8 +84,11 @@ extension DestinationCore {
             return actions.append(.admitUrgent(connection, number: number, of: mark.channels))
         }
         let last = mark.channels - 1
-        actions.append(
-            Int(number) == last ? .admitNet(connection) : .admitUrgent(connection, number: number, of: last))
+        guard Int(number) == last else {
+            return actions.append(.admitUrgent(connection, number: number, of: last))
+        }
+        net = connection
+        actions.append(.admitNet(connection))
     }
 
     private func unwelcomeForRequests(

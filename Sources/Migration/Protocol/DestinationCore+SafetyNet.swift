@@ -43,7 +43,7 @@ extension DestinationCore {
 
     /// The source will never take the guest back.
     mutating func guestReleased(_ connection: ConnectionID, _ actions: inout [DestinationAction]) {
-        guard hasNet, urgent.contains(connection), phase >= .starting else { return }
+        guard hasNet, connection == net, urgent.contains(connection), phase >= .starting else { return }
         endNet(&actions)
         if memoryIsWhole { pullIsComplete(&actions) }
     }

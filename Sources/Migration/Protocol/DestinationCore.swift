@@ -108,6 +108,8 @@ public struct DestinationCore: Sendable {
     var recoveryIsAwaited = false
     /// A new connection takes up what is missing, and learns what is here (RECV_BITMAP). The guest may still be being started.
     var isRecovering = false
+    /// The safety net's channel; it is among `urgent` as long as it is there.
+    var net: ConnectionID?
     /// The source cannot take the guest back any more (`x-postcopy-safety-net`).
     var netIsOver = false
     /// No page is missing, and the source can still take the guest back.
