@@ -88,7 +88,7 @@ enum PlantedBug: String, CaseIterable, Sendable {
         case .forgetsToDiscard, .keepsToFirstDiscards, .answersAgain, .losesRequests, .losesTakenPages,
             .keepsExpectations:
             true
-        default: isOfRecovery
+        default: isOfRecovery || Self.ofNet.contains(self)
         }
     }
 

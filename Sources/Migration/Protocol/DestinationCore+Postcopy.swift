@@ -165,6 +165,8 @@ extension DestinationCore {
         urgent.remove(connection)
         urgentNumbers[connection] = nil
         actions.append(.close(connection))
+        // A Godwit closes those of a move that it takes back, of which one may come here behind RETRACT; and it hears itself of one that breaks.
+        if rule == .twoPhase, phase == .receiving, pull < .listening { return }
         let sentence = "its channel for requested pages is lost: \(reason)"
         if isBound { return losePull(sentence, &actions) }
         if canKeep { keep(sentence, &actions) } else { fail("the source is lost: \(sentence)", &actions) }
