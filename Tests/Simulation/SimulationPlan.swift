@@ -83,12 +83,14 @@ enum PlantedBug: String, CaseIterable, Sendable {
         }
     }
 
+    static var ofPrecopy: [PlantedBug] { allCases.filter { !$0.isOfPostcopy && !ofNet.contains($0) } }
+
     var isOfPostcopy: Bool {
         switch self {
         case .forgetsToDiscard, .keepsToFirstDiscards, .answersAgain, .losesRequests, .losesTakenPages,
             .keepsExpectations:
             true
-        default: isOfRecovery || Self.ofNet.contains(self)
+        default: isOfRecovery
         }
     }
 
