@@ -15,9 +15,10 @@ struct SafetyNetTests {
         var options: [String] = []
         /// Of the destination's guest, before something happens.
         var epochs: UInt64 = 3
+        var epochMilliseconds: UInt64 = 50
         var testDescription: String {
             "\(cpus) vCPUs\(rounds ? ", rounds before" : "")\(preempts ? ", preempt" : "")\(options.isEmpty ? "" : ", \(options)")"
-                + ", epoch \(epochs)"
+                + ", epoch \(epochs) of \(epochMilliseconds) ms"
         }
     }
 
@@ -31,7 +32,7 @@ struct SafetyNetTests {
         let uri: String
         private var files: [String] { ["source", "destination"].map { "\(bench.folder)/\($0).serial" } }
 
-        init(_ terms: Terms, hasNet: Bool = true, epochMilliseconds: UInt64 = 50) throws {
+        init(_ terms: Terms, hasNet: Bool = true) throws {
             bench = try Workbench()
             let options = ["--memory", "48M", "--cpus", "\(terms.cpus)"] + terms.options
             let folder = bench.folder
@@ -48,7 +49,7 @@ struct SafetyNetTests {
                     "migrate-set-parameters",
                     [
                         "max-bandwidth": JSON(40 << 20), "max-postcopy-bandwidth": JSON(1 << 20),
-                        "downtime-limit": 300, "x-postcopy-epoch": JSON(epochMilliseconds),
+                        "downtime-limit": 300, "x-postcopy-epoch": JSON(terms.epochMilliseconds),
                     ])
             }
             try destination.client.execute("migrate-incoming", ["uri": "tcp:127.0.0.1:0"])
@@ -153,6 +154,14 @@ struct SafetyNetTests {
                 try pair.destination.wait(seconds: 10) { try pair.net(of: pair.destination, "epochs") > epochs + 1 },
                 "no epochs follow: \(pair.destination.log)")
         }
+        try finish(pair)
+    }
+
+    @Test("released while its state is being read it goes on", arguments: 0..<4)
+    func releasedInEpoch(round: Int) throws {
+        let terms = Terms(cpus: 2, epochMilliseconds: 1)
+        let pair = try Pair(terms)
+        try pair.move(terms)
         try finish(pair)
     }
 

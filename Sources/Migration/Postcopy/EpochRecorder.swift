@@ -36,6 +36,8 @@ final class EpochRecorder: Sendable {
         var (mustSayStays, staysIsSaid) = (false, false)
         /// The guest said so much that it waits for the end of its epoch.
         var isTooMuch = false
+        /// Its state is being read.
+        var isCapturing = false
         var figures = MigrationInfo.SafetyNet()
     }
 
@@ -112,7 +114,7 @@ final class EpochRecorder: Sendable {
         let wasArmed = state.withLock { state in
             // No hold comes behind this one's end.
             state.isOver = true
-            machine.endHold()
+            if !state.isCapturing { machine.endHold() }
             return state.isArmed
         }
         // Else the thread that collects does it.
@@ -197,12 +199,10 @@ final class EpochRecorder: Sendable {
                 began = nil
                 continue
             }
-            hold()
-            if capture(&pages) {
-                began = goOnAhead()
-            } else {
-                Clock.sleep(nanoseconds: Self.pauseNanoseconds)
-            }
+            guard beginCapture() else { continue }
+            let isTaken = capture(&pages)
+            endCapture()
+            if isTaken { began = goOnAhead() } else { Clock.sleep(nanoseconds: Self.pauseNanoseconds) }
         }
         tracker?.stop()
         buffer.withLock { $0.release() }
@@ -210,6 +210,23 @@ final class EpochRecorder: Sendable {
 
     /// Whoever says that nothing is given back any more has let the guest go for good.
     private func hold() { state.withLock { if !$0.isOver { machine.hold() } } }
+
+    /// From here on nobody but this thread lets the guest go: the kernel has who asks for a vCPU's state wait for as long as it runs.
+    private func beginCapture() -> Bool {
+        state.withLock { state in
+            guard !state.isOver else { return false }
+            machine.hold()
+            state.isCapturing = true
+            return true
+        }
+    }
+
+    private func endCapture() {
+        state.withLock { state in
+            state.isCapturing = false
+            if state.isOver { machine.endHold() }
+        }
+    }
 
     /// Waits until the guest may run, and lets it. - Returns: that moment; `nil`: nothing is given back any more.
     private func letRun() -> UInt64? {
