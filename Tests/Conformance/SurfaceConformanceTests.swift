@@ -233,12 +233,12 @@ struct SurfaceConformanceTests {
         #expect(first.missing.isEmpty && second.missing.isEmpty)
         guard Self.isAtLeast(10, 0) else { return }
         // Those that QEMU has removed, and those of ours.
-        #expect(first.additional == ["block", "compress", "x-resumable", "x-verify"])
+        #expect(first.additional == ["block", "compress", "x-postcopy-safety-net", "x-resumable", "x-verify"])
         #expect(
             second.additional == [
                 "block-incremental", "compress-level", "compress-threads", "compress-wait-thread",
                 "decompress-threads", "x-multifd-flush-after-each-section", "x-page-latency-target",
-                "x-postcopy-channels", "x-postcopy-prefetch",
+                "x-postcopy-channels", "x-postcopy-epoch", "x-postcopy-prefetch",
             ])
     }
 
