@@ -308,9 +308,7 @@ final class EpochRecorder: Sendable {
             while let next = record.nextRun(from: position, limit: .max) {
                 for page in next {
                     // One that is still to come was not written, whatever is said: nobody could.
-                    if pending.blocks[index].expected.contains(page), !pending.blocks[index].placed.contains(page) {
-                        continue
-                    }
+                    guard try pending.waitUntilTold(page, of: index) else { continue }
                     count += 1
                     let isZero = mapping.isZero(at: Int(page.offset.value), count: Int(GuestPage.byteCount))
                     guard !run.extend(by: page.value, isZero: isZero) else { continue }
