@@ -199,6 +199,8 @@ final class EpochRecorder: Sendable {
                 began = nil
                 continue
             }
+            // Behind who still sends the last one: a source may say that it has what it does not read.
+            buffer.withLock { $0.removeAll() }
             guard beginCapture() else { continue }
             let isTaken = capture(&pages)
             endCapture()
@@ -271,7 +273,6 @@ final class EpochRecorder: Sendable {
             let count = try machine.whileHeld(awaited: isAwaited) { guestRuns throws -> UInt64 in
                 try tracker?.collect(into: pages)
                 let count = try buffer.withLock { buffer in
-                    buffer.removeAll()
                     let count = try copy(pages, into: &buffer)
                     for state in try machine.saveState() {
                         let section = DeviceSection(
