@@ -151,8 +151,8 @@ extension SourceCore {
                 return pausePostcopy("the operator settled that the guest runs at the destination", &actions)
             }
             complete(&actions)
-        // It may have run there for a while, and given that back.
-        case .resumeHere where hasNet: takeBackGuest(&actions)
+        // It may have run there for a while, and given that back; or it was released, and runs there.
+        case .resumeHere where isPostcopy && features.contains(.safetyNet): takeBackGuest(&actions)
         case .resumeHere:
             stopAsking(&actions)
             takeBack("the operator settled that the guest goes on here", &actions)
