@@ -124,6 +124,7 @@ struct ProtocolSafetyNetSourceTests {
             #expect(source.feed(event) == [.takeBackGuest])
             #expect(!source.core.mayRun, "its state is not loaded yet")
             #expect(source.refusal(source.feed(.settle(.startedThere))) != nil)
+            #expect(source.feed(.settle(.askDestination)).isEmpty, "nobody is asked, and nobody hears a no")
             source.feed(.guestTakenBack)
             #expect(source.core.mayRun && source.outcome == .cancelled)
         }

@@ -139,6 +139,8 @@ extension SourceCore {
     }
 
     mutating func settle(_ settlement: Settlement, _ actions: inout [SourceAction]) {
+        // The shell asks again from time to time: to say no would be taken for the answer of who takes the guest back.
+        if takesBack, settlement == .askDestination { return }
         guard status == .unsettled, !takesBack else {
             actions.append(.refused("there is nothing to settle, the migration's status is \(status.rawValue)"))
             return
