@@ -147,6 +147,8 @@ final class EpochRecorder: Sendable {
     /// A channel to a source that can take the guest back.
     func attach(_ id: ConnectionID, _ channel: Channel) {
         let isAlone = state.withLock { state in
+            // One whose thread was slow is closed by now.
+            if let link = state.link, link.id.rawValue > id.rawValue { return false }
             state.link = (id, channel)
             state.kept = nil
             (state.isSent, state.staysIsSaid) = (false, false)
