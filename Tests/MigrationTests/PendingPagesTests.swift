@@ -40,6 +40,23 @@ import Testing
         #expect(pending.blocks[0].awaitedRuns(in: page(0)..<page(64)).isEmpty)
     }
 
+    @Test("a page that was placed and not told of yet is waited for; one that is still to come is not")
+    func telling() throws {
+        let (pending, _) = try record(64)
+        pending.expect(page(10)..<page(14), of: 0)
+        #expect(try pending.waitUntilTold(page(9), of: 0), "it was always there")
+        #expect(try !pending.waitUntilTold(page(10), of: 0), "nobody has it")
+        for number in 10..<13 as Range<UInt64> { #expect(pending.claim(page(number), of: 0)) }
+        try HostThread.detached(name: "places") {
+            Clock.sleep(nanoseconds: 20_000_000)
+            pending.placed(PageIndex(10)..<PageIndex(11), of: 0)
+            pending.unclaim(PageIndex(11)..<PageIndex(12), of: 0)
+        }
+        #expect(try pending.waitUntilTold(page(10), of: 0, nanoseconds: 10_000_000_000))
+        #expect(try !pending.waitUntilTold(page(11), of: 0, nanoseconds: 10_000_000_000))
+        #expect(throws: SystemError.self) { try pending.waitUntilTold(page(12), of: 0, nanoseconds: 1_000_000) }
+    }
+
     @Test("percentiles are exact to a sixteenth, octaves are those of microseconds")
     func histogram() {
         var histogram = LatencyHistogram()

@@ -97,6 +97,23 @@ struct ProtocolSafetyNetSourceTests {
         #expect(source.feed(.guestStays).isEmpty, "the connection is gone")
     }
 
+    @Test("a guest that was released before STARTED was heard is not had back by settling, either")
+    func releasedInDoubt() {
+        var source = Source()
+        source.reachCommitted()
+        // On another channel: it may come first.
+        #expect(source.feed(.guestStays) == [.releaseGuest])
+        source.feed(.disconnected("the destination closed the connection"))
+        #expect(source.core.phase == .unsettled)
+        for event in [SourceEvent.takeBackGuest, .settle(.resumeHere)] {
+            let actions = source.feed(event)
+            #expect(source.refusal(actions)?.contains("was released") == true && !source.core.mayRun)
+            #expect(!actions.contains(.resumeGuest))
+        }
+        source.feed(.settle(.startedThere))
+        #expect(source.core.phase == .postcopyPaused, "a recovery is the way")
+    }
+
     @Test("in doubt whether it started the guest can be taken back, and by no other way")
     func unsettled() {
         for event in [SourceEvent.takeBackGuest, .settle(.resumeHere)] {
@@ -107,6 +124,7 @@ struct ProtocolSafetyNetSourceTests {
             #expect(source.feed(event) == [.takeBackGuest])
             #expect(!source.core.mayRun, "its state is not loaded yet")
             #expect(source.refusal(source.feed(.settle(.startedThere))) != nil)
+            #expect(source.feed(.settle(.askDestination)).isEmpty, "nobody is asked, and nobody hears a no")
             source.feed(.guestTakenBack)
             #expect(source.core.mayRun && source.outcome == .cancelled)
         }

@@ -296,7 +296,8 @@ final class OutgoingMigration: Sendable {
             // A package is loaded where it arrives, and that it was is told when the guest starts.
             if phase != .packageLeaving { statistics.mark(.load) }
             machine.handOver()
-        case .regainRightToRun: break
+            keeper?.guestLeaves()
+        case .regainRightToRun: keeper?.guestIsBack()
         case .brokeOff(let broken):
             statistics.brokeOff(broken)
             report(.notice(broken.description))

@@ -23,6 +23,8 @@ final class EpochKeeper: Sendable {
         /// Counts links: what an earlier one still brings does not count.
         var link: UInt64 = 0
         var channel: Channel?
+        /// The guest left. While it is here nobody else writes its memory.
+        var isAway = false
         var figures = MigrationInfo.SafetyNet()
     }
 
@@ -55,7 +57,10 @@ final class EpochKeeper: Sendable {
         }
         _ = try HostThread.detached(name: "epoch-keep") { [self] in
             do throws(ChannelError) { try read(channel, link, stays) } catch {
-                if isCurrent(link) { failed(error) }
+                guard isCurrent(link) else { return }
+                failed(error)
+                // The destination need not wait to see that nobody reads.
+                channel.cancel()
             }
         }
     }
@@ -69,21 +74,43 @@ final class EpochKeeper: Sendable {
         channel?.cancel()
     }
 
-    /// The guest will never be taken back: the destination may know.
+    /// The right to run it goes: from here on epochs are kept, the first behind what is here.
+    func guestLeaves() {
+        state.withLock { state in
+            state.kept = Kept()
+            state.isAway = true
+        }
+    }
+
+    /// It runs here again.
+    func guestIsBack() { state.withLock { $0.isAway = false } }
+
+    /// The guest will never be taken back: the destination may know. Does not wait for it.
     func release() {
         let (link, channel) = state.withLock { state in
             state.figures.isOver = true
             return (state.link, state.channel)
         }
         guard let channel else { return }
-        // If it does not reach the destination, that asks again.
-        do throws(ChannelError) { try say(.released, on: channel) } catch {
-            if isCurrent(link) { channel.cancel() }
-        }
+        do throws(SystemError) {
+            try HostThread.detached(name: "epoch-keep") { [self] in
+                // If it does not reach the destination, that asks again.
+                do throws(ChannelError) { try say(.released, on: channel) } catch {
+                    if isCurrent(link) { channel.cancel() }
+                }
+            }
+        } catch { channel.cancel() }
     }
 
-    /// What the guest is taken back as. Behind `end`.
-    var kept: Kept { state.withLock { $0.kept } }
+    /// What the guest is taken back as: from here on no epoch is kept, whatever link comes.
+    func takeOut() -> Kept {
+        guestIsBack()
+        end()
+        return state.withLock { $0.kept }
+    }
+
+    /// It was not taken back after all.
+    func putBack() { state.withLock { $0.isAway = true } }
 
     private func isCurrent(_ link: UInt64) -> Bool { state.withLock { $0.link == link } }
 
@@ -116,7 +143,7 @@ final class EpochKeeper: Sendable {
     }
 
     private func read(_ channel: Channel, _ link: UInt64, _ stays: () -> Void) throws(ChannelError) {
-        try say(.kept(epoch: kept.epoch), on: channel)
+        try say(.kept(epoch: state.withLock { $0.kept.epoch }), on: channel)
         var decoder = EpochDecoder(blocks)
         var buffer = ReceiveBuffer(capacity: 64 << 10)
         var epoch = Epoch()
@@ -163,6 +190,7 @@ final class EpochKeeper: Sendable {
     ) throws(ChannelError) -> Bool {
         let fault = state.withLock { state -> String?? in
             guard state.link == link else { return nil }
+            guard state.isAway else { return .some("an epoch comes while the guest is here") }
             guard number == state.kept.epoch + 1 else {
                 return .some(
                     StreamError(.epoch(.order(epoch: number, behind: state.kept.epoch)), position: 0).description)

@@ -147,6 +147,8 @@ final class EpochRecorder: Sendable {
     /// A channel to a source that can take the guest back.
     func attach(_ id: ConnectionID, _ channel: Channel) {
         let isAlone = state.withLock { state in
+            // One whose thread was slow is closed by now.
+            if let link = state.link, link.id.rawValue > id.rawValue { return false }
             state.link = (id, channel)
             state.kept = nil
             (state.isSent, state.staysIsSaid) = (false, false)
@@ -199,6 +201,8 @@ final class EpochRecorder: Sendable {
                 began = nil
                 continue
             }
+            // Behind who still sends the last one: a source may say that it has what it does not read.
+            buffer.withLock { $0.removeAll() }
             guard beginCapture() else { continue }
             let isTaken = capture(&pages)
             endCapture()
@@ -271,7 +275,6 @@ final class EpochRecorder: Sendable {
             let count = try machine.whileHeld(awaited: isAwaited) { guestRuns throws -> UInt64 in
                 try tracker?.collect(into: pages)
                 let count = try buffer.withLock { buffer in
-                    buffer.removeAll()
                     let count = try copy(pages, into: &buffer)
                     for state in try machine.saveState() {
                         let section = DeviceSection(
@@ -308,9 +311,7 @@ final class EpochRecorder: Sendable {
             while let next = record.nextRun(from: position, limit: .max) {
                 for page in next {
                     // One that is still to come was not written, whatever is said: nobody could.
-                    if pending.blocks[index].expected.contains(page), !pending.blocks[index].placed.contains(page) {
-                        continue
-                    }
+                    guard try pending.waitUntilTold(page, of: index) else { continue }
                     count += 1
                     let isZero = mapping.isZero(at: Int(page.offset.value), count: Int(GuestPage.byteCount))
                     guard !run.extend(by: page.value, isZero: isZero) else { continue }

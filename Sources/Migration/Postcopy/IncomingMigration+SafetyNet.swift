@@ -29,7 +29,11 @@ extension IncomingMigration {
         case .holdEpochs: recorder?.pause()
         case .sayStays: recorder?.sayStays()
         case .endEpochs:
-            guard recorder?.end() == true else { break }
+            guard recorder?.end() == true else {
+                // The guest never ran here in epochs. What comes for the next migration is not for this one.
+                recorders.withLock { $0 = nil }
+                break
+            }
             report(.notice("nothing of the guest is given back to its source any more"))
         default: break
         }

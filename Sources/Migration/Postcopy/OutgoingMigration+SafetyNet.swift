@@ -37,8 +37,7 @@ extension OutgoingMigration {
         if action == .takeBackPages { return sender.takeBackPages() }
         guard let keeper else { return }
         guard action == .takeBackGuest else { return keeper.release() }
-        keeper.end()
-        let kept = keeper.kept
+        let kept = keeper.takeOut()
         do throws(MachineError) {
             if let states = kept.states {
                 try machine.loadState(states)
@@ -46,6 +45,9 @@ extension OutgoingMigration {
             }
             report(.notice("the guest is taken back as it was at the end of epoch \(kept.epoch)"))
             post(.guestTakenBack)
-        } catch { post(.takeBackFailed(error.description)) }
+        } catch {
+            keeper.putBack()
+            post(.takeBackFailed(error.description))
+        }
     }
 }

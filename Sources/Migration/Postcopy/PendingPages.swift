@@ -1,3 +1,4 @@
+import Glibc
 import GuestMemory
 import Host
 import Synchronization
@@ -145,6 +146,28 @@ final class PendingPages: Sendable {
         if record.placed.contains(page) { latency.arrived(place) }
         return .request
     }
+
+    /// For who reads guest memory while the guest stands still: it may have been at a page that whoever placed it had not told of yet.
+    /// - Returns: whether the page is in memory; false: it is still to come, and nobody was there.
+    /// - Throws: `SystemError`: who is to place it does not.
+    func waitUntilTold(
+        _ page: PageIndex, of block: Int, nanoseconds: UInt64 = 1_000_000_000
+    ) throws(SystemError) -> Bool {
+        let record = blocks[block]
+        if !record.expected.contains(page) || record.placed.contains(page) { return true }
+        let deadline = Deadline.after(nanoseconds: nanoseconds)
+        while !record.placed.contains(page) {
+            guard record.claimed.contains(page) else { return record.placed.contains(page) }
+            guard !deadline.hasPassed else {
+                throw SystemError("place", "page \(page.value) of RAM block \(block)", code: ETIMEDOUT)
+            }
+            Clock.sleep(nanoseconds: Self.tellingNanoseconds)
+        }
+        return true
+    }
+
+    /// A page is placed and told of by one thread, without waiting in between.
+    private static let tellingNanoseconds: UInt64 = 20_000
 
     /// - Returns: the pages that are missing when all are here, or at the deadline.
     func waitUntilComplete(deadline: Deadline) -> UInt64 {

@@ -139,6 +139,8 @@ extension SourceCore {
     }
 
     mutating func settle(_ settlement: Settlement, _ actions: inout [SourceAction]) {
+        // The shell asks again from time to time: to say no would be taken for the answer of who takes the guest back.
+        if takesBack, settlement == .askDestination { return }
         guard status == .unsettled, !takesBack else {
             actions.append(.refused("there is nothing to settle, the migration's status is \(status.rawValue)"))
             return
@@ -151,8 +153,8 @@ extension SourceCore {
                 return pausePostcopy("the operator settled that the guest runs at the destination", &actions)
             }
             complete(&actions)
-        // It may have run there for a while, and given that back.
-        case .resumeHere where hasNet: takeBackGuest(&actions)
+        // It may have run there for a while, and given that back; or it was released, and runs there.
+        case .resumeHere where isPostcopy && features.contains(.safetyNet): takeBackGuest(&actions)
         case .resumeHere:
             stopAsking(&actions)
             takeBack("the operator settled that the guest goes on here", &actions)
