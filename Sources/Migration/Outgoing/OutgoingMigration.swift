@@ -308,13 +308,7 @@ final class OutgoingMigration: Sendable {
         case .setTimer(let timer, let nanoseconds):
             inbox.withLock { $0.timers[timer.kind] = (timer, .after(nanoseconds: nanoseconds)) }
         case .cancelTimer(let kind): inbox.withLock { $0.timers[kind] = nil }
-        case .report(let status):
-            // Whoever sees "completed" sees the whole report.
-            if [.completed, .postcopyActive].contains(status) { statistics.endDowntime(completed: true) }
-            statistics.enter(status)
-            report(.status(status))
-            // What is left to do is tidying up, and the guest, if it is on this host, wants its processor.
-            if status == .completed { HostThread.runAmongOthers() }
+        case .report(let status): enter(status)
         case .agreed(let rule, let features):
             noteHome()
             statistics.agreed(rule)
@@ -322,6 +316,15 @@ final class OutgoingMigration: Sendable {
         case .refused(let sentence): refusal.withLock { $0 = sentence }
         case .finished(let outcome): finish(outcome)
         }
+    }
+
+    private func enter(_ status: MigrationStatus) {
+        // Whoever sees "completed" sees the whole report.
+        if [.completed, .postcopyActive].contains(status) { statistics.endDowntime(completed: true) }
+        statistics.enter(status)
+        report(.status(status))
+        // What is left to do is tidying up, and the guest, if it is on this host, wants its processor.
+        if status == .completed { HostThread.runAmongOthers() }
     }
 
     let stoppedGuest = Mutex(false)
