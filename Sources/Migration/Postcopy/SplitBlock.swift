@@ -195,9 +195,14 @@ final class SplitBlock: AwaitedPages {
         let isSmall = UInt64(pages.count) <= Self.frozenPages
         move.withLock { $0 = Move(unit: unit, isFrozen: isSmall) }
         do throws(SystemError) {
-            try watched.faults.protect(block.mapping, bytes)
-            copy(pages)
-            if !isSmall { try copyWhatChanged(bytes) }
+            // A part at a time: as long as the kernel protects a range no vCPU gets a page of it.
+            var start = pages.lowerBound
+            while start < pages.upperBound {
+                let part = start..<min(start.advanced(by: Int(Self.frozenPages)), pages.upperBound)
+                try protect(part)
+                start = part.upperBound
+            }
+            if !isSmall { try copyWhatChanged() }
             try block.mapping.share(
                 file.descriptor, fileOffset: UInt64(bytes.lowerBound), at: bytes.lowerBound, count: bytes.count)
             split.remove(unit)
@@ -212,18 +217,20 @@ final class SplitBlock: AwaitedPages {
     }
 
     /// Behind the first copy: again what was written, while it gets less; the last time nobody writes.
-    private func copyWhatChanged(_ bytes: Range<Int>) throws(SystemError) {
+    private func copyWhatChanged() throws(SystemError) {
         for _ in 0..<Self.mostPasses {
             let again = takeChanged(freezing: false)
-            for page in again {
-                try watched.faults.protect(block.mapping, Self.bytes(page..<page.advanced(by: 1)))
-                copy(page..<page.advanced(by: 1))
-            }
+            for page in again { try protect(page..<page.advanced(by: 1)) }
             if again.count <= Self.frozenPages { break }
         }
-        let last = takeChanged(freezing: true)
-        try watched.faults.protect(block.mapping, bytes)
-        for page in last { copy(page..<page.advanced(by: 1)) }
+        // All others are protected, and stay so.
+        for page in takeChanged(freezing: true) { try protect(page..<page.advanced(by: 1)) }
+    }
+
+    /// Whoever writes to the pages is heard of from here on; as they are now they are in the huge page.
+    private func protect(_ pages: Range<PageIndex>) throws(SystemError) {
+        try watched.faults.protect(block.mapping, Self.bytes(pages))
+        copy(pages)
     }
 
     private func takeChanged(freezing: Bool) -> Set<PageIndex> {
